@@ -1,0 +1,21 @@
+"""What a pass tells every attention layer. Built once a pass, shared by all layers.
+
+Legend: B sequences, S new tokens, L keys visible to the pass (cached and new), R rotated dimensions / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    position_BS: Tensor
+    """int64 position inside the token's own document; also the cache slot it is written to."""
+    cos_BSR: Tensor
+    """float32 cosines, YaRN's rotation scale included."""
+    sin_BSR: Tensor
+    mask_BSL: Tensor | None
+    """bool, True where a query may look at a key; None is plain causal attention over the S new tokens."""

@@ -1,0 +1,1 @@
+"""What is described: models, routers and runs as frozen, strict data. Never imports torch."""

@@ -1,0 +1,134 @@
+"""Attention as data: grouped-query attention and multi-head latent attention with rotary positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.base import STRICT
+from consilium.errors import ConsiliumError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Unscaled:
+    """Rotary frequencies as trained."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Yarn:
+    """YaRN (2309.00071) as DeepSeek-V2 and V3 use it, with both mscale corrections."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: PositiveFloat
+    original_length: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def temperature(self, multiplier: float) -> float:
+        """Attention temperature 0.1 m ln(s) + 1 of YaRN for the multiplier m."""
+        return 1.0 if self.factor <= 1 else 0.1 * multiplier * math.log(self.factor) + 1.0
+
+    @property
+    def rotation_scale(self) -> float:
+        """First correction: what cosine and sine are multiplied with."""
+        return self.temperature(self.mscale) / self.temperature(self.mscale_all_dim)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Second correction: what the softmax scale 1/sqrt(d) is multiplied with, at every length."""
+        return self.temperature(self.mscale_all_dim) ** 2
+
+
+RopeScaling = Annotated[Unscaled | Yarn, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Rope:
+    """Rotary position embedding. ``interleaved`` rotates pairs (2i, 2i+1), otherwise (i, i + d/2)."""
+
+    theta: PositiveFloat = 10_000.0
+    interleaved: bool = False
+    scaling: RopeScaling = Unscaled()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GQA:
+    """Grouped-query attention; ``kv_heads == heads`` is multi-head, ``kv_heads == 1`` multi-query."""
+
+    kind: Literal["gqa"] = "gqa"
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    qkv_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    softcap: PositiveFloat | None = None
+    scale: PositiveFloat | None = None
+    rope: Rope = Rope()
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConsiliumError(
+                f"attention: {self.heads} heads are not divisible by {self.kv_heads} kv_heads,"
+                " and every group needs the same number of heads; choose kv_heads that divides heads."
+            )
+        if self.head_dim % 2:
+            raise ConsiliumError(f"attention: head_dim {self.head_dim} is odd, and rotary pairs need an even one.")
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.scale if self.scale is not None else self.head_dim**-0.5
+
+    @property
+    def cache_width(self) -> int:
+        """Cached values a token and layer."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1). ``q_rank=None``: no query compression."""
+
+    kind: Literal["mla"] = "mla"
+    heads: PositiveInt
+    q_rank: PositiveInt | None
+    kv_rank: PositiveInt
+    nope_dim: PositiveInt
+    rope_dim: PositiveInt
+    v_dim: PositiveInt
+    rope: Rope = Rope(interleaved=True)
+
+    def __post_init__(self) -> None:
+        if self.rope_dim % 2:
+            raise ConsiliumError(f"attention: rope_dim {self.rope_dim} is odd, and rotary pairs need an even one.")
+
+    @property
+    def softmax_scale(self) -> float:
+        plain = (self.nope_dim + self.rope_dim) ** -0.5
+        match self.rope.scaling:
+            case Unscaled():
+                return plain
+            case Yarn() as yarn:
+                return plain * yarn.softmax_scale
+
+    @property
+    def cache_width(self) -> int:
+        """Cached values a token and layer: the normalised latent and the rotated shared key."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def absorb_below(self) -> float:
+        """New tokens a sequence below which absorbed attention costs less than expanding the latents."""
+        wide, narrow = 2 * self.kv_rank + self.rope_dim, self.nope_dim + self.rope_dim + self.v_dim
+        if wide <= narrow:
+            return math.inf
+        return self.kv_rank * (self.nope_dim + self.v_dim) / (wide - narrow)
+
+
+Attention = Annotated[GQA | MLA, Field(discriminator="kind")]

@@ -1,0 +1,131 @@
+"""Balance as data: auxiliary losses that are added up, and the rule that moves the selection bias."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.base import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SwitchLoss:
+    """coefficient * E/k * sum f_i P_i over the micro-batch: equals the coefficient at perfect balance.
+
+    Switch (2101.03961 eq. 4) at k = 1 and DeepSeekMoE's expert-level loss (2401.06066 eq. 12) at any k.
+    ``counts="first"`` counts first choices only (GShard); GShard's own value is this one over E^2.
+    """
+
+    kind: Literal["switch"] = "switch"
+    coefficient: NonNegativeFloat = 1e-2
+    counts: Literal["all", "first"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SequenceLoss:
+    """The same product in each sequence, averaged over sequences (DeepSeek-V2 eq. 23, V3 eq. 17)."""
+
+    kind: Literal["sequence"] = "sequence"
+    coefficient: NonNegativeFloat = 1e-4
+    counts: Literal["routed", "scores"] = "routed"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DeviceLoss:
+    """Mean f times summed P of each device's experts (DeepSeekMoE eq. 15, DeepSeek-V2 eq. 26)."""
+
+    kind: Literal["device"] = "device"
+    coefficient: NonNegativeFloat = 0.05
+    devices: PositiveInt
+    scope: Literal["batch", "sequence"] = "batch"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CommunicationLoss:
+    """Tokens sent to each device, at most ``most`` a token, times its summed P (DeepSeek-V2 eq. 29)."""
+
+    kind: Literal["communication"] = "communication"
+    coefficient: NonNegativeFloat = 0.02
+    devices: PositiveInt
+    most: PositiveInt
+    scope: Literal["batch", "sequence"] = "sequence"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImportanceLoss:
+    """Squared coefficient of variation of summed weights (Shazeer 2017 eq. 7)."""
+
+    kind: Literal["importance"] = "importance"
+    coefficient: NonNegativeFloat = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoadLoss:
+    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017 eq. 11). Needs learned noise."""
+
+    kind: Literal["load"] = "load"
+    coefficient: NonNegativeFloat = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ZLoss:
+    """Mean squared logsumexp of the clean logits (ST-MoE, 2202.08906 eq. 5)."""
+
+    kind: Literal["z"] = "z"
+    coefficient: NonNegativeFloat = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdaptiveLoss:
+    """Skywork's sum (1/n - mean g)^2 with a coefficient that follows the layer's drop rate (2406.06563 eq. 4-6)."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    start: NonNegativeFloat = 1e-2
+    most: PositiveFloat = 1e-2
+    slope: PositiveFloat = 0.2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+
+BalanceLoss = Annotated[
+    SwitchLoss
+    | SequenceLoss
+    | DeviceLoss
+    | CommunicationLoss
+    | ImportanceLoss
+    | LoadLoss
+    | ZLoss
+    | AdaptiveLoss,
+    Field(discriminator="kind"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoBias:
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SignBias:
+    """b += rate * sign(mean load - load) after each optimizer step (DeepSeek-V3 section 2.1.2, 2408.15664)."""
+
+    kind: Literal["sign"] = "sign"
+    rate: NonNegativeFloat = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LinearBias:
+    """b += rate * (mean load - load) / mean load after each optimizer step (2408.15664, proportional variant)."""
+
+    kind: Literal["linear"] = "linear"
+    rate: NonNegativeFloat = 1e-2
+
+
+BiasRule = Annotated[NoBias | SignBias | LinearBias, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Balance:
+    losses: tuple[BalanceLoss, ...] = ()
+    bias: BiasRule = NoBias()

@@ -1,0 +1,79 @@
+"""A decoder language model as data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.attention import Attention
+from consilium.config.base import STRICT
+from consilium.config.feed_forward import FeedForward
+from consilium.config.moe import MoE
+from consilium.errors import ConsiliumError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Normal:
+    """Every matrix from N(0, std)."""
+
+    kind: Literal["normal"] = "normal"
+    std: PositiveFloat = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FanIn:
+    """Every matrix from a truncated normal of variance scale / fan_in (Switch, 2101.03961 section 2.4)."""
+
+    kind: Literal["fan_in"] = "fan_in"
+    scale: PositiveFloat = 0.1
+
+
+Init = Annotated[Normal | FanIn, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MTP:
+    """Multi-token prediction (DeepSeek-V3 section 2.2): ``depth`` extra modules, loss weight ``weight / depth``."""
+
+    depth: NonNegativeInt = 0
+    weight: NonNegativeFloat = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """A decoder: embedding, ``layers`` blocks of attention and feed-forward network, norm, head.
+
+    Block i (from 0) is an MoE block when i >= dense_first and (i - dense_first + 1) is a multiple of
+    ``moe_every``; the other blocks use ``dense``. ``family`` names the recipe whose weight layout applies.
+    """
+
+    family: str
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    attention: Attention
+    dense: FeedForward | None = None
+    moe: MoE | None = None
+    dense_first: NonNegativeInt = 0
+    moe_every: PositiveInt = 1
+    norm_epsilon: PositiveFloat = 1e-6
+    tied: bool = False
+    max_length: PositiveInt = 4096
+    mtp: MTP = MTP()
+    init: Init = Normal()
+
+    def __post_init__(self) -> None:
+        if self.dense is None and not all(self.is_moe(i) for i in range(self.layers)):
+            raise ConsiliumError("model: some layers are dense but model.dense is missing; give its width.")
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block ``layer`` routes to experts. Multi-token prediction modules count on from ``layers``."""
+        past = layer - self.dense_first + 1
+        return self.moe is not None and past > 0 and past % self.moe_every == 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Blocks that route, multi-token prediction modules included, in order."""
+        return tuple(i for i in range(self.layers + self.mtp.depth) if self.is_moe(i))

@@ -1,0 +1,152 @@
+"""The MoE layer as data: router, admission, balance and shared experts, and what must hold between them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.base import STRICT
+from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, LoadLoss, NoBias
+from consilium.config.feed_forward import Activation
+from consilium.config.router import ExpertChoice, Groups, Hash, LearnedNoise, Router, SampledSecond, Threshold, TopK, TopP
+from consilium.errors import ConsiliumError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dropless:
+    kind: Literal["dropless"] = "dropless"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Capacity:
+    """At most ceil(factor * T * k / E) copies an expert, T the valid tokens of the micro-batch.
+
+    ``by="position"`` keeps the first tokens, first choices before second (GShard, Switch);
+    ``by="probability"`` keeps the highest scores. ``scope`` says when the limit holds.
+    """
+
+    kind: Literal["capacity"] = "capacity"
+    factor: PositiveFloat
+    by: Literal["position", "probability"] = "position"
+    scope: Literal["training", "always"] = "training"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DeviceCapacity:
+    """Each of ``devices`` equal groups of experts takes at most factor * average; the lowest scores are dropped.
+
+    In training only; a fraction ``exempt`` of sequences never drops (DeepSeek-V2, 2405.04434 section 2.2.4).
+    """
+
+    kind: Literal["device_capacity"] = "device_capacity"
+    devices: PositiveInt
+    factor: PositiveFloat = 1.0
+    exempt: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+Admission = Annotated[Dropless | Capacity | DeviceCapacity, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoShared:
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AlwaysOn:
+    """``count`` experts of ``width`` that every token visits, kept as one network of count * width (DeepSeekMoE)."""
+
+    kind: Literal["always_on"] = "always_on"
+    count: PositiveInt = 1
+    width: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SigmoidGated:
+    """One shared network times sigmoid(x w) (Qwen1.5-MoE, Qwen2-MoE)."""
+
+    kind: Literal["sigmoid_gated"] = "sigmoid_gated"
+    width: PositiveInt
+
+
+Shared = Annotated[NoShared | AlwaysOn | SigmoidGated, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoE:
+    """``experts`` routed experts of ``width`` behind a router, beside shared experts."""
+
+    experts: PositiveInt
+    width: PositiveInt
+    activation: Activation = "swiglu"
+    router: Router
+    admission: Admission = Dropless()
+    balance: Balance = Balance()
+    shared: Shared = NoShared()
+
+    def __post_init__(self) -> None:
+        if self.most_active > self.experts:
+            raise ConsiliumError(
+                f"moe: top-{self.most_active} of {self.experts} experts is impossible;"
+                f" lower k to at most {self.experts} or add experts."
+            )
+        if isinstance(self.router.select, TopK) and self.router.select.groups is not None:
+            self._check_groups(self.router.select.k, self.router.select.groups)
+        if not isinstance(self.balance.bias, NoBias) and self.router.offset == "none":
+            raise ConsiliumError(
+                "moe.balance.bias moves a bias that moe.router.offset 'none' never reads; set offset to 'scores'."
+            )
+        self._check_devices()
+        if any(isinstance(loss, LoadLoss) for loss in self.balance.losses) and not isinstance(
+            self.router.noise, LearnedNoise
+        ):
+            raise ConsiliumError("moe.balance: the load loss needs moe.router.noise of kind 'learned'.")
+
+    def _check_groups(self, k: int, groups: Groups) -> None:
+        size, rest = divmod(self.experts, groups.count)
+        if rest:
+            raise ConsiliumError(
+                f"moe.router: {self.experts} experts are not divisible into {groups.count} groups;"
+                " groups need equal size, so choose a count that divides the experts."
+            )
+        if groups.keep > groups.count or groups.keep * size < k or (groups.score == "top2_sum" and size < 2):
+            raise ConsiliumError(
+                f"moe.router: keeping {groups.keep} of {groups.count} groups of {size} experts leaves too few"
+                f" for top-{k} by {groups.score}; keep more groups or use fewer, larger ones."
+            )
+
+    def _check_devices(self) -> None:
+        counts = [loss.devices for loss in self.balance.losses if isinstance(loss, DeviceLoss | CommunicationLoss)]
+        if isinstance(self.admission, DeviceCapacity):
+            counts.append(self.admission.devices)
+        for count in counts:
+            if self.experts % count:
+                raise ConsiliumError(
+                    f"moe: {self.experts} experts are not divisible among {count} devices;"
+                    " choose a number of devices that divides the experts."
+                )
+
+    @property
+    def most_active(self) -> int:
+        """K: the most routed experts that one token may use (an average for expert choice)."""
+        match self.router.select:
+            case TopK(k=k) | Hash(k=k):
+                return k
+            case SampledSecond():
+                return 2
+            case Threshold(most=most) | TopP(most=most):
+                return most
+            case ExpertChoice():
+                return self.experts
+
+    @property
+    def shared_width(self) -> int:
+        match self.shared:
+            case NoShared():
+                return 0
+            case AlwaysOn(count=count, width=width):
+                return count * width
+            case SigmoidGated(width=width):
+                return width

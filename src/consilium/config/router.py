@@ -1,0 +1,232 @@
+"""The router as data: score, select, weigh, behind a projection, logit transforms and noise.
+
+Each choice is a closed union; ``consilium.moe.router`` implements every member.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.base import STRICT
+from consilium.errors import ConsiliumError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LinearGate:
+    """logits = x W."""
+
+    kind: Literal["linear"] = "linear"
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MLPGate:
+    """logits = tanh(x W1) W2 with W1 of E columns (LLaMA-MoE, 2406.16554)."""
+
+    kind: Literal["mlp"] = "mlp"
+
+
+Projection = Annotated[LinearGate | MLPGate, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Standardise:
+    """scale * (z - mean) / std over the experts of each token (Skywork-MoE, 2406.06563 eq. 3)."""
+
+    kind: Literal["standardise"] = "standardise"
+    scale: PositiveFloat = 1.0
+    epsilon: PositiveFloat = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Softcap:
+    """cap * tanh(z / cap)."""
+
+    kind: Literal["softcap"] = "softcap"
+    cap: PositiveFloat
+
+
+Transform = Annotated[Standardise | Softcap, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoNoise:
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Jitter:
+    """Router input times U(1 - epsilon, 1 + epsilon) in training; experts never see it (Switch, 2101.03961)."""
+
+    kind: Literal["jitter"] = "jitter"
+    epsilon: PositiveFloat = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LearnedNoise:
+    """logits + N(0,1) * (softplus(x W_noise) + floor) in training (Shazeer 2017, 1701.06538 eq. 4)."""
+
+    kind: Literal["learned"] = "learned"
+    floor: NonNegativeFloat = 0.0
+
+
+Noise = Annotated[NoNoise | Jitter | LearnedNoise, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Softmax:
+    kind: Literal["softmax"] = "softmax"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sigmoid:
+    kind: Literal["sigmoid"] = "sigmoid"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SqrtSoftplus:
+    kind: Literal["sqrt_softplus"] = "sqrt_softplus"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Relu:
+    kind: Literal["relu"] = "relu"
+
+
+Score = Annotated[Softmax | Sigmoid | SqrtSoftplus | Relu, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Groups:
+    """Keep the best ``keep`` of ``count`` equal groups of experts; the others are masked with -inf.
+
+    A group's score is its maximum (DeepSeek-V2) or the sum of its two highest (DeepSeek-V3).
+    """
+
+    count: PositiveInt
+    keep: PositiveInt
+    score: Literal["max", "top2_sum"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TopK:
+    kind: Literal["top_k"] = "top_k"
+    k: PositiveInt
+    groups: Groups | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampledSecond:
+    """Top-2 whose second expert is dispatched with probability min(1, 2 g2) in training (GShard, 2006.16668)."""
+
+    kind: Literal["sampled_second"] = "sampled_second"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Threshold:
+    """Every expert whose selection score exceeds ``minimum``, at most ``most``; ReLU routing has minimum 0."""
+
+    kind: Literal["threshold"] = "threshold"
+    minimum: float = 0.0
+    most: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TopP:
+    """The smallest set of experts whose scores sum to ``p``, at most ``most`` (2403.07652)."""
+
+    kind: Literal["top_p"] = "top_p"
+    p: Annotated[float, Field(gt=0, le=1)]
+    most: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExpertChoice:
+    """Each expert takes its best ``factor * T / E`` tokens (2202.09368). Not causal: the future of a batch matters."""
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    factor: PositiveFloat = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Hash:
+    """A fixed random table from token id to ``k`` experts (Hash layers, 2106.04426)."""
+
+    kind: Literal["hash"] = "hash"
+    k: PositiveInt = 1
+    vocab_size: PositiveInt
+    seed: int = 0
+
+
+Select = Annotated[TopK | SampledSecond | Threshold | TopP | ExpertChoice | Hash, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Raw:
+    """The score itself."""
+
+    kind: Literal["raw"] = "raw"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Normalised:
+    """Scores of the selected divided by their sum plus epsilon."""
+
+    kind: Literal["normalised"] = "normalised"
+    epsilon: NonNegativeFloat = 1e-20
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClampedSum:
+    """Scores of the selected divided by max(sum, minimum) (ERNIE 4.5)."""
+
+    kind: Literal["clamped_sum"] = "clamped_sum"
+    minimum: PositiveFloat
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SoftmaxOfSelected:
+    """Softmax over the logits of the selected (Shazeer 2017 eq. 3)."""
+
+    kind: Literal["softmax_of_selected"] = "softmax_of_selected"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Uniform:
+    """Weight 1 for each selected expert (Hash layers)."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+Weight = Annotated[Raw | Normalised | ClampedSum | SoftmaxOfSelected | Uniform, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Router:
+    """score, select, weigh. ``offset`` says where the balance bias enters the selection; it never enters weights.
+
+    ``scale`` multiplies the weights after normalisation; ``weight_on="input"`` multiplies the expert's
+    input instead of its output (Llama 4).
+    """
+
+    projection: Projection = LinearGate()
+    noise: Noise = NoNoise()
+    transforms: tuple[Transform, ...] = ()
+    score: Score = Softmax()
+    offset: Literal["none", "scores", "logits"] = "none"
+    select: Select
+    weight: Weight = Normalised()
+    scale: PositiveFloat = 1.0
+    weight_on: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.select, TopK) and self.select.k == 1 and isinstance(self.weight, Normalised):
+            raise ConsiliumError(
+                "moe.router: top-1 with normalised weights makes every weight 1 and the router gets no gradient;"
+                " use weight kind 'raw' (Switch) or k of at least 2."
+            )
+        if isinstance(self.select, TopP | Threshold) and self.offset == "logits":
+            raise ConsiliumError("moe.router: offset 'logits' needs a top-k selector; use offset 'scores' or 'none'.")

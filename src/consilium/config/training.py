@@ -1,0 +1,126 @@
+"""A training run as data: everything that decides its result, so that ``config.yaml`` repeats it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.config.base import STRICT
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cosine:
+    """Linear warm-up, then half a cosine from the peak to ``final`` times the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    final: NonNegativeFloat = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WSD:
+    """Warm-up, stable, decay: the last ``decay`` fraction of the steps falls linearly to ``final`` times the peak."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.3
+    final: NonNegativeFloat = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Steps:
+    """Warm-up, then the rate is multiplied by ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at .8, .9)."""
+
+    kind: Literal["steps"] = "steps"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    at: tuple[float, ...] = (0.8, 0.9)
+    factor: PositiveFloat = 0.316
+
+
+Schedule = Annotated[Cosine | WSD | Steps, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamW:
+    """Decoupled weight decay on matrices only; norms, biases and the selection bias never decay."""
+
+    learning_rate: PositiveFloat = 3e-3
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: PositiveFloat = 1e-8
+    decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BuiltIn:
+    """Text that every Python ships: code, prose, question and answer; generated mathematics and bilingual text."""
+
+    kind: Literal["builtin"] = "builtin"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Path:
+    """The user's own .txt, .md, .py, .jsonl (key ``text``) file or a folder of them."""
+
+    kind: Literal["path"] = "path"
+    path: str
+
+
+Source = Annotated[BuiltIn | Path, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    source: Source = BuiltIn()
+    sequence_length: PositiveInt = 256
+    """Tokens a packed sequence."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Fraction of files held out for validation."""
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Domains are sampled in proportion to size ** temperature; 1 is by size, 0 is uniform."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Training:
+    """One run. ``batch`` is global, in sequences; ``steps`` are optimizer steps."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: Model
+    data: Data = Data()
+    steps: PositiveInt
+    batch: PositiveInt = 8
+    accumulate: PositiveInt = 1
+    """Micro-batches a step; divides ``batch``."""
+    optimizer: AdamW = AdamW()
+    schedule: Schedule = Cosine()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products; master weights are float32 in both."""
+    seed: NonNegativeInt = 0
+    threads: PositiveInt | None = None
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    eval_every: PositiveInt | None = None
+    recompute: bool = False
+    """Recompute block activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        if self.batch % self.accumulate:
+            raise ConsiliumError(
+                f"train: batch {self.batch} is not divisible into {self.accumulate} micro-batches;"
+                " choose accumulate that divides batch."
+            )
+        if self.data.sequence_length > self.model.max_length:
+            raise ConsiliumError(
+                f"train: sequences of {self.data.sequence_length} tokens exceed model.max_length"
+                f" {self.model.max_length}; lower --seq or raise the model's length."
+            )

@@ -1,0 +1,131 @@
+"""Values that travel between the stages of an MoE layer.
+
+Legend: T tokens (flat, documents packed), D hidden size, E routed experts, K most experts a token may use,
+R rows = kept (token, expert) pairs sorted by expert, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What routing may know of the tokens beside their vectors."""
+
+    ids_T: Tensor
+    """int64 token ids, for hash routing."""
+    sequence_T: Tensor
+    """int64 in [0, sequences): which sequence of the micro-batch, for per-sequence losses and exemptions."""
+    position_T: Tensor
+    """int64 position inside the token's own document."""
+    valid_T: Tensor
+    """bool; padding is False and takes part in nothing."""
+
+    @property
+    def count(self) -> int:
+        return self.ids_T.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Interventions on routing. Absent fields change nothing."""
+
+    mute_TE: Tensor | None = None
+    """bool [T or 1, E]: experts that may not be selected."""
+    k_T: Tensor | None = None
+    """int64 [T]: a budget of experts a token, at most the router's K."""
+    experts_TK: Tensor | None = None
+    """int64 [T, K]: replay; weights are recomputed from the live scores of these experts."""
+    keep_TK: Tensor | None = None
+    """bool [T, K]: which replayed choices are used; all where absent."""
+
+
+class Observer(Protocol):
+    """Sees values that live inside a layer, such as what GPTQ, REAP or activation x gradient need."""
+
+    def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None: ...
+
+    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+        """Rows into the experts, their hidden activations before the last matrix, and their outputs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a pass runs: noise and drops only in training; overrides and observers in either."""
+
+    training: bool = False
+    generator: torch.Generator | None = None
+    override: Override | None = None
+    observer: Observer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A router's decision. Which copies are used is said by ``keep_TK`` alone; padding keeps nothing."""
+
+    logits_TE: Tensor
+    """float32 after transforms and noise: what scores were made of."""
+    scores_TE: Tensor
+    """float32, without selection bias."""
+    experts_TK: Tensor
+    """int64, in falling order of preference; ids at positions not kept are valid but unused."""
+    weights_TK: Tensor
+    """float32 with gradient; zero where not kept by the router."""
+    keep_TK: Tensor
+    """bool."""
+    clean_TE: Tensor
+    """float32 logits before noise and transforms."""
+    noise_TE: Tensor | None = None
+    """float32 standard deviation of the learned noise, where the system has it."""
+    weight_on_input: bool = False
+
+    def load_E(self) -> Tensor:
+        """int64 [E] kept copies an expert."""
+        return torch.bincount(self.experts_TK[self.keep_TK], minlength=self.logits_TE.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Kept copies sorted by expert, each expert's in token order."""
+
+    x_RD: Tensor
+    counts_E: tuple[int, ...]
+    """Rows of each local expert; sums to R."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What combine needs to bring rows back to their tokens."""
+
+    token_R: Tensor
+    """int64: the token of each row."""
+    weight_R: Tensor
+    """float32 with gradient; ones where the weight was put on the input."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one layer says about its routing in one pass. Values, never buffers: recomputation cannot count twice."""
+
+    losses: Mapping[str, Tensor]
+    """Named balance losses, coefficients included, float32 scalars with gradient."""
+    load_E: Tensor
+    """int64 kept copies an expert."""
+    wanted_E: Tensor
+    """int64 copies that the router chose before admission; their difference from the load was dropped."""
+    entropy: Tensor
+    """float32 scalar, no gradient: mean over valid tokens of the entropy of normalised scores, in nats."""
+    tokens: Tensor
+    """int64 scalar: valid tokens."""
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.wanted_E.sum() - self.load_E.sum()
