@@ -1,0 +1,62 @@
+"""Consilium: Mixture-of-Experts language models, built, trained, studied and served under one contract.
+
+The public names below are imported when they are first used: ``import consilium`` is instant and
+does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consilium.checkpoint.store import load, save
+    from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.engine import Engine
+    from consilium.errors import ConsiliumError
+    from consilium.evaluation.bits import evaluate
+    from consilium.model.build import build
+    from consilium.planner.plan import plan
+    from consilium.recipes.catalogue import recipe, systems
+    from consilium.training.loop import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConsiliumError",
+    "Engine",
+    "Tokenizer",
+    "__version__",
+    "build",
+    "evaluate",
+    "load",
+    "plan",
+    "recipe",
+    "save",
+    "systems",
+    "train",
+]
+
+_HOME = {
+    "ConsiliumError": "consilium.errors",
+    "Engine": "consilium.engine.engine",
+    "Tokenizer": "consilium.data.tokenizer",
+    "build": "consilium.model.build",
+    "evaluate": "consilium.evaluation.bits",
+    "load": "consilium.checkpoint.store",
+    "plan": "consilium.planner.plan",
+    "recipe": "consilium.recipes.catalogue",
+    "save": "consilium.checkpoint.store",
+    "systems": "consilium.recipes.catalogue",
+    "train": "consilium.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'consilium' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,8 +6,11 @@ Legend: B sequences, S new tokens, L keys visible to the pass (cached and new), 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+LatentPath = Literal["auto", "expanded", "absorbed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +22,10 @@ class Context:
     sin_BSR: Tensor
     mask_BSL: Tensor | None
     """bool, True where a query may look at a key; None is plain causal attention over the S new tokens."""
+    latent_path: LatentPath = "auto"
+    """How latent attention computes: by cost, or as told."""
+
+    @property
+    def keys(self) -> int:
+        """L: how many keys the pass sees."""
+        return self.position_BS.shape[1] if self.mask_BSL is None else self.mask_BSL.shape[-1]

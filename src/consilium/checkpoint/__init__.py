@@ -1,0 +1,1 @@
+"""Weights in and out in the Hugging Face layout, and training checkpoints that survive a crash."""

@@ -110,6 +110,9 @@ class Training:
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
     eval_every: PositiveInt | None = None
+    """Steps between validations; before the first and after the last step there is always one."""
+    eval_tokens: PositiveInt = 16_384
+    """Held-out tokens a domain that a validation reads at most."""
     recompute: bool = False
     """Recompute block activations in the backward pass instead of keeping them."""
 

@@ -1,0 +1,1 @@
+"""Generation: requests, sampling, and batches of sequences decoded against a cache."""

@@ -1,0 +1,1 @@
+"""Losses, bits per byte and simple language models to compare with."""

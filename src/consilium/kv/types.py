@@ -14,8 +14,12 @@ from torch import Tensor
 class LayerCache(Protocol):
     """One layer's slots. A token's slot is its position, so a row may be rewritten but never moves."""
 
-    def extend(self, position_BS: Tensor, new_BSC: Tensor) -> Tensor:
-        """Write the new rows at their slots and return rows [B, L, C] up to the longest sequence of the pass."""
+    def extend(self, position_BS: Tensor, new_BSC: Tensor, keys: int) -> Tensor:
+        """Write the new rows at their slots and return rows [B, L, C], L = keys, in the dtype of the new.
+
+        ``keys`` is one more than the largest position of the pass. It is an argument because whoever builds
+        the pass knows it, while reading it off ``position_BS`` would wait for the device once a layer.
+        """
         ...
 
 

@@ -1,0 +1,1 @@
+"""Blocks, the decoder and multi-token prediction, and the one place that builds them from a configuration."""

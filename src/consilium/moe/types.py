@@ -108,12 +108,19 @@ class Ticket:
     """int64: the token of each row."""
     weight_R: Tensor
     """float32 with gradient; ones where the weight was put on the input."""
-    tokens: int
+    row_R: Tensor
+    """int64: all rows, listed by token and then by choice: the fixed order in which a token adds them up."""
+    first_T: Tensor
+    """int64: where each token's rows begin in ``row_R``."""
+
+    @property
+    def tokens(self) -> int:
+        return self.first_T.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one layer says about its routing in one pass. Values, never buffers: recomputation cannot count twice."""
+    """What one layer says about its routing in one pass. Values, no buffers: recomputation cannot count twice."""
 
     losses: Mapping[str, Tensor]
     """Named balance losses, coefficients included, float32 scalars with gradient."""

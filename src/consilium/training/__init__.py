@@ -1,0 +1,1 @@
+"""The training loop: exact order, exact resume, nothing lost."""

@@ -1,0 +1,66 @@
+"""Builds the context of a pass: rotary tables and who may look at whom.
+
+Legend: B sequences, S new tokens, L keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from consilium.attention.types import Context
+from consilium.config.attention import GQA, MLA
+from consilium.ops.rope import rotary_tables
+
+
+def build_context(
+    config: GQA | MLA,
+    position_BS: Tensor,
+    *,
+    sequence_BS: Tensor | None = None,
+    valid_BS: Tensor | None = None,
+    cached: bool = False,
+) -> Context:
+    """The context of a pass over tokens at ``position_BS``.
+
+    Without a cache a token sees the valid tokens of its own document up to itself; documents are told apart
+    by ``sequence_BS``, and what is not ``valid_BS`` is seen by nobody.
+
+    With a cache a token sees the slots up to its own position. Every row of the batch is one sequence (no
+    ``sequence_BS``), and padding stands to the right and counts on the positions of its row: it lies behind
+    every token that matters and needs no mask.
+    """
+    if cached:
+        assert sequence_BS is None, "a cache holds one sequence a row, which packed documents are not"
+        mask_BSL = _slot_mask(position_BS)
+    else:
+        mask_BSL = _document_mask(position_BS, sequence_BS, valid_BS)
+    cos_BSR, sin_BSR = rotary_tables(config.rope, _rotated_width(config), position_BS)
+    return Context(position_BS, cos_BSR, sin_BSR, mask_BSL)
+
+
+def _document_mask(position_BS: Tensor, sequence_BS: Tensor | None, valid_BS: Tensor | None) -> Tensor | None:
+    one_document = sequence_BS is None or bool((sequence_BS == sequence_BS[:, :1]).all())
+    all_valid = valid_BS is None or bool(valid_BS.all())
+    if one_document and all_valid:
+        return None
+    batch, tokens = position_BS.shape
+    mask_BSL = torch.ones(batch, tokens, tokens, dtype=torch.bool, device=position_BS.device).tril()
+    if sequence_BS is not None:
+        mask_BSL &= sequence_BS[:, :, None] == sequence_BS[:, None, :]
+    return mask_BSL if valid_BS is None else mask_BSL & valid_BS[:, None, :]
+
+
+def _slot_mask(position_BS: Tensor) -> Tensor | None:
+    slot_L = torch.arange(int(position_BS.max()) + 1, device=position_BS.device)
+    if slot_L.shape[0] == position_BS.shape[1] and bool((position_BS == slot_L).all()):
+        return None
+    return slot_L <= position_BS[:, :, None]
+
+
+def _rotated_width(config: GQA | MLA) -> int:
+    match config:
+        case GQA():
+            return config.head_dim
+        case MLA():
+            return config.rope_dim

@@ -1,0 +1,114 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1 and appendix C).
+
+Legend: B sequences, S new tokens, L keys, D hidden, H heads, N width of a head without position, R width of
+the rotated part (one rotated key is shared by all heads), V width of a value, Z rank of the key/value
+latent, C = Z + R cached values a token.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from consilium.attention.types import Context
+from consilium.config.attention import MLA
+from consilium.kv.types import LayerCache
+from consilium.ops.attention import attend, attend_latent
+from consilium.ops.linear import Linear
+from consilium.ops.norm import RMSNorm
+from consilium.ops.rope import rotate
+
+
+@final
+class LatentAttention(nn.Module):
+    """Attention whose keys and values are functions of one small latent a token, which is all that is cached.
+
+    A cached row is [latent after its norm | shared key after its rotation]. There are two ways to the same
+    values. Expanded: latents become the keys and values of every head (training and prompts). Absorbed:
+    (q W_UK) c = q (W_UK c), so queries move into the latent space and attend to the cached rows themselves.
+    W_UK and W_UV stay two views of ``kv_up``; fused into their neighbours they would be larger, not smaller.
+    """
+
+    def __init__(self, config: MLA, hidden_size: int, norm_epsilon: float) -> None:
+        super().__init__()
+        self.config = config
+        queries = config.heads * (config.nope_dim + config.rope_dim)
+        if config.q_rank is None:
+            self.q = Linear(hidden_size, queries)
+        else:
+            self.q_down = Linear(hidden_size, config.q_rank)
+            self.q_norm = RMSNorm(config.q_rank, norm_epsilon)
+            self.q_up = Linear(config.q_rank, queries)
+        self.kv_down = Linear(hidden_size, config.kv_rank + config.rope_dim)
+        self.kv_norm = RMSNorm(config.kv_rank, norm_epsilon)
+        self.kv_up = Linear(config.kv_rank, config.heads * (config.nope_dim + config.v_dim))
+        self.o = Linear(config.heads * config.v_dim, hidden_size)
+
+    def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """Attend over the new tokens, or over the cache once they are written to it: [B, S, D]."""
+        nope_BSHN, rope_BSHR = self._queries(x_BSD, context)
+        rows_BLC = self._rows(x_BSD, context)
+        if cache is not None:
+            rows_BLC = cache.extend(context.position_BS, rows_BLC, context.keys)
+        if self._absorbs(context, cached=cache is not None):
+            y_BSHV = self._absorbed(nope_BSHN, rope_BSHR, rows_BLC, context)
+        else:
+            y_BSHV = self._expanded(nope_BSHN, rope_BSHR, rows_BLC, context)
+        return self.o(y_BSHV.flatten(-2))
+
+    def _queries(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries of every head, the part without position and the rotated part."""
+        config = self.config
+        flat_BSX = self.q(x_BSD) if config.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
+        widths = (config.nope_dim, config.rope_dim)
+        nope_BSHN, rope_BSHR = flat_BSX.unflatten(-1, (config.heads, -1)).split(widths, -1)
+        return nope_BSHN, self._rotated(rope_BSHR, context)
+
+    def _rows(self, x_BSD: Tensor, context: Context) -> Tensor:
+        """What is cached of the new tokens, [B, S, C]. The shared key has no norm."""
+        latent_BSZ, key_BSR = self.kv_down(x_BSD).split((self.config.kv_rank, self.config.rope_dim), -1)
+        return torch.cat((self.kv_norm(latent_BSZ), self._rotated(key_BSR[:, :, None], context)[:, :, 0]), -1)
+
+    def _rotated(self, x_BSHR: Tensor, context: Context) -> Tensor:
+        return rotate(x_BSHR, context.cos_BSR, context.sin_BSR, interleaved=self.config.rope.interleaved)
+
+    def _absorbs(self, context: Context, *, cached: bool) -> bool:
+        """Few new tokens on a longer cache absorb; a fresh prompt has nothing to expand twice."""
+        match context.latent_path:
+            case "expanded":
+                return False
+            case "absorbed":
+                return True
+            case "auto":
+                tokens = context.position_BS.shape[1]
+                return cached and tokens < context.keys and tokens < self.config.absorb_below
+
+    def _expanded(self, nope_BSHN: Tensor, rope_BSHR: Tensor, rows_BLC: Tensor, context: Context) -> Tensor:
+        config = self.config
+        latent_BLZ, key_BLR = rows_BLC.split((config.kv_rank, config.rope_dim), -1)
+        widths = (config.nope_dim, config.v_dim)
+        key_BLHN, v_BLHV = self.kv_up(latent_BLZ).unflatten(-1, (config.heads, -1)).split(widths, -1)
+        shared_BLHR = key_BLR[:, :, None].expand(-1, -1, config.heads, -1)
+        y_BHSV = attend(
+            torch.cat((nope_BSHN, rope_BSHR), -1).transpose(1, 2),
+            torch.cat((key_BLHN, shared_BLHR), -1).transpose(1, 2),
+            v_BLHV.transpose(1, 2),
+            mask_BSL=context.mask_BSL,
+            scale=config.softmax_scale,
+        )
+        return y_BHSV.transpose(1, 2)
+
+    def _absorbed(self, nope_BSHN: Tensor, rope_BSHR: Tensor, rows_BLC: Tensor, context: Context) -> Tensor:
+        config = self.config
+        up_HXZ = self.kv_up.weight.to(rows_BLC.dtype).unflatten(0, (config.heads, -1))
+        key_up_HNZ, value_up_HVZ = up_HXZ.split((config.nope_dim, config.v_dim), 1)
+        latent_BSHZ = torch.einsum("bshn,hnz->bshz", nope_BSHN, key_up_HNZ)
+        y_BHSC = attend_latent(
+            torch.cat((latent_BSHZ, rope_BSHR), -1).transpose(1, 2),
+            rows_BLC,
+            mask_BSL=context.mask_BSL,
+            scale=config.softmax_scale,
+        )
+        return torch.einsum("bhsz,hvz->bshv", y_BHSC[..., : config.kv_rank], value_up_HVZ)

@@ -1,0 +1,77 @@
+"""Arguments of the verbs: a parser whose mistakes are one sentence, numbers with units."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from types import MappingProxyType
+from typing import NoReturn, final
+
+from consilium.errors import ConsiliumError, nearest
+
+_COUNTS = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12})
+_BYTES = MappingProxyType(
+    {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    | {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+)
+
+
+@final
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are ConsiliumErrors naming the nearest option."""
+
+    def __init__(self, *, prog: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConsiliumError(f"{self.prog}: {message}; {self.prog} --help shows the arguments.")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse ``argv``. Raises ConsiliumError for anything that the verb does not know."""
+        options, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            raise ConsiliumError(self._unknown(unknown))
+        return options
+
+    def _unknown(self, words: Sequence[str]) -> str:
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not flags:
+            return f"{self.prog}: unexpected argument {words[0]!r}; {self.prog} --help shows the arguments."
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(flags[0], known, n=1, cutoff=0.5)
+        hint = nearest(flags[0], close) if close else f" {self.prog} --help lists the options."
+        return f"{self.prog}: unknown option {flags[0]}.{hint}"
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``: one JSON object on standard output and nothing else there."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def count(text: str) -> int:
+    """Read a positive number of things: ``8M``, ``8.1T``, ``32k``, ``1000``."""
+    return _scaled(text, _COUNTS, "a positive count such as 8M, 8.1T or 32k")
+
+
+def size(text: str) -> int:
+    """Read a positive number of bytes: ``24GiB``, ``80GB``, ``512MiB``, ``1000``."""
+    return _scaled(text, _BYTES, "a positive size such as 24GiB or 80GB")
+
+
+def _scaled(text: str, units: MappingProxyType[str, int], wanted: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    value = Decimal(match[1]) * units[match[2]]
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return int(value)

@@ -1,0 +1,192 @@
+"""What ``consilium bench`` can measure: paired runs on this machine, each giving one record.
+
+Contestants take turns within one run, so that a machine whose speed drifts favours nobody; medians are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from consilium.checkpoint.hf_config import to_hugging_face
+from consilium.config.model import MTP, Model
+from consilium.config.training import AdamW
+from consilium.data.batch import Batch
+from consilium.engine.engine import Engine
+from consilium.errors import ConsiliumError
+from consilium.evaluation.loss import Share, training_loss
+from consilium.model.build import build, torch_dtype
+from consilium.model.types import Options
+from consilium.moe.types import Mode
+from consilium.recipes import catalogue
+from consilium.recipes.variants import dense_twin
+from consilium.records.bench import Figure
+from consilium.training.optimizer import build_optimizer
+from consilium.training.precision import faster_dtype
+
+Contestant = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A training micro-batch and how often to repeat it."""
+
+    model: Model
+    batch: int
+    length: int
+    repeats: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+def shapes() -> Mapping[str, Shape]:
+    """Training benchmarks by name. Without multi-token prediction, which the rival does not train."""
+    tiny = dataclasses.replace(catalogue.recipe("deepseek-v3", "tiny"), mtp=MTP())
+    yardstick = dataclasses.replace(catalogue.recipe("deepseek-v3", "1b"), layers=4)
+    return {
+        "train-tiny": Shape(tiny, 8, 256, 15),
+        "train-1b": Shape(yardstick, 4, 512, 5),
+    }
+
+
+def training(name: str, against: str | None) -> tuple[Figure, ...]:
+    """Tokens a second of whole optimizer steps: forward, backward, clip, AdamW."""
+    shape = shapes()[name]
+    contestants: dict[str, Contestant] = {"consilium": ours(shape)}
+    if against == "transformers":
+        contestants |= transformers(shape)
+    speeds = take_turns(contestants, shape.repeats, shape.tokens)
+    return figures(speeds, "tokens/s")
+
+
+def dense_against_moe(repeats: int = 15) -> tuple[Figure, ...]:
+    """The tiny MoE beside a dense model of the same active parameters: steps of the same tokens."""
+    tiny = shapes()["train-tiny"]
+    twin = dataclasses.replace(tiny, model=dense_twin(tiny.model))
+    return figures(take_turns({"moe": ours(tiny), "dense twin": ours(twin)}, repeats, tiny.tokens), "tokens/s")
+
+
+def decoding(name: str, repeats: int = 5) -> tuple[Figure, ...]:
+    """Tokens a second of greedy decoding at batch 1 and 8 after a prompt of 64 tokens."""
+    engine = Engine(build(shapes()[name.replace("decode", "train")].model))
+    prompt = list(range(1, 65))
+    speeds: dict[str, list[float]] = {}
+    for batch in (1, 8):
+        run = _decode(engine, [prompt] * batch, 32)
+        speeds |= take_turns({f"batch {batch}": run}, repeats, 32 * batch)
+    return figures(speeds, "tokens/s")
+
+
+def _decode(engine: Engine, prompts: Sequence[list[int]], new: int) -> Contestant:
+    return lambda: engine.complete(prompts, max_tokens=new)
+
+
+def ours(shape: Shape) -> Contestant:
+    """One training step of this library on random tokens, in the dtype that is faster here."""
+    model = build(shape.model)
+    optimizer = build_optimizer(model, AdamW())
+    ids_BS = _ids(shape)
+    batch = Batch(
+        ids_BS=ids_BS,
+        targets_BS=ids_BS.roll(-1, 1),
+        sequence_BS=torch.zeros_like(ids_BS),
+        position_BS=torch.arange(shape.length).expand_as(ids_BS),
+        valid_BS=torch.ones_like(ids_BS, dtype=torch.bool),
+    )
+    options = Options(mode=Mode(training=True), dtype=torch_dtype(faster_dtype()))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        training_loss(model, batch, Share(shape.tokens, 1), options=options).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def transformers(shape: Shape) -> dict[str, Contestant]:
+    """The same step in transformers: every experts implementation that runs here, in float32 and bfloat16 autocast."""
+    try:
+        library: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise ConsiliumError(
+            "bench: --against transformers needs the package: pip install 'consilium-moe[bench]'."
+        ) from None
+    ids_BS = _ids(shape)
+    found: dict[str, Contestant] = {}
+    for experts in ("grouped_mm", "batched_mm"):
+        config = library.DeepseekV3Config(**to_hugging_face(shape.model, dtype="float32"))
+        model = library.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", experts_implementation=experts
+        ).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for cast in (False, True):
+            kind = "bf16 autocast" if cast else "fp32"
+            found[f"transformers {library.__version__} {experts} {kind}"] = _theirs(model, optimizer, ids_BS, cast)
+        if shape.tokens * shape.model.hidden_size > 2**20:
+            break  # batched_mm gathers a weight matrix a token: beyond memory at this size
+    return found
+
+
+def _theirs(model: Any, optimizer: torch.optim.Optimizer, ids_BS: torch.Tensor, cast: bool) -> Contestant:
+    targets_T = ids_BS.roll(-1, 1).flatten()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            logits_BSV = model(ids_BS, use_cache=False).logits
+        F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_T).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _ids(shape: Shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(shape.model.vocab_size, (shape.batch, shape.length), generator=generator)
+
+
+def take_turns(contestants: Mapping[str, Contestant], repeats: int, tokens: int) -> dict[str, list[float]]:
+    """Run all once to warm up, then in turn; return tokens a second of each run by contestant."""
+    for run in contestants.values():
+        run()
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            begun = time.perf_counter()
+            run()
+            speeds[name].append(tokens / (time.perf_counter() - begun))
+    return speeds
+
+
+def figures(speeds: Mapping[str, Sequence[float]], unit: str) -> tuple[Figure, ...]:
+    """One figure a contestant; the first is compared with the best of the others."""
+    first, *rivals = speeds
+    best = max(rivals, key=lambda name: statistics.median(speeds[name]), default=None)
+    found = []
+    for name, values in speeds.items():
+        compared = best if name == first else None
+        found.append(
+            Figure(
+                name=name,
+                unit=unit,
+                median=statistics.median(values),
+                minimum=min(values),
+                maximum=max(values),
+                n=len(values),
+                against=compared,
+                ratio=None if compared is None else statistics.median(values) / statistics.median(speeds[compared]),
+            )
+        )
+    return tuple(found)

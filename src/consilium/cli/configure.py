@@ -1,0 +1,119 @@
+"""From the options of ``train`` and ``demo`` to a complete training configuration and a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from consilium.cli.arguments import count
+from consilium.config import io
+from consilium.config.model import Model
+from consilium.config.training import AdamW, Data, Training
+from consilium.config.training import Path as PathSource
+from consilium.errors import ConsiliumError
+from consilium.planner.dial import scale_to
+from consilium.recipes import catalogue
+from consilium.recipes.variants import with_balance
+from consilium.training import budget
+from consilium.training.precision import faster_dtype
+
+
+def training_arguments(parser: ArgumentParser) -> None:
+    """Everything about a run but its model and folder."""
+    parser.add_argument("--data", metavar="PATH", help=".txt, .md, .py, .jsonl or a folder; default: built-in text")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
+    length.add_argument("--minutes", type=float, metavar="M", help="calibrated once into steps; default 3")
+    length.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, such as 2M")
+    parser.add_argument("--params", type=count, metavar="N", help="scale the recipe to about N parameters, such as 8M")
+    parser.add_argument("--batch", type=int, metavar="B", help="sequences a step")
+    parser.add_argument("--seq", type=int, metavar="S", help="tokens a sequence")
+    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
+    parser.add_argument("--balance", metavar="NAME", help="none, switch, sequence, bias, bias-linear, adaptive, switch-z")
+    parser.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--eval-every", type=int, metavar="N", help="steps between validations")
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="default 0")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all cores")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto measures")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, such as model.moe.router.select.k=2"
+    )
+
+
+def training_config(model: str, options: Namespace) -> Training:
+    """The configuration that ``model`` (a recipe or a YAML file) and the options describe; ``steps`` is still open."""
+    path = Path(model)
+    base = io.read_yaml(Training, path) if path.suffix in (".yaml", ".yml") else _from_recipe(model)
+    config = _apply(base, options)
+    assignments = dict(_assignment(text) for text in options.set)
+    return io.replace(config, assignments) if assignments else config
+
+
+def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
+    if options.steps is not None:
+        return budget.Steps(options.steps)
+    if options.tokens is not None:
+        return budget.Tokens(options.tokens)
+    if options.minutes is not None:
+        if options.minutes <= 0:
+            raise ConsiliumError(f"--minutes {options.minutes:g} is not positive; give the minutes to train for.")
+        return budget.Minutes(options.minutes)
+    return default
+
+
+def _from_recipe(name: str) -> Training:
+    found, size = catalogue.parse(name)
+    return Training(model=found.model(size), steps=1)
+
+
+def _apply(base: Training, options: Namespace) -> Training:
+    model = _model(base.model, options)
+    data = dataclasses.replace(
+        base.data,
+        **_given(
+            source=PathSource(path=options.data) if options.data else None,
+            sequence_length=options.seq,
+        ),
+    )
+    optimizer = dataclasses.replace(base.optimizer, **_given(learning_rate=options.lr))
+    changes = _given(
+        batch=options.batch,
+        save_every=options.save_every,
+        eval_every=options.eval_every,
+        seed=options.seed,
+        threads=options.threads,
+        dtype=faster_dtype() if options.dtype == "auto" else options.dtype,
+    )
+    return _checked(base, model=model, data=data, optimizer=optimizer, **changes)
+
+
+def _checked(base: Training, **changes: Model | Data | AdamW | int | str) -> Training:
+    """``dataclasses.replace`` whose mistakes are sentences."""
+    data = io.to_data(base) | {k: io.to_data(v) if dataclasses.is_dataclass(v) else v for k, v in changes.items()}
+    return io.from_data(Training, data, where="train")
+
+
+def _model(model: Model, options: Namespace) -> Model:
+    if options.params is not None:
+        model = scale_to(model, options.params)
+    return model if options.balance is None else with_balance(model, options.balance)
+
+
+def _given(**values: object) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConsiliumError(f"--set {text!r} has no '='; write --set key.path=value.")
+    return key, value
+
+
+DEMO_MODEL = "deepseek-v3:tiny"
+
+
+def demo_config() -> Training:
+    """The demo's configuration but for its steps."""
+    return _from_recipe(DEMO_MODEL)

@@ -1,0 +1,106 @@
+"""The terminal's view of a run: a live page where there is a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from consilium.records.loads import max_over_mean
+from consilium.training.events import Evaluated, Event, Finished, Notice, Saved, Started, Stepped
+from consilium.training.measures import layer_ratios
+
+BARS = " ▁▂▃▄▅▆▇█"
+FULL = 2.0
+"""Load, in fair shares, that fills a bar."""
+
+QUIET_SECONDS = 10.0
+
+
+def load_bars(loads: list[int]) -> str:
+    """One character an expert: empty is dead, half full is a fair share, full is twice that or more."""
+    total = sum(loads)
+    shares = [count * len(loads) / total if total else 0.0 for count in loads]
+    return "".join(_bar(share) for share in shares)
+
+
+def _bar(share: float) -> str:
+    if share == 0:
+        return "·"
+    return BARS[min(len(BARS) - 1, max(1, round(share / FULL * (len(BARS) - 1))))]
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@final
+class Page:
+    """A listener. Use it as a context manager, so that the terminal is given back whatever happens."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._started: Started | None = None
+        self._bits: float | None = None
+        self._printed = 0.0
+
+    def __enter__(self) -> Page:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._started = event
+                self._print(f"model      {event.parameters:,} parameters; run folder {event.out}")
+            case Stepped():
+                self._stepped(event)
+            case Evaluated(step=step, evaluation=evaluation):
+                self._bits = evaluation.bits_per_byte
+                parts = "  ".join(f"{name} {bits:.2f}" for name, bits in evaluation.domains.items())
+                self._print(f"step {step:>5}  held-out bits per byte {evaluation.bits_per_byte:.3f}   ({parts})")
+            case Saved(folder=folder):
+                self._print(f"saved      {folder}")
+            case Notice(text=text):
+                self._print(text)
+            case Finished():
+                pass
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _stepped(self, event: Stepped) -> None:
+        if self._live is not None:
+            self._live.update(Group(self._line(event), _load_table(event)))
+        elif time.monotonic() - self._printed > QUIET_SECONDS:
+            self._printed = time.monotonic()
+            worst = max(layer_ratios(event.result.loads).values(), default=1.0)
+            self._print(f"{self._line(event)}  max/mean {worst:.2f}")
+
+    def _line(self, event: Stepped) -> Text:
+        steps = self._started.config.steps if self._started else event.step
+        bits = "" if self._bits is None else f"  held-out {self._bits:.3f} bits/byte"
+        return Text(
+            f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%  loss {event.result.loss:.3f}{bits}"
+            f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
+        )
+
+
+def _load_table(event: Stepped) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("expert load", Text("half a bar is a fair share, · is idle", style="dim"), "max/mean")
+    for layer, load in event.result.loads.items():
+        counts = load.load_E.tolist()
+        table.add_row(f"layer {layer}", load_bars(counts), f"{max_over_mean(counts):.2f}")
+    return table

@@ -1,0 +1,110 @@
+"""The command: a table of verbs, each imported when it is called, and one sentence for a user's mistake."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
+
+from consilium.cli.arguments import Parser
+from consilium.errors import ConsiliumError, nearest
+
+_MISTAKE = 2
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+class Verb(NamedTuple):
+    """What is known of a verb before it is imported."""
+
+    help: str
+    example: str
+
+
+class VerbModule(Protocol):
+    """``consilium.cli.<verb>``: declares its arguments, then runs with them and returns the exit code."""
+
+    def arguments(self, parser: ArgumentParser) -> None: ...
+    def run(self, options: Namespace) -> int: ...
+
+
+VERBS = MappingProxyType(
+    {
+        "demo": Verb("train a small DeepSeek-V3 on built-in text and show how", "consilium demo --minutes 3"),
+        "systems": Verb("list the published systems and explain one", "consilium systems deepseek-v3"),
+        "plan": Verb("parameters, FLOPs and memory of a model", "consilium plan deepseek-v3 --fit 80GiB"),
+        "train": Verb("train a model", "consilium train deepseek-v3:tiny --out runs/first --minutes 2"),
+        "eval": Verb("bits per byte of a model on text", "consilium eval runs/demo --data notes.txt"),
+        "generate": Verb("continue a prompt", 'consilium generate runs/demo --prompt "def add("'),
+        "chat": Verb("talk to a model in the terminal", "consilium chat runs/demo"),
+        "bench": Verb("measure speed on this machine", "consilium bench --json"),
+        "doctor": Verb("check this machine and this installation", "consilium doctor"),
+    }
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 after a user's mistake, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except ConsiliumError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _MISTAKE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`). Python flushes standard output again at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return code
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"consilium {version('consilium-moe')}")
+        return 0
+    name = words[0]
+    if name not in VERBS:
+        raise ConsiliumError(_unknown(name))
+    return _run(name, words[1:])
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("-"):
+        return f"unknown option {name!r}.{nearest(name, ('--help', '--version'))}"
+    return f"unknown verb {name!r}.{nearest(name, VERBS)}"
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    verb = VERBS[name]
+    module = cast(VerbModule, importlib.import_module(f"consilium.cli.{name}"))
+    parser = Parser(
+        prog=f"consilium {name}", description=f"{verb.help[0].upper()}{verb.help[1:]}.", example=verb.example
+    )
+    module.arguments(parser)
+    try:
+        options = parser.read(words)
+    except SystemExit as stop:  # argparse leaves this way after --help
+        return stop.code if isinstance(stop.code, int) else 0
+    return module.run(options)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items())
+    return (
+        "Mixture-of-Experts language models: build, train, study and run them.\n\n"
+        f"usage: consilium VERB ...\n\n{verbs}\n\n"
+        "options:\n  --help     this text; consilium VERB --help explains a verb\n  --version  the version"
+    )

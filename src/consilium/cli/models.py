@@ -1,0 +1,79 @@
+"""MODEL on the command line: what names a configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import cast
+
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError
+from consilium.recipes.catalogue import names, parse, recipe
+
+
+def read_model(text: str) -> Model:
+    """Return the configuration that MODEL names: ``name[:size]``, a .yaml file, or a folder with one.
+
+    A recipe's name wins over a folder of the same name; write ``./name`` for the folder. Raises
+    ConsiliumError when it is neither.
+    """
+    path = Path(text)
+    if text.partition(":")[0] not in names():
+        if path.is_dir():
+            return _read_folder(path)
+        if path.suffix in (".yaml", ".yml"):
+            return _read_yaml(path)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+            raise ConsiliumError(
+                f"there is no folder {text!r}, and names on the Hugging Face hub are not fetched;"
+                f" run 'hf download {text} --local-dir {path.name}' and give the folder {path.name}."
+            )
+    return recipe(text)
+
+
+def full_name(text: str) -> str:
+    """Return MODEL with the size it means: ``deepseek-v3:671b`` for ``deepseek-v3``, a path as it is."""
+    if text.partition(":")[0] not in names():
+        return text
+    found, size = parse(text)
+    return f"{found.name}:{size}"
+
+
+def _read_yaml(path: Path) -> Model:
+    """Read a model, or the model of a complete training run."""
+    from consilium.config.io import from_yaml
+    from consilium.config.training import Training
+
+    text = _read(path)
+    if re.search(r"^model:", text, re.MULTILINE):
+        return from_yaml(Training, text, where=str(path)).model
+    return from_yaml(Model, text, where=str(path))
+
+
+def _read_folder(folder: Path) -> Model:
+    """Read a run folder's config.yaml, or the ``consilium`` key of a checkpoint folder's config.json."""
+    from consilium.config.io import from_data
+
+    if (folder / "config.yaml").is_file():
+        return _read_yaml(folder / "config.yaml")
+    config = folder / "config.json"
+    try:
+        data: object = json.loads(_read(config))
+    except ValueError as error:
+        raise ConsiliumError(f"{config} is not valid JSON ({error}); restore it.") from None
+    if not isinstance(data, dict) or "consilium" not in data:
+        raise ConsiliumError(f"{config} has no key 'consilium', so it does not describe a model of ours.")
+    described = cast("dict[str, object]", data)["consilium"]
+    return from_data(Model, described, where=str(config))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConsiliumError(
+            f"cannot read {path}: {error.strerror}; give a recipe, a folder or a .yaml file."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConsiliumError(f"{path} is not UTF-8 text; give the configuration of a model.") from None

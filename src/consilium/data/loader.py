@@ -1,0 +1,148 @@
+"""What a model is fed: training rows as a pure function of corpus, seed and step, and held-out windows.
+
+Legend: B rows, S tokens a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consilium.data.batch import Batch
+from consilium.data.corpus import Corpus
+from consilium.data.encoding import TokenizedText
+from consilium.data.packing import PackedDomain, Row
+from consilium.data.schedule import DomainSchedule
+from consilium.data.syntax import UNKNOWN
+from consilium.data.windows import Windows, cut_windows, limit_windows
+from consilium.errors import ConsiliumError
+
+
+@final
+class Loader:
+    """Deals rows from the domains in proportion to size ** temperature. Resuming at a step needs nothing but it."""
+
+    def __init__(
+        self, corpus: Corpus, *, sequence_length: int, batch: int, seed: int, temperature: float = 0.5
+    ) -> None:
+        """``batch`` is global, in rows. Raises ConsiliumError when no domain fills one sequence."""
+        counts = {domain: text.token_count for domain, text in corpus.train.items()}
+        long_enough = {domain: count for domain, count in counts.items() if count >= sequence_length}
+        if not long_enough:
+            raise ConsiliumError(_too_short(counts, sequence_length))
+        self.domains: tuple[str, ...] = tuple(long_enough)
+        self.notices: tuple[str, ...] = tuple(
+            f"domain {domain!r} is left out of training: {count} tokens do not fill one sequence of {sequence_length}"
+            for domain, count in counts.items()
+            if domain not in long_enough
+        )
+        self._batch = batch
+        self._packed = [PackedDomain(corpus.train[d], sequence_length, seed, d) for d in self.domains]
+        self._schedule = DomainSchedule(list(long_enough.values()), temperature)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over all training text, were the domains dealt by size."""
+        return sum(packed.rows_per_epoch for packed in self._packed)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of the rows that each domain gets."""
+        return dict(zip(self.domains, self._schedule.shares, strict=True))
+
+    def batch(self, step: int) -> Batch:
+        """Return the global batch of ``step``, counted from 0."""
+        return self.micro(step, 0, 1)
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        """Return part ``index`` of ``count`` equal parts of the batch of ``step``; joined they are the batch."""
+        assert self._batch % count == 0 and 0 <= index < count
+        size = self._batch // count
+        first = step * self._batch + index * size
+        return _stack([self._row(number) for number in range(first, first + size)])
+
+    def row_domains(self, step: int) -> tuple[str, ...]:
+        """Return the domain of each row of the batch of ``step``."""
+        first = step * self._batch
+        return tuple(self.domains[self._schedule.row(first + row)[0]] for row in range(self._batch))
+
+    def _row(self, number: int) -> Row:
+        domain, rank = self._schedule.row(number)
+        return self._packed[domain].row(rank)
+
+
+def _too_short(counts: dict[str, int], sequence_length: int) -> str:
+    available = max(counts.values())
+    return (
+        f"data: the training text is too short: its largest domain has {available} tokens and one sequence needs"
+        f" {sequence_length}; give more text or set --seq to {available} or less."
+    )
+
+
+def _stack(rows: list[Row]) -> Batch:
+    ids_BS = torch.from_numpy(np.stack([row.ids_S for row in rows]))
+    return Batch(
+        ids_BS=ids_BS,
+        targets_BS=torch.from_numpy(np.stack([row.targets_S for row in rows])),
+        sequence_BS=torch.from_numpy(np.stack([row.sequence_S for row in rows])),
+        position_BS=torch.from_numpy(np.stack([row.position_S for row in rows])),
+        valid_BS=torch.ones_like(ids_BS, dtype=torch.bool),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledBatch:
+    """Windows of one domain. Bits per byte is the sum of -log2 p of all targets over the sum of ``bytes_BS``."""
+
+    batch: Batch
+    """One window a row, padded on the right; targets are the text's tokens, never the EOS that closes it."""
+    domain: str
+    bytes_BS: Tensor
+    """int64 bytes of UTF-8 behind each target, 0 where there is none."""
+    syntax_BS: Tensor
+    """int64 index into syntax.CLASSES of each input token, -1 where unknown."""
+
+
+def held_out_batches(
+    corpus: Corpus, domain: str, sequence_length: int, batch: int, *, limit_tokens: int | None = None
+) -> Iterator[LabelledBatch]:
+    """Yield the held-out windows of ``domain``, ``batch`` rows at a time.
+
+    A document is predicted from its opening EOS on, every token once; a window's first input is the last token of the
+    window before, with no more context than that. With ``limit_tokens`` windows spread evenly over the documents are
+    taken while their targets do not exceed it, at least one window.
+    """
+    text = corpus.held_out[domain]
+    windows = limit_windows(cut_windows(text, sequence_length), limit_tokens)
+    sizes_V = corpus.tokenizer.sizes_V
+    for start in range(0, len(windows.first_W), batch):
+        rows = slice(start, start + batch)
+        yield _label(text, domain, sizes_V, Windows(windows.first_W[rows], windows.length_W[rows]))
+
+
+def _label(text: TokenizedText, domain: str, sizes_V: NDArray[np.int64], windows: Windows) -> LabelledBatch:
+    first_B, length_B = windows.first_W, windows.length_W
+    position_S = np.arange(length_B.max())
+    valid_BS = position_S < length_B[:, None]
+    # Padding repeats the window's first token: any valid id will do.
+    source_BS = np.where(valid_BS, first_B[:, None] + position_S, first_B[:, None])
+    target_BS = text.ids_T[np.where(valid_BS, source_BS + 1, source_BS)].astype(np.int64)
+    batch = Batch(
+        ids_BS=torch.from_numpy(text.ids_T[source_BS].astype(np.int64)),
+        targets_BS=torch.from_numpy(np.where(valid_BS, target_BS, -1)),
+        sequence_BS=torch.zeros(valid_BS.shape, dtype=torch.int64),
+        position_BS=torch.from_numpy(np.where(valid_BS, position_S, 0)),
+        valid_BS=torch.from_numpy(valid_BS),
+    )
+    return LabelledBatch(
+        batch=batch,
+        domain=domain,
+        bytes_BS=torch.from_numpy(np.where(valid_BS, sizes_V[target_BS], 0)),
+        syntax_BS=torch.from_numpy(np.where(valid_BS, text.syntax_T[source_BS], UNKNOWN).astype(np.int64)),
+    )

@@ -1,0 +1,52 @@
+"""Which domain each row of training comes from, in closed form, so that a resumed run needs no state.
+
+Legend: D domains, P rows a period.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+PERIOD = 1024
+
+
+@final
+class DomainSchedule:
+    """Rows of ``PERIOD`` repeat; inside a period domain d has its fixed number of rows, evenly spread."""
+
+    def __init__(self, sizes: Sequence[int], temperature: float) -> None:
+        """``sizes`` are tokens a domain; domain d gets rows in proportion to size ** temperature, at least one."""
+        counts_D = _apportion(np.array(sizes, dtype=np.float64) ** temperature, PERIOD)
+        # The i-th of n rows stands at (i + 1/2) / n of the period; ties go to the earlier domain.
+        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts_D])
+        owners = np.repeat(np.arange(len(sizes)), counts_D)
+        self._domain_P: NDArray[np.int64] = owners[np.argsort(places, kind="stable")]
+        ranks_PD = np.cumsum(self._domain_P[:, None] == np.arange(len(sizes)), axis=0)
+        self._rank_P: NDArray[np.int64] = ranks_PD[np.arange(PERIOD), self._domain_P] - 1
+        self._counts_D: NDArray[np.int64] = counts_D
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Fraction of the rows of each domain."""
+        return tuple(float(count) / PERIOD for count in self._counts_D)
+
+    def row(self, number: int) -> tuple[int, int]:
+        """Return (domain, how many rows of that domain came before) of the ``number``-th row of the run."""
+        period, place = divmod(number, PERIOD)
+        domain = int(self._domain_P[place])
+        return domain, period * int(self._counts_D[domain]) + int(self._rank_P[place])
+
+
+def _apportion(weights_D: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Give each domain one row and share out the others by largest remainder."""
+    free = total - len(weights_D)
+    assert free >= 0, f"{len(weights_D)} domains exceed a period of {total} rows"
+    exact_D = weights_D / weights_D.sum() * free
+    counts_D = np.floor(exact_D).astype(np.int64)
+    order = np.argsort(counts_D - exact_D, kind="stable")
+    counts_D[order[: free - int(counts_D.sum())]] += 1
+    return counts_D + 1

@@ -1,0 +1,73 @@
+"""A preallocated cache: every sequence of a batch owns ``capacity`` slots in every layer.
+
+One class serves grouped-query and latent attention, since the contract is rows of C values and only
+attention knows what they hold.
+
+Legend: B sequences, N slots a sequence, S new tokens, L slots in use, C cached values a token.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from consilium.errors import ConsiliumError
+
+
+@final
+class DenseLayer:
+    """The slots of one layer, [B, N, C].
+
+    Invariant: slot j of a sequence holds the row of its token j, for every j below its length. Slots from its
+    length on hold zeros or what padding wrote there. They are finite, because a masked weight of 0 times NaN
+    is NaN; they are never seen, because no query looks past its own position; and the token that comes to own
+    such a slot writes it before it is read. So right padding simply counts on the positions of its row.
+    """
+
+    def __init__(self, rows_BNC: Tensor) -> None:
+        self._rows_BNC = rows_BNC
+        self._sequence_B1 = torch.arange(rows_BNC.shape[0], device=rows_BNC.device)[:, None]
+
+    def extend(self, position_BS: Tensor, new_BSC: Tensor, keys: int) -> Tensor:
+        """Write [B, S, C] at the slots ``position_BS`` and return a view of the first ``keys`` slots.
+
+        Rows carry no gradient. Raises ConsiliumError when ``keys`` exceeds the capacity.
+        """
+        capacity = self._rows_BNC.shape[1]
+        if keys > capacity:
+            raise ConsiliumError(
+                f"cache: a sequence needs {keys} slots but the cache was allocated with {capacity};"
+                " ask for fewer new tokens or allocate a larger capacity."
+            )
+        self._rows_BNC[self._sequence_B1, position_BS] = new_BSC.detach().to(self._rows_BNC.dtype)
+        return self._rows_BNC[:, :keys].to(new_BSC.dtype)
+
+
+@final
+class DenseCache:
+    """All layers of a batch of sequences, allocated at once. Meets ``kv.types.Cache``."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        capacity: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._layers = tuple(
+            torch.zeros(batch, capacity, width, dtype=dtype, device=device) for _ in range(layers)
+        )
+
+    def layer(self, index: int) -> DenseLayer:
+        """The slots of one layer."""
+        return DenseLayer(self._layers[index])
+
+    @property
+    def bytes(self) -> int:
+        """Memory held: layers * batch * capacity * width * bytes a value."""
+        return sum(rows_BNC.nbytes for rows_BNC in self._layers)

@@ -1,0 +1,89 @@
+"""A decoder block: attention and a feed-forward network, each behind a norm and a residual.
+
+Legend: B sequences, S tokens, D hidden size, T = B * S flat tokens.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from consilium.attention.build import build_attention
+from consilium.attention.types import Context
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import Model
+from consilium.config.moe import MoE
+from consilium.kv.types import LayerCache
+from consilium.model.types import BlockResult
+from consilium.moe.layer import MoELayer
+from consilium.moe.types import Mode, Tokens
+from consilium.ops.feed_forward import feed_forward
+from consilium.ops.linear import Linear
+from consilium.ops.norm import RMSNorm
+
+
+@final
+class DenseNetwork(nn.Module):
+    """The dense feed-forward network; gate and up are one matrix when the activation is gated."""
+
+    def __init__(self, config: FeedForward, hidden_size: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up = Linear(hidden_size, (config.matrices - 1) * config.width)
+        self.down = Linear(config.width, hidden_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return feed_forward(x_TD, self.up.weight, self.down.weight, self.activation)
+
+
+@final
+class DenseBlock(nn.Module):
+    def __init__(self, config: Model, network: FeedForward) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.feed_forward = DenseNetwork(network, config.hidden_size)
+
+    def forward(
+        self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
+    ) -> BlockResult:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        return BlockResult(x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)))
+
+
+@final
+class MoEBlock(nn.Module):
+    def __init__(self, config: Model, moe: MoE, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.moe = MoELayer(moe, config.hidden_size, layer)
+
+    def forward(
+        self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
+    ) -> BlockResult:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        result = self.moe(self.feed_forward_norm(x_BSD).flatten(0, 1), tokens, mode)
+        return BlockResult(x_BSD + result.y_TD.view_as(x_BSD), result.routing, result.report)
+
+
+Block = DenseBlock | MoEBlock
+
+
+def build_block(config: Model, layer: int) -> Block:
+    """Block ``layer`` of the schedule; multi-token prediction modules count on from ``config.layers``."""
+    if config.moe is not None and config.is_moe(layer):
+        return MoEBlock(config, config.moe, layer)
+    assert config.dense is not None, "the configuration checks that dense layers have a width"
+    return DenseBlock(config, config.dense)
+
+
+def branch_generator(generator: torch.Generator | None) -> int | None:
+    """Draw the seed of one block's own noise, so that recomputing the block draws the same noise again."""
+    if generator is None:
+        return None
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

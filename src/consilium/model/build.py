@@ -1,0 +1,34 @@
+"""Configuration to modules: the one place that builds a model."""
+
+from __future__ import annotations
+
+import torch
+
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError, nearest
+from consilium.model.decoder import Decoder
+from consilium.model.init import initialise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype called ``name``. Raises ConsiliumError for unknown names."""
+    if name not in DTYPES:
+        raise ConsiliumError(f"unknown dtype {name!r}.{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def build(config: Model, *, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> Decoder:
+    """Build a freshly initialised model; on ``device="meta"`` it has shapes and no memory.
+
+    Weights are drawn in float32 on the CPU and converted, so that a seed means the same model everywhere.
+    Router arithmetic and balance state stay float32 whatever ``dtype``.
+    """
+    kind = torch_dtype(dtype)
+    if device == "meta":
+        with torch.device("meta"):
+            return Decoder(config).to(kind)
+    model = Decoder(config)
+    initialise(model, config.init, seed)
+    return model.to(device=device, dtype=kind)

@@ -1,0 +1,59 @@
+"""Multi-token prediction modules (DeepSeek-V3, 2412.19437 section 2.2).
+
+Module k predicts token i + k + 2 from the representation of token i and the embedding of token i + k + 1
+(k from 0). Embedding and head are the main model's; concatenation is [embedding; hidden], the released order.
+The main model's representation enters after its last norm, as serving systems feed the released weights.
+
+Legend: B sequences, S tokens, D hidden size, k module.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from consilium.config.model import Model
+from consilium.model.block import build_block
+from consilium.model.types import Inputs
+from consilium.ops.linear import Linear
+from consilium.ops.norm import RMSNorm
+
+
+@final
+class MTPModule(nn.Module):
+    """Norms, the projection 2D -> D, one block and its last norm."""
+
+    def __init__(self, config: Model, depth: int) -> None:
+        super().__init__()
+        size, epsilon = config.hidden_size, config.norm_epsilon
+        self.embed_norm = RMSNorm(size, epsilon)
+        self.hidden_norm = RMSNorm(size, epsilon)
+        self.project = Linear(2 * size, size)
+        self.block = build_block(config, config.layers + depth)
+        self.norm = RMSNorm(size, epsilon)
+
+    def merge(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
+        """Eq. 21: one projection of both normalised inputs."""
+        return self.project(torch.cat((self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1))
+
+
+def shift(values_BS: Tensor, by: int, fill: int) -> Tensor:
+    """Move each row left by ``by`` tokens and fill its end."""
+    tail_Bb = values_BS.new_full((values_BS.shape[0], min(by, values_BS.shape[1])), fill)
+    return torch.cat((values_BS[:, by:], tail_Bb), dim=1)
+
+
+def shifted(inputs: Inputs, by: int) -> Inputs:
+    """The inputs of the module that reads token i + by at place i; valid where that token is in the same document."""
+    ids_BS = inputs.ids_BS
+    sequence_BS = torch.zeros_like(ids_BS) if inputs.sequence_BS is None else inputs.sequence_BS
+    valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if inputs.valid_BS is None else inputs.valid_BS
+    ahead_BS = (shift(sequence_BS, by, -1) == sequence_BS) & valid_BS & shift(valid_BS.long(), by, 0).bool()
+    return Inputs(
+        ids_BS=shift(ids_BS, by, 0),
+        sequence_BS=inputs.sequence_BS,
+        position_BS=inputs.position_BS,
+        valid_BS=ahead_BS,
+    )

@@ -1,0 +1,78 @@
+"""What goes into a pass of the decoder and what comes out.
+
+Legend: B sequences, S tokens, D hidden size, V vocabulary, T = B * S flat tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilium.moe.types import Mode, Report, Routing, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Token ids and where they stand. Absent fields mean: one document a row, positions from 0, no padding."""
+
+    ids_BS: Tensor
+    sequence_BS: Tensor | None = None
+    """int64 document number inside the row; tokens attend inside their own document only."""
+    position_BS: Tensor | None = None
+    """int64 position inside the document; with a cache, the slot."""
+    valid_BS: Tensor | None = None
+    """bool; False is padding."""
+
+    def positions(self) -> Tensor:
+        if self.position_BS is not None:
+            return self.position_BS
+        return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
+
+    def tokens(self) -> Tokens:
+        """The flat view that routing reads; every row is one sequence of the micro-batch."""
+        rows, length = self.ids_BS.shape
+        row_B1 = torch.arange(rows, device=self.ids_BS.device)[:, None]
+        valid_BS = torch.ones_like(self.ids_BS, dtype=torch.bool) if self.valid_BS is None else self.valid_BS
+        return Tokens(
+            ids_T=self.ids_BS.flatten(),
+            sequence_T=row_B1.expand(rows, length).flatten(),
+            position_T=self.positions().flatten(),
+            valid_T=valid_BS.flatten(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a pass runs. ``dtype`` is that of the matrix products (None: the weights' own)."""
+
+    mode: Mode = Mode()
+    dtype: torch.dtype | None = None
+    recompute: bool = False
+    """Keep only block inputs and recompute the rest in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    x_BSD: Tensor
+    routing: Routing | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A pass before the head."""
+
+    final_BSD: Tensor
+    """After the last norm."""
+    reports: tuple[Report, ...]
+    """One for each MoE layer that ran, in order."""
+    routings: tuple[Routing, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    logits_BSV: Tensor
+    reports: tuple[Report, ...]
+    routings: tuple[Routing, ...]

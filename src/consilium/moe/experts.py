@@ -1,0 +1,42 @@
+"""The routed experts: stacked weights and the choice of how their rows are computed."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from consilium.config.feed_forward import GATED
+from consilium.config.moe import MoE
+from consilium.moe.types import Mode, Rows
+from consilium.ops.grouped import Backend, experts, experts_observed
+
+
+@final
+class Experts(nn.Module):
+    """E feed-forward networks over rows sorted by expert. Configured by ``consilium.config.moe.MoE``.
+
+    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F]. They are
+    created empty: the model initialises or loads them.
+    """
+
+    def __init__(self, config: MoE, hidden_size: int, *, backend: Backend | None = None) -> None:
+        super().__init__()
+        up_rows = config.width * (2 if config.activation in GATED else 1)
+        self.up = nn.Parameter(torch.empty(config.experts, up_rows, hidden_size))
+        self.down = nn.Parameter(torch.empty(config.experts, hidden_size, config.width))
+        self.activation = config.activation
+        self.backend: Backend | None = backend
+
+    def forward(self, rows: Rows, layer: int, mode: Mode) -> Tensor:
+        """Outputs [R, D] in the dtype of the rows, unweighted, in the rows' order."""
+        if mode.observer is None:
+            return experts(rows.x_RD, rows.counts_E, self.up, self.down, self.activation, self.backend)
+        hidden_RF, y_RD = experts_observed(rows.x_RD, rows.counts_E, self.up, self.down, self.activation)
+        mode.observer.rows(layer, rows, hidden_RF, y_RD)
+        return y_RD
+
+    def extra_repr(self) -> str:
+        experts_, rows, hidden = self.up.shape
+        return f"experts={experts_}, up={rows}x{hidden}, activation={self.activation}, backend={self.backend}"

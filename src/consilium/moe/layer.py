@@ -1,0 +1,55 @@
+"""The MoE layer: the same statements for every system.
+
+Legend: T tokens, D hidden size, R rows = kept (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor, nn
+
+from consilium.config.moe import MoE
+from consilium.moe.admission import admit
+from consilium.moe.balance import Balance
+from consilium.moe.experts import Experts
+from consilium.moe.router import Router
+from consilium.moe.shared import Shared
+from consilium.moe.transport import Local, Transport
+from consilium.moe.types import Mode, Report, Routing, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    y_TD: Tensor
+    routing: Routing
+    """As admitted: what was used."""
+    report: Report
+
+
+@final
+class MoELayer(nn.Module):
+    """Routed and shared experts over flat tokens. ``layer`` is its index in the model, told to observers."""
+
+    def __init__(self, config: MoE, hidden_size: int, layer: int, transport: Transport | None = None) -> None:
+        super().__init__()
+        self.admission = config.admission
+        self.layer = layer
+        self.transport: Transport = Local() if transport is None else transport
+        self.router = Router(config.router, hidden_size, config.experts)
+        self.experts = Experts(config, hidden_size)
+        self.shared = Shared(config, hidden_size)
+        self.balance = Balance(config.balance, config.router, config.experts)
+
+    def forward(self, x_TD: Tensor, tokens: Tokens, mode: Mode) -> Result:
+        """Outputs [T, D] without the residual, the routing as used, and the report with its losses."""
+        routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
+        admitted = admit(routing, tokens, self.admission, mode)
+        rows, ticket = self.transport.dispatch(x_TD, admitted)
+        y_RD = self.experts(rows, self.layer, mode)
+        y_TD = self.shared(x_TD, self.transport.combine(y_RD, ticket))
+        report = self.balance(routing, admitted, tokens, mode)
+        if mode.observer is not None:
+            mode.observer.routing(self.layer, admitted, tokens)
+        return Result(y_TD, admitted, report)

@@ -1,0 +1,151 @@
+"""Balance losses as pure functions, before their coefficients. Counts carry no gradient; probabilities do.
+
+Legend: T tokens, E experts, K choices a token, S segments (the micro-batch, or its sequences), N devices.
+
+Values at perfect balance: Switch, sequence, expert and device losses 1; communication at most 1; importance,
+load and Skywork's loss 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilium.moe.types import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which tokens are averaged together."""
+
+    index_T: Tensor
+    """int64 in [0, count)."""
+    valid_T: Tensor
+    count: int
+
+    @property
+    def tokens_S(self) -> Tensor:
+        """int64 [S] valid tokens of each segment."""
+        return torch.bincount(self.index_T[self.valid_T], minlength=self.count)
+
+    def sums(self, values_TX: Tensor) -> Tensor:
+        """Sums [S, X] over the valid tokens of each segment."""
+        values_TX = values_TX.masked_fill(~self.valid_T[:, None], 0)
+        if self.count == 1:
+            return values_TX.sum(dim=0, keepdim=True)
+        total_SX = values_TX.new_zeros(self.count, values_TX.shape[1])
+        return total_SX.index_add(0, self.index_T, values_TX)
+
+    def means(self, values_TX: Tensor) -> Tensor:
+        """Means [S, X] over the valid tokens of each segment; zero where it has none."""
+        return self.sums(values_TX) / self.tokens_S.clamp_min(1)[:, None]
+
+    def average(self, losses_S: Tensor) -> Tensor:
+        """Mean over segments that have valid tokens."""
+        live_S = self.tokens_S > 0
+        return losses_S.masked_fill(~live_S, 0).sum() / live_S.sum().clamp_min(1)
+
+
+def whole_batch(tokens: Tokens) -> Segments:
+    return Segments(torch.zeros_like(tokens.sequence_T), tokens.valid_T, 1)
+
+
+def by_sequence(tokens: Tokens) -> Segments:
+    count = int(tokens.sequence_T.max()) + 1 if tokens.count else 1
+    return Segments(tokens.sequence_T, tokens.valid_T, count)
+
+
+def normalised(scores_TE: Tensor) -> Tensor:
+    """Scores divided by their sum over all experts (DeepSeek-V3 equation 19); softmax scores stay the same.
+
+    A token whose scores all underflow to zero counts as uniform without gradient. An epsilon in the divisor
+    would let the router lower its loss by pushing every sigmoid below it.
+    """
+    total_T1 = scores_TE.sum(dim=1, keepdim=True)
+    shares_TE = scores_TE / total_T1.clamp_min(torch.finfo(scores_TE.dtype).tiny)
+    return torch.where(total_T1 == 0, 1 / scores_TE.shape[1], shares_TE)
+
+
+def entropy(scores_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Mean over valid tokens of the entropy of normalised scores, in nats; zero without valid tokens."""
+    entropy_T = torch.special.entr(normalised(scores_TE)).sum(dim=1)
+    return entropy_T.masked_fill(~valid_T, 0).sum() / valid_T.sum().clamp_min(1)
+
+
+def load_fractions(experts_TK: Tensor, keep_TK: Tensor, experts: int, segments: Segments) -> Tensor:
+    """Each expert's share f [S, E] of its segment's copies times E, so 1 at balance. No gradient.
+
+    With k copies for each of T tokens this is the papers' E / (k T) times the count.
+    """
+    slot_TK = segments.index_T[:, None] * experts + experts_TK
+    keep_TK = keep_TK & segments.valid_T[:, None]
+    counts_SE = torch.bincount(slot_TK[keep_TK], minlength=segments.count * experts).view(-1, experts)
+    return counts_SE * (experts / counts_SE.sum(dim=1, keepdim=True).clamp_min(1))
+
+
+def expert_loss(f_SE: Tensor, p_SE: Tensor, segments: Segments) -> Tensor:
+    """The sum of f P in each segment, averaged (Switch eq. 4, DeepSeekMoE eq. 12, DeepSeek-V3 eq. 17)."""
+    return segments.average((f_SE * p_SE).sum(dim=1))
+
+
+def device_loss(f_SE: Tensor, p_SE: Tensor, devices: int, segments: Segments) -> Tensor:
+    """Mean f times summed P of each device's experts (DeepSeekMoE equations 15 to 17)."""
+    f_SN = f_SE.unflatten(1, (devices, -1)).mean(dim=2)
+    p_SN = p_SE.unflatten(1, (devices, -1)).sum(dim=2)
+    return segments.average((f_SN * p_SN).sum(dim=1))
+
+
+def sent_fractions(
+    experts_TK: Tensor, keep_TK: Tensor, size: int, devices: int, segments: Segments
+) -> Tensor:
+    """Share [S, N] of a segment's tokens that reach each device of ``size`` experts. No gradient."""
+    sent_TN = experts_TK.new_zeros(experts_TK.shape[0], devices, dtype=torch.float32)
+    sent_TN = sent_TN.scatter_reduce(1, experts_TK // size, keep_TK.float(), reduce="amax")
+    return segments.means(sent_TN)
+
+
+def communication_loss(sent_SN: Tensor, p_SE: Tensor, most: int, segments: Segments) -> Tensor:
+    """N / M times the tokens sent to each device, times its summed P (DeepSeek-V2 equations 29 to 31)."""
+    devices = sent_SN.shape[1]
+    p_SN = p_SE.unflatten(1, (devices, -1)).sum(dim=2)
+    return segments.average((sent_SN * (devices / most) * p_SN).sum(dim=1))
+
+
+def squared_variation(total_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, population variance over squared mean; zero for all zeros."""
+    mean = total_E.mean()
+    return (total_E - mean).square().mean() / mean.square().clamp_min(torch.finfo(total_E.dtype).tiny)
+
+
+def importance_loss(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
+    """Variation of the weights summed over tokens (Shazeer 2017 equations 6 and 7)."""
+    total_E = weights_TK.new_zeros(experts).index_add(0, experts_TK.flatten(), weights_TK.flatten())
+    return squared_variation(total_E)
+
+
+def load_loss(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, k: int, valid_T: Tensor) -> Tensor:
+    """Variation of the smooth load (Shazeer 2017 equations 8 to 11); zero where k is every expert.
+
+    An expert's chance of being in the top k on a fresh draw of its own noise: its clean logit against the k-th
+    highest of the other experts' noisy ones, which is the (k+1)-th of all for those inside the top k.
+    """
+    if k >= clean_TE.shape[1]:
+        return clean_TE.new_zeros(())
+    top = noisy_TE.topk(k + 1, dim=1).values
+    inside_T1, outside_T1 = top[:, k, None], top[:, k - 1, None]
+    threshold_TE = torch.where(noisy_TE > inside_T1, inside_T1, outside_T1)
+    chance_TE = torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
+    return squared_variation(chance_TE.masked_fill(~valid_T[:, None], 0).sum(dim=0))
+
+
+def z_loss(clean_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Mean over valid tokens of the squared logsumexp of the clean logits (ST-MoE equation 5)."""
+    square_T = clean_TE.logsumexp(dim=1).square()
+    return square_T.masked_fill(~valid_T, 0).sum() / valid_T.sum().clamp_min(1)
+
+
+def uniformity_loss(p_SE: Tensor, segments: Segments) -> Tensor:
+    """The sum of (1/E - P)^2 (Skywork-MoE equation 4): it holds no counts."""
+    return segments.average((1 / p_SE.shape[1] - p_SE).square().sum(dim=1))

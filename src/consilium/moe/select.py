@@ -1,0 +1,147 @@
+"""Which experts a token uses: every selector of ``consilium.config.router`` over one matrix of selection values.
+
+Legend: T tokens, E experts, K most experts a token may use, G groups of experts, C tokens an expert may choose.
+
+Selection values are scores with the balance bias. Experts that may not be chosen have -inf: never a finite value,
+which a legal negative bias could undercut. Ties go to the lowest expert. NaN is the highest value and stays chosen,
+so that it reaches the output and the training guard instead of vanishing here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilium.config.router import ExpertChoice, Groups, Hash, SampledSecond, Select, Threshold, TopK, TopP
+from consilium.moe.ordering import highest
+from consilium.moe.types import Mode, Override, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    experts_TK: Tensor
+    """int64, in falling order of preference."""
+    considered_TK: Tensor
+    """bool: choices over which weights are normalised."""
+    keep_TK: Tensor
+    """bool: choices that are used; inside those considered."""
+
+
+def most_chosen(select: Select, experts: int) -> int:
+    """K: the columns of a choice."""
+    match select:
+        case TopK(k=k) | Hash(k=k):
+            return min(k, experts)
+        case SampledSecond():
+            return min(2, experts)
+        case Threshold(most=most) | TopP(most=most):
+            return min(most, experts)
+        case ExpertChoice():
+            return experts
+
+
+def choose(
+    select: Select, values_TE: Tensor, scores_TE: Tensor, table_VK: Tensor | None, tokens: Tokens, mode: Mode
+) -> Choice:
+    """Apply the selector or the replay in ``mode.override``, then budgets, muting and padding."""
+    override = mode.override or Override()
+    if override.mute_TE is not None:
+        values_TE = values_TE.masked_fill(override.mute_TE, -torch.inf)
+    if override.experts_TK is not None:
+        choice = _replayed(override.experts_TK, override.keep_TK)
+    else:
+        choice = _selected(select, values_TE, scores_TE, table_VK, tokens, mode)
+    allowed_TK = tokens.valid_T[:, None] & (values_TE.gather(1, choice.experts_TK) != -torch.inf)
+    considered_TK = choice.considered_TK & allowed_TK
+    if override.k_T is not None:
+        considered_TK = considered_TK & (considered_TK.cumsum(dim=1) <= override.k_T[:, None])
+    return Choice(choice.experts_TK, considered_TK, choice.keep_TK & considered_TK)
+
+
+def _replayed(experts_TK: Tensor, keep_TK: Tensor | None) -> Choice:
+    used_TK = torch.ones_like(experts_TK, dtype=torch.bool) if keep_TK is None else keep_TK
+    return Choice(experts_TK, used_TK, used_TK)
+
+
+def _selected(
+    select: Select, values_TE: Tensor, scores_TE: Tensor, table_VK: Tensor | None, tokens: Tokens, mode: Mode
+) -> Choice:
+    k = most_chosen(select, values_TE.shape[1])
+    match select:
+        case TopK(groups=groups):
+            open_TE = values_TE if groups is None else _in_best_groups(values_TE, groups)
+            experts_TK = highest(open_TE, k)
+            return _all(experts_TK)
+        case SampledSecond():
+            return _sampled_second(highest(values_TE, k), scores_TE, mode)
+        case Threshold(minimum=minimum):
+            experts_TK = highest(values_TE, k)
+            return _used(experts_TK, ~(values_TE.gather(1, experts_TK) <= minimum))
+        case TopP(p=p):
+            return _top_p(highest(values_TE, k), scores_TE, p)
+        case ExpertChoice(factor=factor):
+            return _chosen_by_experts(values_TE, tokens.valid_T, factor)
+        case Hash():
+            assert table_VK is not None, "hash routing needs its table"
+            return _all(table_VK[tokens.ids_T])
+
+
+def _all(experts_TK: Tensor) -> Choice:
+    return _used(experts_TK, torch.ones_like(experts_TK, dtype=torch.bool))
+
+
+def _used(experts_TK: Tensor, keep_TK: Tensor) -> Choice:
+    return Choice(experts_TK, keep_TK, keep_TK)
+
+
+def _in_best_groups(values_TE: Tensor, groups: Groups) -> Tensor:
+    """Values with -inf outside the best groups (DeepSeek-V2 section 2.2.2, V3 section 2.1.2)."""
+    values_TGN = values_TE.unflatten(1, (groups.count, -1))
+    match groups.score:
+        case "max":
+            best_TG = values_TGN.amax(dim=2)
+        case "top2_sum":
+            best_TG = values_TGN.topk(2, dim=2).values.sum(dim=2)
+    closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(
+        1, highest(best_TG, groups.keep), value=False
+    )
+    return values_TGN.masked_fill(closed_TG[:, :, None], -torch.inf).flatten(1)
+
+
+def _sampled_second(experts_TK: Tensor, scores_TE: Tensor, mode: Mode) -> Choice:
+    """GShard algorithm 1: with gates normalised over both, the second is used with probability min(1, 2 g2)."""
+    considered_TK = torch.ones_like(experts_TK, dtype=torch.bool)
+    if not mode.training or experts_TK.shape[1] < 2:
+        return _used(experts_TK, considered_TK)
+    gates_TK = scores_TE.gather(1, experts_TK).detach()
+    random_T = torch.rand(experts_TK.shape[0], generator=mode.generator, device=gates_TK.device)
+    second_T = random_T * gates_TK.sum(dim=1) < 2 * gates_TK[:, 1]
+    return Choice(experts_TK, considered_TK, torch.stack([considered_TK[:, 0], second_T], dim=1))
+
+
+def _top_p(experts_TK: Tensor, scores_TE: Tensor, p: float) -> Choice:
+    """An expert is used while the experts before it have not reached p (2403.07652 equation 4)."""
+    scores_TK = scores_TE.gather(1, experts_TK)
+    before_TK = torch.zeros_like(scores_TK)
+    before_TK[:, 1:] = scores_TK[:, :-1].cumsum(dim=1)
+    return _used(experts_TK, ~(before_TK >= p))
+
+
+def _chosen_by_experts(values_TE: Tensor, valid_T: Tensor, factor: float) -> Choice:
+    """Each expert takes its best ceil(factor * T / E) valid tokens (2202.09368 section 3.2)."""
+    tokens, experts = int(valid_T.sum()), values_TE.shape[1]
+    values_TE = values_TE.masked_fill(~valid_T[:, None], -torch.inf)
+    chosen_EC = highest(values_TE.T, min(tokens, math.ceil(factor * tokens / experts)))
+    keep_TE = torch.zeros_like(values_TE, dtype=torch.bool).T.scatter(1, chosen_EC, value=True).T
+    experts_TK = highest(values_TE, experts)
+    return _used(experts_TK, keep_TE.gather(1, experts_TK))
+
+
+def hash_table(config: Hash, experts: int) -> Tensor:
+    """Distinct experts, int64 [V, k], for every token id, drawn once from the seed (2106.04426 section 3)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    draws_VE = torch.rand(config.vocab_size, experts, generator=generator, device="cpu")
+    return highest(draws_VE, min(config.k, experts))

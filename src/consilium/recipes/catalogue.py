@@ -1,0 +1,60 @@
+"""Every recipe by name. A recipe is imported when it is asked for, so that planning one costs one import."""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError, nearest
+from consilium.recipes.recipe import Recipe
+
+_MODULES = MappingProxyType(
+    {
+        "llama": "consilium.recipes.llama",
+        "switch": "consilium.recipes.switch",
+        "mixtral": "consilium.recipes.mixtral",
+        "deepseek-v2": "consilium.recipes.deepseek_v2",
+        "deepseek-v3": "consilium.recipes.deepseek_v3",
+    }
+)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all recipes, without importing any of them."""
+    return tuple(_MODULES)
+
+
+def find(name: str) -> Recipe:
+    """Return the recipe called ``name``. Raises ConsiliumError with the nearest name."""
+    if name not in _MODULES:
+        raise ConsiliumError(f"unknown recipe {name!r}.{nearest(name, _MODULES)}")
+    found: object = importlib.import_module(_MODULES[name]).RECIPE
+    assert isinstance(found, Recipe)
+    return found
+
+
+def systems() -> tuple[Recipe, ...]:
+    """All recipes, oldest system first."""
+    return tuple(sorted((find(name) for name in _MODULES), key=lambda recipe: (recipe.year, recipe.name)))
+
+
+def parse(text: str) -> tuple[Recipe, str]:
+    """Split ``name[:size]`` into a recipe and one of its sizes, the largest published when none is given."""
+    name, colon, size = text.partition(":")
+    found = find(name)
+    chosen = size if colon else found.largest
+    found.model(chosen)
+    return found, chosen
+
+
+def recipe(name: str, size: str | None = None) -> Model:
+    """Return the configuration of a published system: ``recipe("deepseek-v3", size="671b")``.
+
+    ``name`` may carry the size itself (``"deepseek-v3:671b"``). Raises ConsiliumError with the nearest
+    name or size.
+    """
+    if size is not None:
+        return find(name).model(size)
+    found, chosen = parse(name)
+    return found.model(chosen)

@@ -1,0 +1,113 @@
+"""DeepSeek-V2 and V2-Lite (2405.04434): latent attention, device-limited routing, three balance losses."""
+
+from __future__ import annotations
+
+from consilium.config.attention import MLA, Rope, Yarn
+from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, SequenceLoss
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import Model, Normal
+from consilium.config.moe import AlwaysOn, DeviceCapacity, MoE
+from consilium.config.router import Groups, Raw, Router, TopK
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
+
+_ROPE = Rope(
+    interleaved=True, scaling=Yarn(factor=40.0, original_length=4096, mscale=0.707, mscale_all_dim=0.707)
+)
+
+_236B = Model(
+    family="deepseek-v2",
+    vocab_size=102400,
+    hidden_size=5120,
+    layers=60,
+    attention=MLA(heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=_ROPE),
+    dense=FeedForward(width=12288),
+    dense_first=1,
+    moe=MoE(
+        experts=160,
+        width=1536,
+        router=Router(
+            select=TopK(k=6, groups=Groups(count=8, keep=3, score="max")), weight=Raw(), scale=16.0
+        ),
+        admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
+        balance=Balance(
+            losses=(
+                SequenceLoss(coefficient=0.003),
+                DeviceLoss(coefficient=0.05, devices=8, scope="sequence"),
+                CommunicationLoss(coefficient=0.02, devices=8, most=3, scope="sequence"),
+            )
+        ),
+        shared=AlwaysOn(count=2, width=1536),
+    ),
+    max_length=163840,
+    init=Normal(std=0.006),
+)
+
+_LITE = Model(
+    family="deepseek-v2",
+    vocab_size=102400,
+    hidden_size=2048,
+    layers=27,
+    attention=MLA(heads=16, q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=_ROPE),
+    dense=FeedForward(width=10944),
+    dense_first=1,
+    moe=MoE(
+        experts=64,
+        width=1408,
+        router=Router(select=TopK(k=6), weight=Raw()),
+        balance=Balance(losses=(SequenceLoss(coefficient=0.001),)),
+        shared=AlwaysOn(count=2, width=1408),
+    ),
+    max_length=163840,
+    init=Normal(std=0.006),
+)
+
+_TINY = Model(
+    family="deepseek-v2",
+    vocab_size=4096,
+    hidden_size=192,
+    layers=5,
+    attention=MLA(heads=6, q_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
+    dense=FeedForward(width=512),
+    dense_first=1,
+    moe=MoE(
+        experts=32,
+        width=64,
+        router=Router(select=TopK(k=4, groups=Groups(count=8, keep=3, score="max")), weight=Raw(), scale=4.0),
+        admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
+        balance=Balance(
+            losses=(
+                SequenceLoss(coefficient=0.003),
+                DeviceLoss(coefficient=0.05, devices=8, scope="sequence"),
+                CommunicationLoss(coefficient=0.02, devices=8, most=3, scope="sequence"),
+            )
+        ),
+        shared=AlwaysOn(count=2, width=64),
+    ),
+    max_length=1024,
+)
+
+RECIPE = Recipe(
+    name="deepseek-v2",
+    title="DeepSeek-V2",
+    year=2024,
+    paper="2405.04434",
+    sizes={"236b": _236B, "lite": _LITE, "tiny": _TINY},
+    published={
+        "236b": Published(total="236B", active="21B"),
+        "lite": Published(total="15.7B", active="2.4B", note="active leaves the input embedding out"),
+    },
+    choices=(
+        "multi-head latent attention: keys and values live in 512 shared values and a 64-value rotary key",
+        "softmax over 160 experts; the 6 best within the 3 of 8 devices of highest maximum",
+        "weights are the scores themselves, never normalised, times 16 (Lite: plain top-6 of 64, times 1)",
+        "expert, device and communication losses, each over single sequences (Lite: the first alone)",
+        "in training a device keeps at most its fair share, best scores first; 10% of sequences are exempt",
+        "2 shared experts; the first layer is dense; YaRN reaches 128K tokens",
+    ),
+    deviations=(
+        "the factor 16 is in the released configuration, not in the paper's equations",
+        "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.003",
+        "the paper's scaling factors at the width bottlenecks are unspecified; released code has norms only",
+    ),
+    hugging_face=HuggingFace(model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM"),
+)

@@ -1,0 +1,115 @@
+"""DeepSeek-V3 (2412.19437): sigmoid scores, balance by a selection bias, latent attention, MTP."""
+
+from __future__ import annotations
+
+from consilium.config.attention import MLA, Rope, Yarn
+from consilium.config.balance import Balance, SequenceLoss, SignBias
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import MTP, Model, Normal
+from consilium.config.moe import AlwaysOn, MoE
+from consilium.config.router import Groups, Router, Sigmoid, TopK
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
+
+_YARN = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
+_BALANCE = Balance(losses=(SequenceLoss(coefficient=1e-4),), bias=SignBias(rate=1e-3))
+
+_671B = Model(
+    family="deepseek-v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    layers=61,
+    attention=MLA(
+        heads=128,
+        q_rank=1536,
+        kv_rank=512,
+        nope_dim=128,
+        rope_dim=64,
+        v_dim=128,
+        rope=Rope(interleaved=True, scaling=_YARN),
+    ),
+    dense=FeedForward(width=18432),
+    dense_first=3,
+    moe=MoE(
+        experts=256,
+        width=2048,
+        router=Router(
+            score=Sigmoid(),
+            offset="scores",
+            select=TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum")),
+            scale=2.5,
+        ),
+        balance=_BALANCE,
+        shared=AlwaysOn(count=1, width=2048),
+    ),
+    max_length=163840,
+    mtp=MTP(depth=1, weight=0.3),
+    init=Normal(std=0.006),
+)
+
+_1B = Model(
+    family="deepseek-v3",
+    vocab_size=32000,
+    hidden_size=1024,
+    layers=12,
+    attention=MLA(heads=16, q_rank=512, kv_rank=256, nope_dim=64, rope_dim=32, v_dim=64),
+    dense=FeedForward(width=4096),
+    dense_first=1,
+    moe=MoE(
+        experts=64,
+        width=512,
+        router=Router(score=Sigmoid(), offset="scores", select=TopK(k=6)),
+        balance=_BALANCE,
+        shared=AlwaysOn(count=2, width=512),
+    ),
+    init=Normal(std=0.006),
+)
+
+_TINY = Model(
+    family="deepseek-v3",
+    vocab_size=4096,
+    hidden_size=192,
+    layers=5,
+    attention=MLA(heads=6, q_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
+    dense=FeedForward(width=512),
+    dense_first=1,
+    moe=MoE(
+        experts=32,
+        width=64,
+        router=Router(score=Sigmoid(), offset="scores", select=TopK(k=4)),
+        balance=_BALANCE,
+        shared=AlwaysOn(count=1, width=64),
+    ),
+    max_length=1024,
+    mtp=MTP(depth=1, weight=0.3),
+)
+
+RECIPE = Recipe(
+    name="deepseek-v3",
+    title="DeepSeek-V3",
+    year=2024,
+    paper="2412.19437",
+    sizes={"671b": _671B, "1b": _1B, "tiny": _TINY},
+    published={
+        "671b": Published(
+            total="671B",
+            active="37B",
+            note="without the MTP module; active counts the head, not the input embedding (README: 36.7B)",
+        )
+    },
+    choices=(
+        "scores are sigmoids, one an expert; weights are the selected scores over their sum, times 2.5",
+        "a bias an expert enters the selection only and moves by 0.001 a step against the load",
+        "experts form 8 groups; the 4 with the largest sum of two best biased scores stay",
+        "a sequence-wise loss of 1e-4 guards single sequences; no token is ever dropped",
+        "1 shared and 256 fine-grained routed experts, 8 active; the first 3 layers are dense",
+        "multi-head latent attention caches 576 values a token and layer; YaRN reaches 128K tokens",
+        "one multi-token prediction module with loss weight 0.3 (0.1 in the last 4.8T tokens)",
+    ),
+    deviations=(
+        "the factor 2.5 is in the released configuration, not in the paper's equations",
+        "released code scores groups with the bias added; the paper speaks of affinities",
+        "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
+        "size 1b is this project's yardstick and was never published",
+    ),
+    hugging_face=HuggingFace(model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM"),
+)

@@ -1,0 +1,59 @@
+"""What is known about one published system: its sizes as configurations, and its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError, nearest
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Parameter counts as the authors print them, and what the print leaves open."""
+
+    total: str
+    active: str
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFace:
+    """The architecture in transformers that opens a checkpoint of this system."""
+
+    model_type: str
+    architecture: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A published system. ``sizes`` lists the largest published size first; ``tiny`` is ours, for a CPU."""
+
+    name: str
+    title: str
+    year: int
+    paper: str
+    """arXiv identifier, or journal and pages."""
+    sizes: Mapping[str, Model]
+    published: Mapping[str, Published]
+    choices: tuple[str, ...]
+    """What the system decided, one sentence a choice."""
+    deviations: tuple[str, ...] = ()
+    """Where released code or this recipe differs from the paper."""
+    hugging_face: HuggingFace | None = None
+
+    @property
+    def largest(self) -> str:
+        return next(iter(self.sizes))
+
+    def model(self, size: str | None = None) -> Model:
+        """Return the configuration of ``size``, by default the largest. Raises ConsiliumError if unknown."""
+        chosen = self.largest if size is None else size
+        if chosen not in self.sizes:
+            raise ConsiliumError(f"{self.name} has no size {chosen!r}.{nearest(chosen, self.sizes)}")
+        return self.sizes[chosen]

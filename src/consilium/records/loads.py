@@ -1,0 +1,127 @@
+"""Expert loads of a run: ``routing/loads.json`` says the shape, ``routing/loads.bin`` holds the counts.
+
+One record a step, little-endian, no padding: int64 step, then int32 [layers, experts], row-major. Records
+have one size: a file cut by a crash is read up to its last whole record, and a resume cuts it at a step.
+
+Legend: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal, final
+
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.errors import ConsiliumError
+from consilium.records.io import STRICT, read_json, write_json
+
+HEADER_FILE = "routing/loads.json"
+LOADS_FILE = "routing/loads.bin"
+STEP_BYTES = 8
+COUNT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoadsHeader:
+    """The shape of every record."""
+
+    schema_version: Literal[1] = 1
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Block index of each MoE layer, in order."""
+    experts: PositiveInt
+    dtype: Literal["int32"] = "int32"
+
+    @property
+    def record_bytes(self) -> int:
+        return STEP_BYTES + COUNT_BYTES * len(self.layers) * self.experts
+
+
+def max_over_mean(load_E: Sequence[float]) -> float:
+    """Load of the busiest expert over its fair share; 1.0 is balance, NaN where nothing was routed."""
+    total = sum(load_E)
+    return max(load_E) * len(load_E) / total if total else float("nan")
+
+
+@final
+class LoadFile:
+    """The load matrices of one run folder, open for appending."""
+
+    def __init__(self, run: Path, header: LoadsHeader) -> None:
+        self._path = run / LOADS_FILE
+        self._header = header
+
+    @staticmethod
+    def create(run: Path, *, layers: Sequence[int], experts: int) -> LoadFile:
+        """Start an empty file, in the place of any there. Raises ConsiliumError when it cannot be written."""
+        header = LoadsHeader(layers=tuple(layers), experts=experts)
+        write_json(run / HEADER_FILE, header)
+        try:
+            (run / LOADS_FILE).write_bytes(b"")
+        except OSError as error:
+            raise _cannot("write", run / LOADS_FILE, error) from None
+        return LoadFile(run, header)
+
+    @staticmethod
+    def open(run: Path) -> LoadFile:
+        """Open what ``create`` started. Raises ConsiliumError when the header is missing or damaged."""
+        return LoadFile(run, read_json(LoadsHeader, run / HEADER_FILE))
+
+    @property
+    def header(self) -> LoadsHeader:
+        return self._header
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def __len__(self) -> int:
+        """Whole records in the file."""
+        return self._path.stat().st_size // self._header.record_bytes if self._path.exists() else 0
+
+    def append(self, step: int, load_LE: Sequence[Sequence[int]]) -> None:
+        """Add one record with one write. After a crash, truncate first: records carry no marks."""
+        counts = [count for load_E in load_LE for count in load_E]
+        shape = (len(self._header.layers), self._header.experts)
+        assert len(load_LE) == shape[0], f"{len(load_LE)} layers of loads, header has {shape[0]}"
+        assert all(len(load_E) == shape[1] for load_E in load_LE), f"loads are not of {shape[1]} experts"
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(struct.pack(f"<q{len(counts)}i", step, *counts))
+        except OSError as error:
+            raise _cannot("write", self._path, error) from None
+
+    def read(self) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:
+        """Yield (step, load_LE) in file order; a record cut by a crash is left out."""
+        experts = self._header.experts
+        unpack = struct.Struct(f"<q{len(self._header.layers) * experts}i")
+        with self._path.open("rb") as file:
+            for _ in range(len(self)):
+                step, *counts = unpack.unpack(file.read(unpack.size))
+                yield step, tuple(tuple(counts[i : i + experts]) for i in range(0, len(counts), experts))
+
+    def truncate(self, step: int) -> None:
+        """Drop records after ``step`` and any torn tail, as a resume from that step's checkpoint needs."""
+        size = self._header.record_bytes
+        keep = len(self)
+        with self._path.open("r+b") as file:
+            while keep and _step_at(file, (keep - 1) * size) > step:
+                keep -= 1
+            file.truncate(keep * size)
+            os.fsync(file.fileno())
+
+
+def _step_at(file: BinaryIO, offset: int) -> int:
+    file.seek(offset)
+    (step,) = struct.unpack("<q", file.read(STEP_BYTES))
+    return step
+
+
+def _cannot(verb: str, path: Path, error: OSError) -> ConsiliumError:
+    return ConsiliumError(
+        f"cannot {verb} {path}: {error.strerror or error}; free space or give another folder."
+    )

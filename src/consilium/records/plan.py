@@ -1,0 +1,51 @@
+"""What a model costs, before it is built."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from consilium.records.io import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Parameters:
+    """Trained values of the model without its multi-token prediction modules, which ``mtp`` counts."""
+
+    total: PositiveInt
+    active: PositiveInt
+    """What one token uses, input embedding and head included."""
+    active_without_input_embedding: PositiveInt
+    """The same without the input embedding; a tied embedding stays, because it is the head."""
+    mtp: NonNegativeInt
+    """Parameters of the multi-token prediction modules, none of them in ``total``."""
+    buffers: NonNegativeInt
+    """Saved values that no optimizer trains: selection biases and adaptive coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Flops:
+    """Floating-point operations of one token at ``context``; a multiplication with its addition is two."""
+
+    forward: PositiveInt
+    training: PositiveInt
+    """Forward and backward: three times ``forward``."""
+    mtp: NonNegativeInt
+    """Forward operations of the multi-token prediction modules, in neither of the above."""
+    context: PositiveInt
+    """Length of the sequence whose average token is counted."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Plan:
+    """Parameters, arithmetic and memory of a model; bytes in bfloat16 unless a name says otherwise."""
+
+    family: str
+    parameters: Parameters
+    flops_per_token: Flops
+    kv_values_per_token: PositiveInt
+    kv_bytes_per_token: PositiveInt
+    weight_bytes: PositiveInt
+    weight_bytes_by_dtype: dict[str, int]
+    training_bytes: PositiveInt
+    """float32 weights, gradients and both AdamW moments, MTP included; activations come on top."""

@@ -1,0 +1,123 @@
+"""A run folder in, one self-contained page out: no script, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from consilium.records.io import write_text
+from consilium.report import curves, tables, words
+from consilium.report.bars import bar_chart
+from consilium.report.lines import LineChart, line_chart
+from consilium.report.load_map import LoadMap
+from consilium.report.rasters import HOVER_CELLS, affinity, colour_bar, load_strip
+from consilium.report.source import Run, read_run
+
+REPORT_FILE = "report.html"
+MOST_STRIPS = 16
+"""Layers whose load is drawn; of more, evenly spaced ones."""
+MOST_AFFINITIES = 6
+
+_PAGES = Environment(
+    loader=PackageLoader("consilium.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def build_report(run: Path, beside: Path | None = None) -> Path:
+    """Write ``run/report.html`` from the records of the run and return its path.
+
+    ``beside`` is a second run, such as one without balancing: its curves are laid over, its heat maps stand beside.
+    Works on a run that is still going. Raises ConsiliumError when a folder is not a run or a record is damaged.
+    """
+    page = render(read_run(run), None if beside is None else read_run(beside))
+    path = run / REPORT_FILE
+    write_text(path, page)
+    return path
+
+
+def render(run: Run, beside: Run | None = None) -> str:
+    """The page as a string."""
+    runs = [run] if beside is None else [run, beside]
+    bars = tables.bars(run, beside)
+    return _PAGES.get_template("report.html.j2").render(
+        run=run,
+        runs=runs,
+        facts=[] if run.meta is None else tables.facts(run.meta),
+        tiles=tables.tiles(run),
+        bars=Markup(bar_chart("held-out bits per byte, lower is better", "bits per byte", bars))
+        if bars
+        else None,
+        scores=tables.scores(run, beside),
+        charts=_charts(runs),
+        strips=[(other, _strips(other.loads, len(runs))) for other in runs if other.loads is not None],
+        balance=[(other, words.balance(other.loads)) for other in runs if other.loads is not None],
+        affinities=[(other, _affinities(other)) for other in runs if other.specialisation is not None],
+        specialisation=None if run.specialisation is None else words.specialisation(run.specialisation),
+        specialists=_specialists(run),
+        load_bar=Markup(colour_bar("load over fair share")),
+        affinity_bar=Markup(colour_bar("how much more often an expert is chosen for a label than usual")),
+        commands=tables.commands(run),
+        hidden_layers=_hidden(run.loads),
+    )
+
+
+def _charts(runs: list[Run]) -> dict[str, Markup]:
+    drawn: dict[str, Callable[[list[Run]], LineChart]] = {
+        "loss": curves.loss_chart,
+        "bits": curves.bits_chart,
+        "balance": curves.balance_chart,
+        "entropy": curves.entropy_chart,
+        "speed": curves.speed_chart,
+    }
+    return {name: Markup(line_chart(chart(runs))) for name, chart in drawn.items()}
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` indices, evenly spaced, first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
+def _strips(loads: LoadMap, columns: int) -> list[Markup]:
+    rows = spaced(len(loads.layers), MOST_STRIPS)
+    width, cells = 1088 / columns - 10 * (columns - 1), HOVER_CELLS // (columns * len(rows))
+    return [Markup(load_strip(loads, row, width=width, hover_cells=cells)) for row in rows]
+
+
+def _hidden(loads: LoadMap | None) -> int:
+    return 0 if loads is None else max(len(loads.layers) - MOST_STRIPS, 0)
+
+
+def _affinities(run: Run) -> list[tuple[int, Markup, Markup]]:
+    record = run.specialisation
+    assert record is not None, "asked for the specialisation of a run that has none"
+    rows = [record.layers[row] for row in spaced(len(record.layers), MOST_AFFINITIES)]
+    cells = sum(len(row.domain.counts_EL) for row in rows) * (len(record.domains) + len(record.syntaxes))
+    hover = cells <= HOVER_CELLS
+    return [
+        (
+            row.layer,
+            Markup(affinity(f"layer {row.layer}: domain", record.domains, row.domain.counts_EL, hover=hover)),
+            Markup(
+                affinity(f"layer {row.layer}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover)
+            ),
+        )
+        for row in rows
+    ]
+
+
+def _specialists(run: Run) -> list[tuple[str, list[tables.Specialist]]]:
+    if run.specialisation is None:
+        return []
+    return [
+        ("domain", tables.specialists(run.specialisation, "domain")),
+        ("syntax", tables.specialists(run.specialisation, "syntax")),
+    ]

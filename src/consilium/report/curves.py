@@ -1,0 +1,121 @@
+"""The curves of a page, of one run or of two over each other; the second run is dashed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from consilium.records.run import StepRecord
+from consilium.report.lines import LineChart, Rule, Series
+from consilium.report.load_map import LoadMap
+from consilium.report.series import Point, points, smooth
+from consilium.report.source import Run
+from consilium.report.words import LIMIT
+
+MOST_LINES = 8
+"""Layers drawn one by one; beyond it, the spread over layers is drawn."""
+
+
+def loss_chart(runs: Sequence[Run]) -> LineChart:
+    """Training loss: faint as measured, strong as an exponential mean."""
+    series: list[Series] = []
+    for number, run in enumerate(runs):
+        raw = _of(run, lambda record: record.ce if record.ce is not None else record.loss)
+        name = run.name if len(runs) > 1 else "training loss, smoothed"
+        series.append(Series("", raw, number, "faint"))
+        series.append(Series(name, smooth(raw, len(raw) // 40), number, "line" if number == 0 else "dashed"))
+    skipped = tuple(float(r.step) for run in runs for r in run.metrics.records if r.skipped)
+    return LineChart(
+        "training loss", "step", "nats per token", tuple(series), crosses=skipped, cross_label="skipped"
+    )
+
+
+def bits_chart(runs: Sequence[Run]) -> LineChart:
+    """Held-out bits per byte, domains thin; what needs no training and a dense model as lines to beat."""
+    series: list[Series] = []
+    for number, run in enumerate(runs):
+        name = "mean over domains" if len(runs) == 1 else f"{run.name}: mean"
+        style = "line" if number == 0 else "dashed"
+        series.append(Series(name, _of(run, lambda record: record.bits_per_byte), number, style))
+    if len(runs) == 1:
+        names = {name: None for record in runs[0].metrics.records for name in record.domains}
+        for place, name in enumerate(names, start=1):
+            series.append(Series(name, _domain(runs[0], name), place, "thin"))
+    return LineChart("held-out bits per byte", "step", "bits per byte", tuple(series), rules=_rivals(runs[0]))
+
+
+def entropy_chart(runs: Sequence[Run]) -> LineChart:
+    """Entropy of the router's scores: how undecided it is."""
+    series = tuple(
+        Series(run.name, _of(run, lambda r: r.router_entropy), number, "line" if number == 0 else "dashed")
+        for number, run in enumerate(runs)
+    )
+    return LineChart("router entropy", "step", "nats, mean over tokens and layers", series)
+
+
+def speed_chart(runs: Sequence[Run]) -> LineChart:
+    series = tuple(
+        Series(run.name, _of(run, lambda r: r.tok_per_sec), number, "line" if number == 0 else "dashed")
+        for number, run in enumerate(runs)
+    )
+    return LineChart("training speed", "step", "tokens/s", series)
+
+
+def balance_chart(runs: Sequence[Run]) -> LineChart:
+    """max/mean load of each layer, smoothed, with the limit."""
+    series: list[Series] = []
+    for number, run in enumerate(runs):
+        lines = _balance(run)
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        style = "line" if number == 0 else "dashed"
+        series += [Series(prefix + name, curve, place, style) for place, (name, curve) in enumerate(lines)]
+    rules = (Rule(LIMIT, f"limit {LIMIT}"), Rule(1.0, "fair share"))
+    return LineChart("busiest expert over fair share", "step", "max / mean load", tuple(series), rules=rules)
+
+
+def _balance(run: Run) -> list[tuple[str, tuple[Point, ...]]]:
+    """Named curves: of every layer, or over layers where there are many."""
+    if run.loads is not None:
+        curves = _from_loads(run.loads)
+    else:
+        layers = sorted({layer for record in run.metrics.records for layer in record.layers})
+        curves = [(f"layer {i}", _layer(run, i)) for i in layers]
+    return [(name, smooth(curve, len(curve) // 40)) for name, curve in curves]
+
+
+def _from_loads(loads: LoadMap) -> list[tuple[str, tuple[Point, ...]]]:
+    values_LS = loads.max_over_mean_LS
+    names = [f"layer {layer}" for layer in loads.layers]
+    if len(names) > MOST_LINES:
+        values_LS = np.quantile(values_LS, (1.0, 0.5, 0.0), axis=0)
+        names = ["least even layer", "median layer", "most even layer"]
+    steps = loads.steps_S.tolist()
+    return [
+        (name, tuple(zip(steps, values_S.tolist(), strict=True)))
+        for name, values_S in zip(names, values_LS, strict=True)
+    ]
+
+
+def _of(run: Run, value: Callable[[StepRecord], float | None]) -> tuple[Point, ...]:
+    return points((record.step, value(record)) for record in run.metrics.records)
+
+
+def _domain(run: Run, name: str) -> tuple[Point, ...]:
+    return points((record.step, record.domains.get(name)) for record in run.metrics.records)
+
+
+def _layer(run: Run, layer: int) -> tuple[Point, ...]:
+    return points((record.step, record.layers.get(layer)) for record in run.metrics.records)
+
+
+def _rivals(run: Run) -> tuple[Rule, ...]:
+    if run.summary is None:
+        return ()
+    summary = run.summary
+    found: Iterable[tuple[str, float | None]] = (
+        ("byte trigram", summary.trigram and summary.trigram.macro),
+        ("xz", summary.xz and summary.xz.macro),
+        ("dense", summary.dense and summary.dense.bits_per_byte.macro),
+    )
+    return tuple(Rule(value, name) for name, value in found if value is not None)

@@ -1,0 +1,68 @@
+"""Everything a page needs, read from a run folder. What a run has not written yet is None."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from consilium.errors import ConsiliumError
+from consilium.records.io import read_json_if_present
+from consilium.records.metrics import METRICS_FILE, Metrics, read_metrics
+from consilium.records.run import META_FILE, SUMMARY_FILE, RunMeta, Summary
+from consilium.records.specialisation import SPECIALISATION_FILE, Specialisation
+from consilium.report.load_map import LoadMap, read_load_map
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    folder: Path
+    meta: RunMeta | None
+    metrics: Metrics
+    summary: Summary | None
+    loads: LoadMap | None
+    specialisation: Specialisation | None
+    config: str
+    """``config.yaml`` as written; empty where there is none."""
+    checkpoint: Path | None
+    """The newest one."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises ConsiliumError when it is not one, or when a record in it is damaged."""
+    if not folder.is_dir():
+        raise ConsiliumError(f"report: {folder} is not a folder; give the folder that --out named.")
+    if not any((folder / name).exists() for name in (METRICS_FILE, META_FILE, CONFIG_FILE)):
+        raise ConsiliumError(
+            f"report: {folder} has no {METRICS_FILE}, so it is not a training run; give the folder that --out named."
+        )
+    return Run(
+        folder=folder,
+        meta=read_json_if_present(RunMeta, folder / META_FILE),
+        metrics=read_metrics(folder / METRICS_FILE),
+        summary=read_json_if_present(Summary, folder / SUMMARY_FILE),
+        loads=read_load_map(folder),
+        specialisation=read_json_if_present(Specialisation, folder / SPECIALISATION_FILE),
+        config=_text(folder / CONFIG_FILE),
+        checkpoint=newest_checkpoint(folder),
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, by name."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder / "checkpoints").glob("step-*")
+        if (match := re.fullmatch(r"step-([0-9]+)", path.name))
+    ]
+    return max(found)[1] if found else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -1,0 +1,55 @@
+"""Sentences about a run, computed from its records and never assumed."""
+
+from __future__ import annotations
+
+from consilium.records.specialisation import Association, Specialisation
+from consilium.report.load_map import WINDOW, LoadMap
+
+LIMIT = 1.5
+"""max/mean load up to which a layer counts as balanced."""
+NEGLIGIBLE = 0.002
+"""Shares of the expert choice closer than this are not told apart."""
+
+
+def balance(loads: LoadMap) -> str:
+    """How even the loads were at the end."""
+    final = loads.final_L
+    worst = int(final.argmax())
+    window = min(WINDOW, loads.steps_S.shape[0])
+    dead = int(loads.dead_LE.sum())
+    verdict = "within" if final[worst] <= LIMIT else "above"
+    experts = "No expert is dead" if dead == 0 else f"{dead} of {loads.dead_LE.size} experts are dead"
+    return (
+        f"Over the last {window} recorded steps the busiest expert of the least even layer ({loads.layers[worst]})"
+        f" carried {final[worst]:.2f} times its fair share, {verdict} the limit of {LIMIT}."
+        f" {experts}{'' if dead == 0 else ': no token in these steps, marked × at the right edge'}."
+    )
+
+
+def explained(parts: list[Association]) -> float:
+    """Share of the expert choice that a label explains, above chance, mean over layers."""
+    return sum(part.normalised for part in parts) / len(parts)
+
+
+def specialisation(record: Specialisation) -> str:
+    """Which labelling says more about the choice of expert on this run."""
+    if not record.layers:
+        return "No layer of this model routes to experts."
+    domain = explained([layer.domain for layer in record.layers])
+    syntax = explained([layer.syntax for layer in record.layers])
+    told = f"domain explains {domain:.1%} of the choice of expert, syntax {syntax:.1%}"
+    if max(domain, syntax) < NEGLIGIBLE:
+        return f"Neither says anything about the experts of this run above chance: {told} (mean over layers)."
+    if abs(domain - syntax) < NEGLIGIBLE:
+        return (
+            f"Domain and syntax say the same amount about the experts of this run: {told} (mean over layers)."
+        )
+    larger = "syntax" if syntax > domain else "domain"
+    agreeing = sum(
+        (layer.syntax.normalised > layer.domain.normalised) == (syntax > domain) for layer in record.layers
+    )
+    other = "domain" if larger == "syntax" else "syntax"
+    return (
+        f"On this run experts follow {larger} more than {other}: {told}"
+        f" (mean over layers, chance subtracted); so in {agreeing} of {len(record.layers)} layers."
+    )

@@ -1,0 +1,76 @@
+"""How long a run is: steps, tokens, or minutes that a short calibration turns into steps once."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from consilium.config.training import Training
+from consilium.data.corpus import Corpus
+from consilium.errors import ConsiliumError
+from consilium.model.build import build
+from consilium.training.run import loader_of
+from consilium.training.optimizer import build_optimizer
+from consilium.training.step import train_step
+
+CALIBRATION_SECONDS = 6.0
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Minutes:
+    count: float
+
+
+Budget = Steps | Tokens | Minutes
+
+
+def with_budget(
+    config: Training, budget: Budget, corpus: Corpus, *, notice: Callable[[str], None]
+) -> Training:
+    """Return ``config`` with its number of steps. Minutes are measured here and never again: the steps are stored."""
+    match budget:
+        case Steps(count=count):
+            steps = count
+        case Tokens(count=count):
+            steps = round(count / (config.batch * config.data.sequence_length))
+        case Minutes(count=count):
+            seconds = step_seconds(config, corpus)
+            steps = round(count * 60 / seconds)
+            notice(f"calibrated: {seconds:.3f} s a step, so {count:g} minutes are {steps} steps")
+    if steps < 1:
+        raise ConsiliumError(f"the budget {budget.count:g} is less than one step; give more.")
+    return dataclasses.replace(config, steps=steps)
+
+
+def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATION_SECONDS) -> float:
+    """Median time of a training step, measured on a throw-away copy of the run for about ``seconds``."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = build(config.model, seed=config.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    loader = loader_of(config, corpus)
+    measured: list[float] = []
+    step = 0
+    while step < WARM_UP_STEPS + 3 or sum(measured) < seconds:
+        begun = time.perf_counter()
+        train_step(model, optimizer, loader, config, step)
+        if step >= WARM_UP_STEPS:
+            measured.append(time.perf_counter() - begun)
+        step += 1
+    return statistics.median(measured)

@@ -1,0 +1,146 @@
+"""Training from first step to last, or to a polite stop, with everything saved on the way."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from consilium.config.training import Training
+from consilium.data.corpus import Corpus, build_corpus
+from consilium.evaluation.bits import Evaluation, evaluate
+from consilium.model.build import torch_dtype
+from consilium.model.types import Options
+from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
+from consilium.training.guard import check_patience
+from consilium.training.interrupt import polite_stop
+from consilium.training.measures import evaluation_record, layer_ratios, step_record
+from consilium.training.run import Run, open_run, save_run
+from consilium.training.step import StepResult, train_step
+
+WINDOW = 50
+"""Steps over which the final load ratio is averaged."""
+
+LOGGED = 1000
+"""A run logs at most about this many steps; shorter runs log every step."""
+
+
+def train(
+    config: Training,
+    out: Path,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    corpus: Corpus | None = None,
+) -> Finished:
+    """Train in the run folder ``out`` and return how it ended.
+
+    The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a run
+    stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a folder that
+    holds another run, text that changed, a full disk, or ten non-finite steps in a row.
+    """
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if corpus is None:
+        corpus = build_corpus(config.data, config.model.vocab_size, progress=lambda text: emit(Notice(text)))
+    run = open_run(config, out, corpus, resume=resume, notice=lambda text: emit(Notice(text)))
+    emit(Started(config, out, sum(p.numel() for p in run.model.parameters()), run.progress.step))
+    with polite_stop() as asked:
+        meter = Meter()
+        first = _evaluate(run, emit) if run.progress.step == 0 else None
+        while run.progress.step < config.steps and not asked():
+            _step(run, meter, emit)
+        return _finish(run, meter, first, emit)
+
+
+@dataclass(slots=True)
+class Meter:
+    """What this process did: time spent in steps, and the newest steps' time and load ratios."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    ratios: deque[Mapping[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def add(self, seconds: float, result: StepResult) -> None:
+        self.seconds += seconds
+        self.tokens += result.tokens
+        self.recent.append(seconds)
+        self.ratios.append(layer_ratios(result.loads))
+
+    @property
+    def mean_ratios(self) -> dict[int, float]:
+        layers = self.ratios[0] if self.ratios else {}
+        return {layer: sum(r[layer] for r in self.ratios) / len(self.ratios) for layer in layers}
+
+
+def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
+    progress = run.progress
+    begun = time.perf_counter()
+    result = train_step(run.model, run.optimizer, run.loader, run.config, progress.step)
+    meter.add(time.perf_counter() - begun, result)
+    progress.step += 1
+    progress.tokens += result.tokens
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+    speed = result.tokens / meter.recent[-1]
+    if progress.step % max(1, run.config.steps // LOGGED) == 0 or result.skipped:
+        run.files.log(step_record(progress.step, progress.tokens, speed, result))
+    run.files.log_loads(progress.step, result)
+    left = (run.config.steps - progress.step) * sum(meter.recent) / len(meter.recent)
+    emit(Stepped(progress.step, result, progress.tokens, speed, left))
+    if result.skipped:
+        emit(Notice(f"step {progress.step}: loss {result.loss} or gradient norm {result.norm} is not finite; skipped"))
+        check_patience(progress.skipped_in_a_row, progress.step)
+    _every(run, emit)
+
+
+def _every(run: Run, emit: Callable[[Event], None]) -> None:
+    step, config = run.progress.step, run.config
+    if step == config.steps:
+        return
+    if config.eval_every and step % config.eval_every == 0:
+        _evaluate(run, emit)
+    if config.save_every and step % config.save_every == 0:
+        emit(Saved(step, save_run(run)))
+
+
+def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
+    evaluation = evaluate(
+        run.model,
+        run.corpus,
+        sequence_length=run.config.data.sequence_length,
+        limit_tokens=run.config.eval_tokens,
+        options=Options(dtype=torch_dtype(run.config.dtype)),
+    )
+    run.files.log(evaluation_record(run.progress.step, run.progress.tokens, evaluation))
+    emit(Evaluated(run.progress.step, evaluation))
+    return evaluation
+
+
+def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
+    """Save first: a stop that was asked for must not lose steps to a slow validation."""
+    folder = save_run(run)
+    emit(Saved(run.progress.step, folder))
+    finished = Finished(
+        out=run.out,
+        checkpoint=folder,
+        steps=run.progress.step,
+        tokens=run.progress.tokens,
+        seconds=meter.seconds,
+        tokens_per_second=meter.tokens / meter.seconds if meter.seconds else 0.0,
+        first=first,
+        last=_evaluate(run, emit),
+        interrupted=run.progress.step < run.config.steps,
+        final_load=meter.mean_ratios,
+    )
+    emit(finished)
+    return finished

@@ -1,0 +1,54 @@
+"""From a step's result to its record: loads become max/mean, dead experts and drops.
+
+Legend: E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from consilium.evaluation.bits import Evaluation
+from consilium.records.loads import max_over_mean
+from consilium.records.run import StepRecord
+from consilium.training.step import LayerLoad, StepResult
+
+
+def step_record(step: int, tokens: int, tokens_per_second: float, result: StepResult) -> StepRecord:
+    return StepRecord(
+        step=step,
+        tokens=tokens,
+        loss=result.loss,
+        ce=result.ce,
+        grad_norm=result.norm,
+        lr=result.rate,
+        tok_per_sec=tokens_per_second,
+        skipped=float(result.skipped),
+        losses=result.balance | ({"mtp": result.ahead} if result.ahead else {}),
+        **_routing(result.loads),
+    )
+
+
+def evaluation_record(step: int, tokens: int, evaluation: Evaluation) -> StepRecord:
+    return StepRecord(
+        step=step, tokens=tokens, bits_per_byte=evaluation.bits_per_byte, domains=evaluation.domains
+    )
+
+
+def layer_ratios(loads: Mapping[int, LayerLoad]) -> dict[int, float]:
+    """max/mean load of each MoE layer."""
+    return {layer: max_over_mean(load.load_E.tolist()) for layer, load in loads.items()}
+
+
+def _routing(loads: Mapping[int, LayerLoad]) -> dict[str, Any]:
+    if not loads:
+        return {}
+    ratios = layer_ratios(loads)
+    return {
+        "layers": ratios,
+        "max_over_mean": max(ratios.values(), key=lambda r: -math.inf if math.isnan(r) else r),
+        "dead_experts": float(sum(int((load.load_E == 0).sum()) for load in loads.values())),
+        "router_entropy": sum(load.entropy for load in loads.values()) / len(loads),
+        "dropped_frac": sum(load.dropped_fraction for load in loads.values()) / len(loads),
+    }

@@ -1,0 +1,163 @@
+"""A run in progress: opened fresh or from its newest checkpoint, saved whole."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import consilium
+from consilium.checkpoint import atomic, store
+from consilium.config.training import BuiltIn, Training
+from consilium.config.training import Path as PathSource
+from consilium.data.corpus import Corpus
+from consilium.data.loader import Loader
+from consilium.errors import ConsiliumError
+from consilium.model.build import build
+from consilium.model.decoder import Decoder
+from consilium.planner.plan import plan
+from consilium.records.io import write_json
+from consilium.records.run import META_FILE, Hardware, RunMeta, Versions
+from consilium.training.files import CHECKPOINTS, RunFiles, check_same, stored_config
+from consilium.training.optimizer import build_optimizer, moments, restore_moments
+
+
+@dataclass(slots=True)
+class Progress:
+    """The only state of a run that is not weights, moments or a function of the step."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    config: Training
+    out: Path
+    corpus: Corpus
+    loader: Loader
+    model: Decoder
+    optimizer: torch.optim.AdamW
+    files: RunFiles
+    progress: Progress
+
+
+def open_run(
+    config: Training, out: Path, corpus: Corpus, *, resume: bool, notice: Callable[[str], None]
+) -> Run:
+    """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts fresh.
+
+    Raises ConsiliumError when the folder holds a run and ``resume`` is off, or holds one with other settings or text.
+    """
+    stored = stored_config(out)
+    if stored is not None and not resume:
+        raise ConsiliumError(f"{out} already holds a run; add --resume to continue it or choose another --out.")
+    if stored is not None:
+        check_same(stored, config, out)
+    atomic.sweep(out / CHECKPOINTS)
+    checkpoint = atomic.latest(out / CHECKPOINTS, notice=notice)
+    model = build(config.model, seed=config.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    loader = loader_of(config, corpus)
+    if checkpoint is None:
+        write_json(out / META_FILE, _meta(config, corpus))
+        files, progress = RunFiles.start(out, config), Progress()
+    else:
+        progress = _restore(checkpoint, model, optimizer, corpus, notice)
+        files = RunFiles.reopen(out, progress.step)
+    return Run(config, out, corpus, loader, model, optimizer, files, progress)
+
+
+def loader_of(config: Training, corpus: Corpus) -> Loader:
+    return Loader(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        batch=config.batch,
+        seed=config.seed,
+        temperature=config.data.temperature,
+    )
+
+
+def save_run(run: Run) -> Path:
+    """Commit ``checkpoints/step-N`` whole, then prune older ones."""
+    state = store.TrainingState(
+        tensors=moments(run.optimizer, run.model),
+        scalars={
+            "step": run.progress.step,
+            "tokens": run.progress.tokens,
+            "skipped_in_a_row": run.progress.skipped_in_a_row,
+            "corpus_sha256": run.corpus.sha256,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        },
+    )
+    folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
+    store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state)
+    atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
+    return folder
+
+
+def _restore(
+    folder: Path, model: Decoder, optimizer: torch.optim.AdamW, corpus: Corpus, notice: Callable[[str], None]
+) -> Progress:
+    store.load_weights(model, folder)
+    state = store.load_training_state(folder)
+    restore_moments(optimizer, model, state.tensors)
+    scalars = state.scalars
+    if scalars["corpus_sha256"] != corpus.sha256:
+        raise ConsiliumError(
+            f"cannot resume from {folder}: the training text has changed since (another Python or edited files);"
+            " restore the text or start a new run in another --out."
+        )
+    for name, now in (("threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
+        if scalars[name] != now:
+            notice(f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits")
+    return Progress(int(scalars["step"]), int(scalars["tokens"]), int(scalars["skipped_in_a_row"]))
+
+
+def _meta(config: Training, corpus: Corpus) -> RunMeta:
+    parameters = plan(config.model).parameters
+    return RunMeta(
+        model=config.model.family,
+        parameters_total=parameters.total,
+        parameters_active=parameters.active,
+        corpus=_corpus_name(config),
+        corpus_sha256=corpus.sha256,
+        seed=config.seed,
+        started=datetime.datetime.now(datetime.UTC),
+        versions=Versions(
+            consilium=consilium.__version__, torch=str(torch.__version__), python=platform.python_version()
+        ),
+        hardware=Hardware(cpu=cpu_name(), threads=torch.get_num_threads(), memory_bytes=_memory()),
+    )
+
+
+def _corpus_name(config: Training) -> str:
+    match config.data.source:
+        case BuiltIn():
+            return "builtin"
+        case PathSource(path=path):
+            return path
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0

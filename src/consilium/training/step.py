@@ -1,0 +1,116 @@
+"""One optimizer step: micro-batches forward and backward, guard, update, balance.
+
+Legend: E routed experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilium.config.training import Training
+from consilium.data.loader import Loader
+from consilium.evaluation.loss import Loss, Share, training_loss
+from consilium.model.build import torch_dtype
+from consilium.model.decoder import Decoder
+from consilium.model.types import Options
+from consilium.moe.types import Mode, Report
+from consilium.training import guard
+from consilium.training.optimizer import set_rate
+from consilium.training.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """One layer's routing in one optimizer step, summed over micro-batches."""
+
+    load_E: Tensor
+    wanted_E: Tensor
+    entropy: float
+    """Nats, mean over micro-batches."""
+
+    @property
+    def dropped_fraction(self) -> float:
+        wanted = int(self.wanted_E.sum())
+        return 1 - int(self.load_E.sum()) / wanted if wanted else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    loss: float
+    ce: float
+    """Nats a predicted token."""
+    ahead: float
+    balance: Mapping[str, float]
+    norm: float
+    """Gradient norm before clipping."""
+    rate: float
+    tokens: int
+    loads: Mapping[int, LayerLoad]
+    """By index of the MoE layer."""
+    skipped: bool
+
+
+def train_step(
+    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, config: Training, step: int
+) -> StepResult:
+    """Run step ``step`` (from 0): a pure function of weights, optimizer state, configuration and step.
+
+    A non-finite loss or gradient norm leaves weights, moments and balance state untouched.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    batch = [loader.micro(step, i, config.accumulate) for i in range(config.accumulate)]
+    share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
+    losses: list[Loss] = []
+    for i, micro in enumerate(batch):
+        losses.append(training_loss(model, micro, share, options=_options(config, step, i)))
+        losses[-1].total.backward()
+    norm = guard.clip(model, config.optimizer.clip)
+    rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
+    total = sum(float(loss.total.detach()) for loss in losses)
+    healthy = guard.is_healthy(total, norm)
+    loads = _sum_loads(model, [loss.reports for loss in losses])
+    if healthy:
+        set_rate(optimizer, rate)
+        optimizer.step()
+        for layer, load in loads.items():
+            model.moe_layers()[layer].balance.step(load.load_E, load.dropped_fraction)
+    return StepResult(
+        loss=total,
+        ce=sum(float(loss.nll) for loss in losses) / max(share.targets, 1),
+        ahead=sum(float(loss.ahead) for loss in losses),
+        balance={name: sum(float(loss.balance[name]) for loss in losses) for name in losses[0].balance},
+        norm=norm,
+        rate=rate,
+        tokens=sum(int(b.valid_BS.sum()) for b in batch),
+        loads=loads,
+        skipped=not healthy,
+    )
+
+
+def _options(config: Training, step: int, micro: int) -> Options:
+    """Noise comes from (seed, step, micro-batch) alone, so that a resume needs no generator state."""
+    digest = hashlib.sha256(f"{config.seed}/{step}/{micro}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return Options(
+        mode=Mode(training=True, generator=generator),
+        dtype=torch_dtype(config.dtype),
+        recompute=config.recompute,
+    )
+
+
+def _sum_loads(model: Decoder, reports: list[tuple[Report, ...]]) -> dict[int, LayerLoad]:
+    layers = model.config.moe_layers
+    return {layer: _sum_layer([micro[i] for micro in reports]) for i, layer in enumerate(layers)}
+
+
+def _sum_layer(reports: list[Report]) -> LayerLoad:
+    return LayerLoad(
+        load_E=torch.stack([r.load_E for r in reports]).sum(0),
+        wanted_E=torch.stack([r.wanted_E for r in reports]).sum(0),
+        entropy=float(torch.stack([r.entropy for r in reports]).mean()),
+    )

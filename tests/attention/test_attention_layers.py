@@ -1,0 +1,201 @@
+"""Both layers against their equations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention.cases import CONFIGS, built, counted, random_x, uncached
+from attention.naive import Weights, causal_sight, float64_weights, naive_gqa, naive_mla
+from consilium.attention.context import build_context
+from consilium.attention.types import LatentPath
+from consilium.config.attention import GQA, MLA, Rope
+from support import relative_error
+
+named_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+gqa_configs = st.builds(
+    lambda group, kv_heads, pairs, **options: GQA(
+        heads=group * kv_heads, kv_heads=kv_heads, head_dim=2 * pairs, **options
+    ),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    pairs=st.integers(1, 4),
+    qkv_bias=st.booleans(),
+    qk_norm=st.sampled_from(["none", "head", "full"]),
+    softcap=st.sampled_from([None, 3.0]),
+    scale=st.sampled_from([None, 0.9]),
+    rope=st.sampled_from([Rope(), Rope(interleaved=True, theta=100.0)]),
+)
+
+# A norm over one value cancels its input, and its gradient is rounding: ranks start at 3.
+mla_configs = st.builds(
+    lambda pairs, **options: MLA(rope_dim=2 * pairs, **options),
+    heads=st.integers(1, 3),
+    q_rank=st.sampled_from([None, 3, 6]),
+    kv_rank=st.integers(3, 9),
+    nope_dim=st.integers(1, 6),
+    pairs=st.integers(1, 3),
+    v_dim=st.integers(1, 8),
+)
+
+
+def naive(config: GQA | MLA, weights: Weights, x: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+    match config:
+        case GQA():
+            return naive_gqa(config, weights, x, position, seen)
+        case MLA():
+            return naive_mla(config, weights, x, position, seen)
+
+
+def compared(
+    config: GQA | MLA, x: Tensor, sequence: Tensor | None, valid: Tensor | None, path: LatentPath = "auto"
+) -> None:
+    """Values and the gradients of the input and of every weight equal the equations in float64."""
+    batch, tokens, _ = x.shape
+    module, position = built(config), counted(batch, tokens)
+    weights = float64_weights(module)
+    seen = causal_sight(batch, tokens)
+    if sequence is not None:
+        seen &= sequence[:, :, None] == sequence[:, None, :]
+    if valid is not None:
+        seen &= valid[:, None, :]
+    context = build_context(config, position, sequence_BS=sequence, valid_BS=valid)
+    fast, slow = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = module(fast, replace(context, latent_path=path))
+    expected = naive(config, weights, slow, position, seen)
+    assert relative_error(y, expected) < 1e-5
+    towards = random_x(batch, tokens, seed=5)
+    (y * towards).sum().backward()
+    (expected * towards).sum().backward()
+    same_gradients({"x": fast, **dict(module.named_parameters())}, {"x": slow, **weights}, tokens)
+
+
+def same_gradients(fast: Weights, slow: Weights, tokens: int) -> None:
+    """Where one token sees only itself, queries and keys have a gradient of exactly zero but for rounding."""
+    assert fast.keys() == slow.keys()
+    largest = max(float(w.grad.norm()) for w in slow.values() if w.grad is not None)
+    for name, weight in slow.items():
+        found, wanted = fast[name].grad, weight.grad
+        assert found is not None
+        assert wanted is not None
+        if tokens == 1 and float(wanted.norm()) < 1e-12 * largest:
+            assert float(found.norm()) < 1e-5 * largest, name
+        else:
+            assert relative_error(found, wanted) < 2e-5, name
+
+
+@named_configs
+def test_values_and_gradients_equal_the_equations(config: GQA | MLA) -> None:
+    compared(config, random_x(2, 9), None, None)
+
+
+@named_configs
+def test_documents_and_padding_equal_the_equations(config: GQA | MLA) -> None:
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1]])
+    valid = torch.tensor([[True] * 8, [True] * 5 + [False] + [True, False]])
+    compared(config, random_x(2, 8), sequence, valid)
+
+
+@given(config=gqa_configs, batch=st.integers(1, 3), tokens=st.integers(1, 6))
+def test_grouped_query_attention_of_any_shape(config: GQA, batch: int, tokens: int) -> None:
+    compared(config, random_x(batch, tokens), None, None)
+
+
+@given(
+    config=mla_configs,
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 6),
+    path=st.sampled_from(["expanded", "absorbed"]),
+)
+def test_latent_attention_of_any_shape_on_both_paths(
+    config: MLA, batch: int, tokens: int, path: LatentPath
+) -> None:
+    compared(config, random_x(batch, tokens), None, None, path)
+
+
+@named_configs
+def test_packed_documents_are_separate_sequences(config: GQA | MLA) -> None:
+    """Positions restart with each document, so a packed one computes what it would compute alone."""
+    module, lengths = built(config), (3, 1, 5)
+    x = random_x(1, sum(lengths))
+    sequence = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]])
+    position = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = module(x, build_context(config, position, sequence_BS=sequence))
+    alone = torch.cat([uncached(module, document) for document in x.split(lengths, 1)], 1)
+    assert relative_error(packed, alone) < 1e-5
+
+
+@named_configs
+def test_what_padding_holds_changes_nothing(config: GQA | MLA) -> None:
+    module, position = built(config), counted(2, 7)
+    valid = torch.tensor([[True] * 7, [False] * 2 + [True] * 3 + [False] * 2])
+    x = random_x(2, 7)
+    other = torch.where(valid[..., None], x, 1e3 * random_x(2, 7, seed=3))
+    context = build_context(config, position, valid_BS=valid)
+    y, changed = module(x, context), module(other, context)
+    assert torch.equal(y[valid], changed[valid])
+    assert bool(y.isfinite().all())
+
+
+@named_configs
+def test_padding_passes_finite_gradients_and_receives_none(config: GQA | MLA) -> None:
+    module = built(config)
+    valid = torch.tensor([[False, False, True, True, False]])
+    x = random_x(1, 5).requires_grad_()
+    y = module(x, build_context(config, counted(1, 5), valid_BS=valid))
+    y[valid].square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad[~valid].eq(0).all())
+    for weight in (x, *module.parameters()):
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all())
+        assert bool(weight.grad.any())
+
+
+@named_configs
+def test_bfloat16_inputs_compute_in_bfloat16_on_float32_weights(config: GQA | MLA) -> None:
+    module, x = built(config), random_x(2, 6)
+    y = uncached(module, x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert all(weight.dtype == torch.float32 for weight in module.parameters())
+    assert relative_error(y, uncached(module, x)) < 3e-2
+
+
+def test_permuted_weights_turn_interleaved_into_half_split_rotation() -> None:
+    """Scores are sums over pairs, so only the rows of the rotated dimensions have to move."""
+    interleaved = MLA(heads=3, q_rank=6, kv_rank=8, nope_dim=4, rope_dim=6, v_dim=5)
+    module = built(interleaved)
+    split = torch.cat((torch.arange(0, 6, 2), torch.arange(1, 6, 2)))
+    other = built(replace(interleaved, rope=Rope(interleaved=False)))
+    state = {name: weight.clone() for name, weight in module.state_dict().items()}
+    state["q_up.weight"] = (
+        state["q_up.weight"].unflatten(0, (3, 10))[:, torch.cat((torch.arange(4), 4 + split))].flatten(0, 1)
+    )
+    state["kv_down.weight"] = state["kv_down.weight"][torch.cat((torch.arange(8), 8 + split))]
+    assert relative_error(uncached(other, random_x(2, 9)), uncached(module, random_x(2, 9))) > 1e-2
+    other.load_state_dict(state)
+    assert relative_error(uncached(other, random_x(2, 9)), uncached(module, random_x(2, 9))) < 1e-5
+
+
+STATES = {
+    "everything": """q.weight 24 20, k.weight 12 20, v.weight 12 20, o.weight 20 24, q.bias 24, k.bias 12,
+        v.bias 12, q_norm.weight 24, k_norm.weight 12""",
+    "head-norm": """q.weight 24 20, k.weight 12 20, v.weight 12 20, o.weight 20 24, q_norm.weight 6,
+        k_norm.weight 6""",
+    "latent": "q.weight 30 20, kv_down.weight 14 20, kv_norm.weight 10, kv_up.weight 33 10, o.weight 20 15",
+    "latent-compressed": """q_down.weight 7 20, q_norm.weight 7, q_up.weight 30 7, kv_down.weight 14 20,
+        kv_norm.weight 10, kv_up.weight 33 10, o.weight 20 15""",
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_names_and_shapes(name: str) -> None:
+    state = built(CONFIGS[name]).state_dict()
+    found = {" ".join(map(str, (key, *weight.shape))) for key, weight in state.items()}
+    assert found == {" ".join(entry.split()) for entry in STATES[name].split(",")}

@@ -1,0 +1,57 @@
+"""What holds for every test: one thread, a cache of its own, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+THREADS = 1
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+os.environ["MKL_NUM_THREADS"] = str(THREADS)
+os.environ["NO_COLOR"] = "1"
+
+# The same examples on every machine: a failure seen once is a failure that can be repeated.
+settings.register_profile("consilium", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("consilium")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONSILIUM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison() -> Iterator[None]:
+    """Fill uninitialised floating-point memory with NaN, where a collected test has imported torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    torch.set_num_threads(THREADS)
+    # A device context remembers torch's factory functions at its first use; let it see the real ones.
+    with torch.device("cpu"):
+        torch.empty(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _poisoned(torch, getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, _poisoned(torch, getattr(torch.Tensor, name)))
+        yield
+
+
+def _poisoned(torch: Any, allocate: Any) -> Any:
+    def poisoned(*args: Any, **options: Any) -> Any:
+        result = allocate(*args, **options)
+        if result.is_floating_point():
+            with torch.no_grad():
+                result.fill_(float("nan"))
+        return result
+
+    return poisoned

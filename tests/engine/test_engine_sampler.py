@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilium.engine.request import Sampling
+from consilium.engine.sampler import sample
+from consilium.errors import ConsiliumError
+
+
+def draw(logits: list[float], sampling: Sampling, times: int = 4000) -> list[float]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens = [sample(torch.tensor(logits), sampling, generator)[0] for _ in range(times)]
+    return [tokens.count(i) / times for i in range(len(logits))]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20))
+def test_greedy_takes_the_first_of_the_largest_and_reports_its_probability(logits: list[float]) -> None:
+    token, logprob = sample(torch.tensor(logits), Sampling(), torch.Generator())
+    as_float32 = torch.tensor(logits).tolist()
+    assert token == as_float32.index(max(as_float32))
+    total = math.log(sum(math.exp(value - max(as_float32)) for value in as_float32))
+    assert logprob == pytest.approx(-total, abs=1e-5)
+
+
+def test_temperature_one_draws_the_softmax() -> None:
+    found = draw([0.0, 1.0, 2.0], Sampling(temperature=1.0))
+    wanted = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0).tolist()
+    assert found == pytest.approx(wanted, abs=0.03)
+
+
+def test_top_k_keeps_exactly_k_and_ties_rank_by_index() -> None:
+    found = draw([1.0, 1.0, 1.0, 0.0], Sampling(temperature=1.0, top_k=2))
+    assert found[2:] == [0.0, 0.0]
+    assert found[:2] == pytest.approx([0.5, 0.5], abs=0.04)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert draw(logits, Sampling(temperature=1.0, top_p=0.79))[2:] == [0.0, 0.0]
+    assert draw(logits, Sampling(temperature=1.0, top_p=0.81))[2] > 0
+    assert draw(logits, Sampling(temperature=1.0, top_p=1e-9))[0] == 1.0
+
+
+def test_a_seed_repeats_its_draws() -> None:
+    sampling = Sampling(temperature=1.0, seed=7)
+    assert draw([0.0] * 5, sampling, 50) == draw([0.0] * 5, sampling, 50)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_wrong_settings_are_refused_in_one_sentence(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConsiliumError, match=next(iter(wrong))):
+        Sampling(**wrong)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,96 @@
+"""Documents are tested: their commands parse, their links lead somewhere, their numbers come from records."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilium.cli.arguments import Parser
+from consilium.cli.main import VERBS
+from house.tree import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def commands(page: Path) -> list[str]:
+    """Every ``consilium`` command in the page's shell blocks."""
+    blocks = [body for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language == "sh"]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [line.partition(" #")[0].strip() for line in lines]
+    return [
+        line.replace("python -m consilium", "consilium")
+        for line in found
+        if line.startswith(("consilium ", "python -m consilium "))
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_in_the_documents_parses(page: Path) -> None:
+    for command in commands(page):
+        _, verb, *words = shlex.split(command)
+        if verb.startswith("--"):
+            assert verb in {"--help", "--version"}, command
+            continue
+        assert verb in VERBS, command
+        parser = Parser(prog=f"consilium {verb}", description="", example="")
+        importlib.import_module(f"consilium.cli.{verb}").arguments(parser)
+        parser.read(words)
+
+
+def test_the_readme_shows_every_verb() -> None:
+    shown = {shlex.split(command)[1] for command in commands(ROOT / "README.md")}
+    assert set(VERBS) <= shown
+
+
+def test_both_readmes_have_the_same_blocks() -> None:
+    english, chinese = (ROOT / name for name in ("README.md", "README.zh.md"))
+    assert FENCE.findall(english.read_text("utf-8")) == FENCE.findall(chinese.read_text("utf-8"))
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [body for language, body in FENCE.findall(text) if language == "python"]
+    monkeypatch.chdir(tmp_path)
+    names = {"tokens_BS": torch.zeros(1, 8, dtype=torch.int64), "prompts": [[1, 2, 3]]}
+    exec(example.replace("max_tokens=64", "max_tokens=2"), names)
+    assert (tmp_path / "folder" / "config.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    inside = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert not [link for link in inside if not (page.parent / link).exists()]
+
+
+def test_every_number_in_the_documents_comes_from_its_record() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_decision_is_ten_lines_with_its_four_parts() -> None:
+    for page in sorted((ROOT / "docs/decisions").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        parts = re.findall(r"^\*\*(\w+)\.\*\*", text, re.MULTILINE)
+        assert parts == ["Context", "Choice", "Rejected", "Consequence"], page.name
+        assert text.count("\n") <= 16, page.name
+
+
+def test_the_makefile_has_every_promised_target() -> None:
+    targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert {"demo", "test", "test-slow", "lint", "bench", "clean"} <= set(" ".join(targets).split())

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from consilium.config.io import from_json, from_yaml, to_json, to_yaml
+from consilium.config.model import Model
+from consilium.config.moe import AlwaysOn
+from consilium.config.router import Groups, Raw, TopK
+from consilium.errors import ConsiliumError
+from consilium.planner.parameters import parameters
+from consilium.recipes.catalogue import find, names, parse, recipe, systems
+from consilium.recipes.recipe import Recipe
+
+SYSTEMS = [find(name) for name in names()]
+MODELS = [(one, size) for one in SYSTEMS for size in one.sizes]
+IDS = [f"{one.name}:{size}" for one, size in MODELS]
+UNITS = {"M": 10**6, "B": 10**9}
+
+
+def test_the_issue_sizes_are_there() -> None:
+    assert {
+        "llama:tiny",
+        "deepseek-v3:671b",
+        "deepseek-v3:1b",
+        "deepseek-v3:tiny",
+        "deepseek-v2:236b",
+        "deepseek-v2:lite",
+        "deepseek-v2:tiny",
+        "mixtral:8x7b",
+        "mixtral:8x22b",
+        "mixtral:tiny",
+        "switch:base",
+        "switch:tiny",
+    } <= set(IDS)
+
+
+@pytest.mark.parametrize("one", SYSTEMS, ids=names())
+def test_without_a_size_a_recipe_is_its_largest_published_one(one: Recipe) -> None:
+    totals = {size: parameters(one.sizes[size]).total for size in one.published}
+    assert one.largest == max(totals, key=lambda size: totals[size])
+    assert recipe(one.name) is one.sizes[one.largest]
+    assert parse(one.name) == (one, one.largest)
+
+
+@pytest.mark.parametrize(("one", "size"), MODELS, ids=IDS)
+def test_every_size_is_reached_by_name_and_survives_json_and_yaml(one: Recipe, size: str) -> None:
+    model = recipe(one.name, size=size)
+    assert model == recipe(f"{one.name}:{size}")
+    assert model.family == one.name
+    assert from_json(Model, to_json(model)) == model
+    assert from_yaml(Model, to_yaml(model)) == model
+
+
+@pytest.mark.parametrize("one", SYSTEMS, ids=names())
+def test_every_recipe_has_a_tiny_size_for_a_cpu(one: Recipe) -> None:
+    tiny = parameters(one.model("tiny"))
+    assert one.sizes["tiny"].vocab_size == 4096
+    assert tiny.total + tiny.mtp < 10_000_000
+    assert "tiny" not in one.published
+
+
+@pytest.mark.parametrize("one", SYSTEMS, ids=names())
+def test_published_totals_are_those_of_the_configuration(one: Recipe) -> None:
+    """Printed counts are rounded: within two per cent, or half a unit of the last printed digit."""
+    for size, facts in one.published.items():
+        match = re.fullmatch(r"(\d+)(?:\.(\d+))?([MB])", facts.total)
+        assert match is not None
+        unit = UNITS[match[3]]
+        half_digit = unit / 10 ** len(match[2] or "") / 2
+        printed = float(facts.total[:-1]) * unit
+        assert abs(parameters(one.sizes[size]).total - printed) <= max(half_digit, 0.02 * printed)
+
+
+def test_tiny_sizes_keep_the_choices_of_their_system() -> None:
+    for one in SYSTEMS:
+        large, tiny = one.model(), one.model("tiny")
+        assert type(large.attention) is type(tiny.attention)
+        assert (large.moe is None) == (tiny.moe is None)
+        if large.moe is not None and tiny.moe is not None:
+            assert large.moe.router.score == tiny.moe.router.score
+            assert large.moe.router.weight == tiny.moe.router.weight
+            assert large.moe.router.offset == tiny.moe.router.offset
+            assert type(large.moe.shared) is type(tiny.moe.shared)
+            assert type(large.moe.admission) is type(tiny.moe.admission)
+            assert [type(loss) for loss in large.moe.balance.losses] == [
+                type(loss) for loss in tiny.moe.balance.losses
+            ]
+
+
+def test_v2_and_v3_route_differently_where_they_must() -> None:
+    v2, v3 = recipe("deepseek-v2").moe, recipe("deepseek-v3").moe
+    assert v2 is not None
+    assert v3 is not None
+    assert v2.router.select == TopK(k=6, groups=Groups(count=8, keep=3, score="max"))
+    assert v3.router.select == TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum"))
+    assert (v2.router.scale, v3.router.scale) == (16.0, 2.5)
+    assert isinstance(v2.router.weight, Raw)
+    assert (v2.router.offset, v3.router.offset) == ("none", "scores")
+
+
+def test_the_yardstick_has_the_shape_every_benchmark_uses() -> None:
+    model = recipe("deepseek-v3:1b")
+    assert (model.vocab_size, model.hidden_size, model.layers, model.dense_first) == (32000, 1024, 12, 1)
+    assert model.dense is not None
+    assert model.dense.width == 4096
+    assert model.moe is not None
+    assert (model.moe.experts, model.moe.width, model.moe.router.select) == (64, 512, TopK(k=6))
+    assert model.moe.shared == AlwaysOn(count=2, width=512)
+    assert model.moe.router.scale == 1.0
+    assert model.mtp.depth == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("deepsek-v3", "unknown recipe 'deepsek-v3'. Did you mean 'deepseek-v3'?"),
+        ("deepseek-v3:671", "deepseek-v3 has no size '671'. Did you mean '671b'?"),
+        ("mixtral:", "mixtral has no size ''. Known: 8x22b, 8x7b, tiny."),
+        ("", "unknown recipe ''. Known: "),
+        ("zzz", "unknown recipe 'zzz'. Known: "),
+    ],
+)
+def test_an_unknown_name_or_size_is_answered_with_the_nearest(text: str, answer: str) -> None:
+    with pytest.raises(ConsiliumError, match=re.escape(answer)):
+        recipe(text)
+
+
+def test_a_size_given_twice_is_not_guessed() -> None:
+    with pytest.raises(ConsiliumError, match="unknown recipe"):
+        recipe("deepseek-v3:1b", size="671b")
+
+
+def test_systems_come_in_the_order_of_history() -> None:
+    years = [one.year for one in systems()]
+    assert years == sorted(years)
+    assert {one.name for one in systems()} == set(names())
+
+
+def test_asking_for_one_recipe_imports_no_other() -> None:
+    code = (
+        "import sys; from consilium.recipes.catalogue import recipe; recipe('deepseek-v3');"
+        "print(*sorted(name for name in sys.modules if name.startswith('consilium.recipes.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parts = ("catalogue", "deepseek_v3", "recipe")
+    assert done.stdout.split() == [f"consilium.recipes.{part}" for part in parts]
