@@ -76,6 +76,12 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     assert not [link for link in inside if not (page.parent / link).exists()]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_file_that_a_document_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|docs|bench)/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_every_number_in_the_documents_comes_from_its_record() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True, check=False

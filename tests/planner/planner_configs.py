@@ -1,8 +1,9 @@
-"""Random models for tests of the planner, and every saved tensor of a model by name and shape, spelled out."""
+"""Random models for tests of the planner, and every trained tensor of a model by name and shape."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from consilium.config.model import MTP, Model
 from consilium.config.moe import AlwaysOn, MoE, NoShared, SigmoidGated
 from consilium.config.router import Hash, LearnedNoise, LinearGate, MLPGate, NoNoise, Raw, Router, TopK
 
-type_of_activation = st.sampled_from(["swiglu", "geglu", "gelu", "relu", "squared_relu"])
+activations: st.SearchStrategy[Activation] = st.sampled_from(get_args(Activation))
 small = st.integers(1, 5)
 
 
@@ -46,7 +47,7 @@ def experts(draw: st.DrawFn) -> MoE:
     return MoE(
         experts=count,
         width=draw(small),
-        activation=draw(type_of_activation),
+        activation=draw(activations),
         router=Router(
             projection=draw(st.sampled_from([LinearGate(), LinearGate(bias=True), MLPGate()])),
             noise=draw(st.sampled_from([NoNoise(), LearnedNoise()])),
@@ -64,7 +65,7 @@ models: st.SearchStrategy[Model] = st.builds(
     hidden_size=small,
     layers=small,
     attention=grouped_query() | latent,
-    dense=st.builds(FeedForward, width=small, activation=type_of_activation),
+    dense=st.builds(FeedForward, width=small, activation=activations),
     moe=st.none() | experts(),
     dense_first=st.integers(0, 3),
     moe_every=st.integers(1, 3),
@@ -160,8 +161,6 @@ def _moe(config: MoE, width: int, name: str) -> Shapes:
 
 def _router(config: MoE, width: int, name: str) -> Shapes:
     router = config.router
-    if isinstance(router.select, Hash):
-        return
     if isinstance(router.noise, LearnedNoise):
         yield f"{name}.noise.weight", (config.experts, width)
     match router.projection:

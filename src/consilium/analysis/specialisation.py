@@ -55,7 +55,7 @@ def count(choices: Choices, label_N: Tensor, labels: int) -> Tensor:
 def associate(choices: Choices, labels: Labels, generator: torch.Generator) -> Association:
     """Counts, mutual information, and what shuffling the labels over the labelled tokens leaves of it.
 
-    Labels of whole tokens are shuffled, so that the K experts of one token stay together. Shuffling also loses
+    Labels of whole tokens are shuffled, so that the K experts of one token stay together. Shuffling loses
     the order of the text: a labelling with long runs keeps a little more than chance.
     """
     labelled = (labels.label_N != UNLABELLED) & choices.keep_NK.any(1)
@@ -82,7 +82,7 @@ def specialise(
     return Specialisation(
         domains=domain.names,
         syntaxes=syntax.names,
-        tokens=domain.label_N.shape[0],
+        tokens=int((domain.label_N != UNLABELLED).sum()),
         layers=tuple(
             LayerSpecialisation(
                 layer=layer,

@@ -109,7 +109,7 @@ def write_failure(error: OSError, destination: Path) -> ConsiliumError:
             why = "the disk reported an input/output error; check the disk or choose another folder"
         case _:
             why = f"{(error.strerror or str(error)).lower()}; choose another folder"
-    return ConsiliumError(f"{start}{why}. What was saved before is unchanged.")
+    return ConsiliumError(f"{start}{why}; what was saved before is unchanged.")
 
 
 def _free(destination: Path) -> str:

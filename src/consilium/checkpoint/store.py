@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-import torch
 from torch import Tensor
 
 from consilium.checkpoint import manifest, safetensors_io, weights
@@ -23,8 +23,9 @@ from consilium.checkpoint.naming import REDUNDANT, parts
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.config.model import MTP, Model
 from consilium.errors import ConsiliumError
-from consilium.model.build import DTYPES, build, torch_dtype
+from consilium.model.build import DTYPES, torch_dtype
 from consilium.model.decoder import Decoder
+from consilium.planner.parameters import parameters
 
 STATE: Final = "training_state"
 TENSORS: Final = f"{STATE}/state.safetensors"
@@ -32,6 +33,8 @@ SCALARS: Final = f"{STATE}/state.json"
 Scalar = int | float | str
 _FEW: Final = 24
 """More tensors than any block has beside its experts."""
+_SPARE: Final = 2**20
+"""Values that a configuration may always ask for: below this, naming the missing tensors says more."""
 
 
 class Savable(Protocol):
@@ -91,9 +94,10 @@ def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = F
     config = config_from_folder(folder)
     found = _find(folder, config)
     config = _as_stored(config, found)
-    expected = _on_disk(build(config, device="meta"))
-    weights.match(found, expected, folder, ignored=REDUNDANT)
-    model = _blank(config, dtype or _stored_dtype(found[next(iter(expected))]))
+    first = found.get("model.embed_tokens.weight", found.get("embed.weight"))
+    # Parameters are allocated without being touched, so that a conversion of all of them needs no memory yet.
+    model = Decoder(config).to(torch_dtype(dtype or _stored_dtype(first)))
+    weights.match(found, _on_disk(model), folder, ignored=REDUNDANT)
     _fill(model, found, check_finite=check_finite)
     return model
 
@@ -151,12 +155,19 @@ def _find(folder: Path, config: Model) -> dict[str, Entry]:
     blocks = config.layers + config.mtp.depth
     found = weights.find(folder, tensors=_FEW * (blocks + 1) + 3 * blocks * experts)
     # Checked before anything is built: a small file must not be able to ask for a huge model.
-    if blocks > len(found) or (architecture(config) is not None and experts > len(found)):
+    held = sum(math.prod(entry.shape) for entry in found.values())
+    smallest = blocks if architecture(config) is None else max(blocks, experts)
+    if smallest > len(found) or _values(config) > _SPARE + 4 * held:
         raise ConsiliumError(
-            f"{folder / CONFIG} asks for {blocks} layers of {experts} experts, and the weights hold"
-            f" {len(found)} tensors; use the two files of one save."
+            f"{folder / CONFIG} asks for {blocks} layers of {experts} experts, far more than the {len(found)}"
+            " tensors of the weights beside it; use the two files of one save."
         )
     return found
+
+
+def _values(config: Model) -> int:
+    count = parameters(config)
+    return count.total + count.mtp
 
 
 def _as_stored(config: Model, found: Mapping[str, Entry]) -> Model:
@@ -165,19 +176,9 @@ def _as_stored(config: Model, found: Mapping[str, Entry]) -> Model:
     return config if held or not config.mtp.depth else dataclasses.replace(config, mtp=MTP(depth=0))
 
 
-def _stored_dtype(entry: Entry) -> str:
-    name = str(entry.dtype).removeprefix("torch.")
+def _stored_dtype(entry: Entry | None) -> str:
+    name = "float32" if entry is None else str(entry.dtype).removeprefix("torch.")
     return name if name in DTYPES else "float32"
-
-
-def _blank(config: Model, dtype: str) -> Decoder:
-    """A model whose weights were never drawn and never had another dtype, so that it takes its size only."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch_dtype(dtype))
-    try:
-        return Decoder(config).to(torch_dtype(dtype)).requires_grad_()
-    finally:
-        torch.set_default_dtype(usual)
 
 
 def _fill(model: Decoder, found: Mapping[str, Entry], *, check_finite: bool) -> None:

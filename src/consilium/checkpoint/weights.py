@@ -20,22 +20,29 @@ _LARGEST_INDEX: Final = 256 * 2**20
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: ``model.safetensors``, or the shards of its index."""
-    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    weight_map = _weight_map(folder)
+    return (
+        [folder / SINGLE]
+        if weight_map is None
+        else [folder / file for file in sorted(set(weight_map.values()))]
+    )
 
 
 def find(folder: Path, *, tensors: int | None = None) -> dict[str, Entry]:
     """Return every tensor of ``folder``, or raise ConsiliumError naming the file or tensor at fault."""
     weight_map = _weight_map(folder)
+    if weight_map is None:
+        return read_header(folder / SINGLE, tensors=tensors)
     found: dict[str, Entry] = {}
-    for path in weight_files(folder):
+    for path in (folder / file for file in sorted(set(weight_map.values()))):
         for name, entry in read_header(path, tensors=tensors).items():
-            if weight_map and path.name != SINGLE and weight_map.get(name) != path.name:
+            if weight_map.get(name) != path.name:
                 raise ConsiliumError(
                     f"{path} holds tensor {name[:80]}, which {INDEX} does not place there;"
                     " the shards are of different saves, so download or save them again."
                 )
             found[name] = entry
-    absent = [name for name in weight_map if name and name not in found]
+    absent = [name for name in weight_map if name not in found]
     if absent:
         raise ConsiliumError(
             f"{folder / weight_map[absent[0]]} lacks tensor {absent[0][:80]} that {INDEX} places there;"
@@ -75,10 +82,11 @@ def _list(kind: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {kind} ({', '.join(name[:120] for name in names[:3])}{more})"]
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """``{tensor: file}`` of the index; ``{"": "model.safetensors"}`` where there is one file."""
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """``{tensor: file}`` of the index; None where there is one file."""
     if (folder / SINGLE).exists():
-        return {"": SINGLE}
+        _inside(folder, SINGLE)
+        return None
     path = folder / INDEX
     if not path.exists():
         raise ConsiliumError(
@@ -106,6 +114,6 @@ def _inside(folder: Path, file: object) -> str:
         if real.parent in (home, home.parent.parent / "blobs"):
             return file
     raise ConsiliumError(
-        f"{folder / INDEX} names the weight file {str(file)[:80]!r}, which is not a file of this folder;"
+        f"{folder} names or links the weight file {str(file)[:80]!r}, which is not a file of this folder;"
         " download the folder again from a source you trust."
     )

@@ -68,7 +68,7 @@ def size(text: str) -> int:
 
 
 def _scaled(text: str, units: MappingProxyType[str, int], wanted: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     value = Decimal(match[1]) * units[match[2]]

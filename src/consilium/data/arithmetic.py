@@ -15,7 +15,7 @@ THINGS = ("apples", "books", "coins", "stones", "pencils", "tickets", "shells", 
 
 
 def mathematics_texts(shards: int = SHARDS) -> list[Text]:
-    """Return ``shards`` texts of about 2 kB; a shard is the unit of the split and depends on its number alone."""
+    """Return texts of about 2 kB. A shard is a unit of the split and depends on its number alone."""
     return [_shard(number) for number in range(shards)]
 
 

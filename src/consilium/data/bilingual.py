@@ -10,7 +10,8 @@ from consilium.data.numerals import chinese, chinese_count, chinese_digits, engl
 
 SHARDS = 200
 SHARD_BYTES = 2000
-MONTHS = ("January February March April May June July August September October November December").split()
+YEAR = "January February March April May June July August September October November December"
+MONTHS = YEAR.split()
 WEEKDAYS = (("Monday", "星期一"), ("Tuesday", "星期二"), ("Wednesday", "星期三"), ("Thursday", "星期四"))
 PEOPLE = (("My sister", "我姐姐"), ("My brother", "我哥哥"), ("The teacher", "老师"), ("The doctor", "医生"))
 PEOPLE += (("My friend", "我的朋友"), ("The student", "那个学生"), ("Our neighbour", "我们的邻居"))
@@ -36,7 +37,7 @@ QUALITIES += (("far from here", "离这里很远"), ("near here", "离这里很�
 
 
 def bilingual_texts(shards: int = SHARDS) -> list[Text]:
-    """Return ``shards`` texts of about 2 kB; a shard is the unit of the split and depends on its number alone."""
+    """Return texts of about 2 kB. A shard is a unit of the split and depends on its number alone."""
     return [_shard(number) for number in range(shards)]
 
 

@@ -103,7 +103,7 @@ def _question(name: str, kind: str, answer: str) -> str:
             question = f"What is the class {name}?"
         case _:
             question = f"What does {name} do?"
-    return f"Question: {question}\nAnswer: {answer}\n\n"
+    return f"Q: {question}\nA: {answer}\n\n"
 
 
 def _docstrings(module: Module) -> Iterator[tuple[str, str, str]]:

@@ -47,7 +47,7 @@ class Corpus:
 def build_corpus(data: Data, vocab_size: int, *, progress: Progress | None = None) -> Corpus:
     """Read the text of ``data``, train the tokenizer and encode, or take the result from the cache.
 
-    ``vocab_size`` is the most that BPE may use; bytes need 259. Raises ConsiliumError for text that cannot be used.
+    ``vocab_size`` is the most that BPE may use; bytes need 259. Raises ConsiliumError for unusable text.
     """
     report = progress or _silent
     _check_vocabulary(data, vocab_size)
@@ -66,7 +66,7 @@ def build_corpus(data: Data, vocab_size: int, *, progress: Progress | None = Non
 
 
 def whole_corpus(data: Data, tokenizer: Tokenizer) -> Corpus:
-    """Encode text to be measured and not trained on: all of a path, or what is held out of the built-in text."""
+    """Encode text to measure a model on: all of a path, or what is held out of the built-in text."""
     match data.source:
         case BuiltIn():
             documents = [document for document in builtin_documents(data.held_out) if document.held_out]
@@ -85,8 +85,8 @@ def _silent(_: str) -> None:
 def _check_vocabulary(data: Data, vocab_size: int) -> None:
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConsiliumError(
-            f"data: a vocabulary of {vocab_size} is too small for the {data.tokenizer} tokenizer; set the model's"
-            f" vocab_size to {SMALLEST_VOCABULARY} or more."
+            f"data: a vocabulary of {vocab_size} is too small for the {data.tokenizer} tokenizer; set the"
+            f" model's vocab_size to {SMALLEST_VOCABULARY} or more."
         )
 
 

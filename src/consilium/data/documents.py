@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-
 TAIL = " (tail)"
 """Ends the name of a piece that was cut off a text because there was no whole one to hold out."""
 
@@ -40,8 +39,9 @@ def stable_fraction(name: str, *, salt: str) -> float:
 def split(texts: Iterable[Text], fraction: float) -> list[Document]:
     """Hold out about ``fraction`` of the units, each decided by the hash of its own name alone.
 
-    Adding a file therefore moves no other file. A domain of which the hash draws no unit, or all of them, cannot
-    be split by file: there all units train, but for the tail of the largest text, cut at a paragraph or a line.
+    Adding a file therefore moves no other file. A domain of which the hash draws no unit, or all of them,
+    cannot be split by file: there all units train, but for the tail of the largest text, cut off at a
+    paragraph or a line.
     The documents come back sorted by domain and name.
     """
     by_domain: dict[str, list[Text]] = {}
@@ -67,7 +67,7 @@ def _cut_tail(text: Text, fraction: float) -> list[Document]:
 
 
 def _boundary(text: str, target: int) -> int:
-    """Return the last paragraph break before ``target``, else line break, in the last tenth before it, else it."""
+    """Return the last paragraph, line or word break in the tenth before ``target``, or ``target`` itself."""
     for mark in ("\n\n", "\n", " "):
         found = text.rfind(mark, target * 9 // 10, target)
         if found > 0:

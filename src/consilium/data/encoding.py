@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """The documents of one domain on one side. Each is EOS, then its tokens: the EOS that opens the next closes it."""
+    """The documents of one domain on one side, each EOS and then its tokens: the next one's EOS closes it."""
 
     ids_T: NDArray[np.unsignedinteger[Any]]
     """uint16, or uint32 for a vocabulary beyond it."""
@@ -72,7 +72,7 @@ def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
 
 
 def join(tokenizer: Tokenizer, encoded: Sequence[Encoded], *, held_out: bool) -> dict[str, TokenizedText]:
-    """Concatenate the documents of one side, domain by domain; a domain without any there has empty arrays."""
+    """Concatenate the documents of one side by domain; a domain that has none there gets empty arrays."""
     members: dict[str, list[Encoded]] = {item.document.domain: [] for item in encoded}
     for item in encoded:
         if item.document.held_out == held_out:

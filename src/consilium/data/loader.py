@@ -18,7 +18,7 @@ from consilium.data.batch import Batch
 from consilium.data.corpus import Corpus
 from consilium.data.encoding import TokenizedText
 from consilium.data.packing import PackedDomain, Row
-from consilium.data.schedule import DomainSchedule
+from consilium.data.schedule import PERIOD, DomainSchedule
 from consilium.data.syntax import UNKNOWN
 from consilium.data.windows import Windows, cut_windows, limit_windows
 from consilium.errors import ConsiliumError
@@ -26,7 +26,7 @@ from consilium.errors import ConsiliumError
 
 @final
 class Loader:
-    """Deals rows from the domains in proportion to size ** temperature. Resuming at a step needs nothing but it."""
+    """Deals rows from the domains in proportion to size ** temperature. To resume takes the step alone."""
 
     def __init__(
         self, corpus: Corpus, *, sequence_length: int, batch: int, seed: int, temperature: float = 0.5
@@ -36,9 +36,15 @@ class Loader:
         long_enough = {domain: count for domain, count in counts.items() if count >= sequence_length}
         if not long_enough:
             raise ConsiliumError(_too_short(counts, sequence_length))
+        if len(long_enough) > PERIOD:
+            raise ConsiliumError(
+                f"data: {len(long_enough)} domains are more than the {PERIOD} that can be mixed; put the text"
+                " into fewer folders."
+            )
         self.domains: tuple[str, ...] = tuple(long_enough)
         self.notices: tuple[str, ...] = tuple(
-            f"domain {domain!r} is left out of training: {count} tokens do not fill one sequence of {sequence_length}"
+            f"domain {domain!r} is left out of training: its {count} tokens do not fill a sequence of"
+            f" {sequence_length}"
             for domain, count in counts.items()
             if domain not in long_enough
         )
@@ -61,8 +67,9 @@ class Loader:
         return self.micro(step, 0, 1)
 
     def micro(self, step: int, index: int, count: int) -> Batch:
-        """Return part ``index`` of ``count`` equal parts of the batch of ``step``; joined they are the batch."""
-        assert self._batch % count == 0 and 0 <= index < count
+        """Return part ``index`` of the ``count`` equal parts that the batch of ``step`` consists of."""
+        assert self._batch % count == 0
+        assert 0 <= index < count
         size = self._batch // count
         first = step * self._batch + index * size
         return _stack([self._row(number) for number in range(first, first + size)])
@@ -80,8 +87,8 @@ class Loader:
 def _too_short(counts: dict[str, int], sequence_length: int) -> str:
     available = max(counts.values())
     return (
-        f"data: the training text is too short: its largest domain has {available} tokens and one sequence needs"
-        f" {sequence_length}; give more text or set --seq to {available} or less."
+        f"data: the training text is too short: its largest domain has {available} tokens and one sequence"
+        f" needs {sequence_length}; give more text or set --seq to {available} or less."
     )
 
 
@@ -98,7 +105,7 @@ def _stack(rows: list[Row]) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class LabelledBatch:
-    """Windows of one domain. Bits per byte is the sum of -log2 p of all targets over the sum of ``bytes_BS``."""
+    """Windows of one domain. Bits per byte: -log2 p summed over targets by the sum of ``bytes_BS``."""
 
     batch: Batch
     """One window a row, padded on the right; targets are the text's tokens, never the EOS that closes it."""
@@ -114,9 +121,9 @@ def held_out_batches(
 ) -> Iterator[LabelledBatch]:
     """Yield the held-out windows of ``domain``, ``batch`` rows at a time.
 
-    A document is predicted from its opening EOS on, every token once; a window's first input is the last token of the
-    window before, with no more context than that. With ``limit_tokens`` windows spread evenly over the documents are
-    taken while their targets do not exceed it, at least one window.
+    A document is predicted from its opening EOS on, every token once; a window's first input is the last
+    token of the window before, with no more context than that. With ``limit_tokens`` windows spread evenly
+    over the documents are taken while their targets do not exceed it, at least one window.
     """
     text = corpus.held_out[domain]
     windows = limit_windows(cut_windows(text, sequence_length), limit_tokens)

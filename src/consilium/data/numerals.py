@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-SMALL = (
+UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-    " seventeen eighteen nineteen"
-).split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+SMALL = f"{UNITS} seventeen eighteen nineteen".split()
+DECADES = "zero ten twenty thirty forty fifty sixty seventy eighty ninety"
+TENS = DECADES.split()
 DIGITS = "零一二三四五六七八九"
+ROUND_ZERO = "\u3007"
+"""The zero of years and telephone numbers, a circle."""
 PLACES = ("", "十", "百", "千")
 SECTIONS = ("", "万", "亿")
 LIMIT = 10**12
@@ -31,8 +34,8 @@ def english(number: int) -> str:
 def chinese(number: int) -> str:
     """Spell 0 <= number < 10**12 in Chinese: 10 is 十, 110 is 一百一十, 10101 is 一万零一百零一.
 
-    Digits go in sections of four. A run of zeros between two other digits is said once, as 零; zeros at the end of
-    a section are not said; only a number's leading 一十 loses its 一.
+    Digits go in sections of four. Zeros between two other digits are said once, as 零; zeros at the end of a
+    section are not said; only a number's leading 一十 loses its 一.
     """
     assert 0 <= number < LIMIT, number
     if number == 0:
@@ -43,7 +46,7 @@ def chinese(number: int) -> str:
         if section:
             gap = DIGITS[0] if words and section < 1000 else ""
             words += gap + _section(section) + SECTIONS[power]
-        elif words and not words.endswith(DIGITS[0]) and 0 < number % 10 ** (4 * power):
+        elif words and not words.endswith(DIGITS[0]) and number % 10 ** (4 * power) > 0:
             words += DIGITS[0]
     words = words.replace("零零", "零")
     return words.removeprefix("一") if words.startswith("一十") else words
@@ -62,7 +65,7 @@ def _section(section: int) -> str:
 
 def chinese_digits(number: int) -> str:
     """Spell digit by digit, as years are read: 2024 is 二〇二四."""
-    return "".join("〇" if digit == "0" else DIGITS[int(digit)] for digit in str(number))
+    return "".join(ROUND_ZERO if digit == "0" else DIGITS[int(digit)] for digit in str(number))
 
 
 def chinese_count(number: int) -> str:

@@ -19,7 +19,7 @@ from consilium.data.shuffle import permutation
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``targets_S`` continues ``ids_S`` by one token; the target of a document's last token is EOS, its end."""
+    """``targets_S`` is one token ahead of ``ids_S``; the target of a document's last token is EOS."""
 
     ids_S: NDArray[np.int64]
     targets_S: NDArray[np.int64]
@@ -41,8 +41,9 @@ class _Epoch:
 class PackedDomain:
     """Epoch e of the stream holds every document once, in the order of the permutation (seed, domain, e).
 
-    Row r is the stream's [r S, (r + 1) S), which may cross from one epoch into the next: no token is dropped and none
-    is padding. Rows are drawn in shuffled blocks of an epoch's length, so that neighbours are of other documents.
+    Row r is the stream's [r S, (r + 1) S), which may cross from one epoch into the next: no token is dropped
+    and none is padding. Rows are drawn in shuffled blocks of an epoch's length, so that the neighbours of a
+    row in its batch are of other documents.
     """
 
     def __init__(self, text: TokenizedText, sequence_length: int, *key: int | str) -> None:
@@ -71,7 +72,9 @@ class PackedDomain:
         ids_T = self._text.ids_T[source_T].astype(np.int64)
         start_S = (place_T - within_T + start_T)[:-1]
         new_S = np.diff(start_S, prepend=start_S[:1]) > 0
-        return Row(ids_T[:-1], ids_T[1:], np.cumsum(new_S), place_T[:-1] - np.maximum(start_S, first))
+        return Row(
+            ids_T[:-1], ids_T[1:], np.cumsum(new_S, dtype=np.int64), place_T[:-1] - np.maximum(start_S, first)
+        )
 
     def _locate(
         self, epoch_T: NDArray[np.int64], within_T: NDArray[np.int64]

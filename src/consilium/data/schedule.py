@@ -19,7 +19,7 @@ class DomainSchedule:
     """Rows of ``PERIOD`` repeat; inside a period domain d has its fixed number of rows, evenly spread."""
 
     def __init__(self, sizes: Sequence[int], temperature: float) -> None:
-        """``sizes`` are tokens a domain; domain d gets rows in proportion to size ** temperature, at least one."""
+        """``sizes`` are tokens; a domain gets rows in proportion to size ** temperature, at least one."""
         counts_D = _apportion(np.array(sizes, dtype=np.float64) ** temperature, PERIOD)
         # The i-th of n rows stands at (i + 1/2) / n of the period; ties go to the earlier domain.
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts_D])

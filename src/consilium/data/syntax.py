@@ -24,10 +24,10 @@ BLANKS = np.frombuffer(b" \t\n\r\f", dtype=np.uint8)
 
 
 def label_tokens(source: str, sizes_T: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
-    """Label the tokens of ``source``, of ``sizes_T`` bytes each: the class that covers the first byte not blank.
+    """Label the tokens of ``source``, of ``sizes_T`` bytes each, by what covers the first byte not blank.
 
-    A token of blanks alone has the class of its first byte: "string" inside a string, else "space". All labels are
-    UNKNOWN where the source is not valid Python.
+    A token of blanks alone has the class of its first byte: "string" inside a string, else "space". All
+    labels are UNKNOWN where Python cannot tokenize the source.
     """
     labels_N = _label_bytes(source)
     if labels_N is None:
@@ -61,7 +61,7 @@ def _offset(lines: list[str], starts: NDArray[np.int64], place: tuple[int, int])
 
 
 def _spans(source: str) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """Yield (class, start, end) with rows from 1 and columns in characters; the pieces of an f-string are strings."""
+    """Yield (class, start, end), rows from 1, columns in characters; pieces of an f-string are strings."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME:
             yield (KEYWORD if keyword.iskeyword(token.string) else NAME), token.start, token.end

@@ -32,7 +32,7 @@ CONFIG_FILE = "tokenizer_config.json"
 
 @final
 class StreamDecoder:
-    """Decodes one token at a time. The joined pieces equal the full decode; an incomplete character is held back."""
+    """Decodes token by token. Joined pieces equal the full decode; incomplete characters are held back."""
 
     def __init__(self, bytes_V: Sequence[bytes]) -> None:
         self._bytes_V = bytes_V
@@ -69,12 +69,12 @@ class Tokenizer:
     def train(cls, documents: Iterable[Document], vocab_size: int) -> Self:
         """Train byte-level BPE (GPT-2's split) on a sample of the documents that are not held out.
 
-        The same documents give the same bytes of tokenizer.json. A small text gives fewer tokens than ``vocab_size``.
+        The same documents give the same tokenizer.json. A small text gives fewer tokens than ``vocab_size``.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise ConsiliumError(
-                f"tokenizer: a vocabulary of {vocab_size} cannot hold 256 bytes and {len(SPECIALS)} special tokens;"
-                f" use vocab_size {SMALLEST_VOCABULARY} or more."
+                f"tokenizer: a vocabulary of {vocab_size} cannot hold 256 bytes and {len(SPECIALS)} special"
+                f" tokens; use vocab_size {SMALLEST_VOCABULARY} or more."
             )
         tokenizer = _untrained()
         trainer = trainers.BpeTrainer(
@@ -93,12 +93,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read tokenizer.json and tokenizer_config.json. Raises ConsiliumError naming the file that is wrong."""
+        """Read the two files that ``save`` writes. Raises ConsiliumError naming the file that is wrong."""
         description = _read(folder / TOKENIZER_FILE)
         config = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
         try:
             return cls(description, json.loads(config), where=str(folder / TOKENIZER_FILE))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(folder / TOKENIZER_FILE, error) from None
 
     def save(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class Tokenizer:
         return np.array([len(data) for data in self._bytes_V], dtype=np.int64)
 
     def encode(self, text: str) -> list[int]:
-        """Encode text in which nothing is special. Raises ConsiliumError for lone surrogates, which UTF-8 lacks."""
+        """Encode text in which nothing is special. Raises ConsiliumError for half a surrogate pair."""
         return self._plain.encode(_encodable(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -137,13 +137,13 @@ class Tokenizer:
         """Return the id of a token by its name, such as ``<|im_end|>``, or None."""
         return self._with_specials.token_to_id(token)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes behind ``ids``; special tokens have none."""
-        return b"".join([_bytes_of(self._bytes_V, token) for token in ids])
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """Return the bytes behind ``tokens``; special tokens have none."""
+        return b"".join([_bytes_of(self._bytes_V, token) for token in tokens])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text behind ``ids``, with U+FFFD where they do not form UTF-8."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text behind ``tokens``, with U+FFFD where they do not form UTF-8."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._bytes_V)
@@ -167,8 +167,8 @@ def _bytes_of(bytes_V: Sequence[bytes], token: int) -> bytes:
 
 def _untrained() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -185,7 +185,7 @@ def _own_config() -> dict[str, Any]:
 def _parse(description: str, where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(description)
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
         raise _damaged(Path(where), error) from None
 
 
@@ -207,7 +207,7 @@ def _encodable(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConsiliumError(
-            f"the text has half of a surrogate pair at character {error.start}, which is not Unicode text; remove it."
+            f"the text has half a surrogate pair at character {error.start}, which UTF-8 has not; remove it."
         ) from None
     return text
 
@@ -215,8 +215,8 @@ def _encodable(text: str) -> str:
 def _sample(documents: Iterable[Document]) -> list[str]:
     """Draw training documents, the same number of characters from each domain as far as it has them.
 
-    A domain that has less leaves its share to the larger ones. Documents are taken in the order of the hash of
-    their names, so that the sample does not depend on the order in which they were read.
+    A domain that has less leaves its share to the larger ones. Documents are taken in the order of the hash
+    of their names, so that the sample does not depend on the order in which they were read.
     """
     by_domain: dict[str, list[Document]] = {}
     for document in documents:

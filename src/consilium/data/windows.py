@@ -21,7 +21,7 @@ class Windows:
 
 
 def cut_windows(text: TokenizedText, sequence_length: int) -> Windows:
-    """Cut each document into windows of up to ``sequence_length`` inputs; their targets are all its tokens, once."""
+    """Cut documents into windows of up to ``sequence_length`` inputs, whose targets are every token once."""
     # A document of n tokens is stored as n + 1 and so has n targets.
     targets_N = text.ends_N - text.starts_N - 1
     count_N = -(-targets_N // sequence_length)
@@ -32,7 +32,7 @@ def cut_windows(text: TokenizedText, sequence_length: int) -> Windows:
 
 
 def limit_windows(windows: Windows, limit_tokens: int | None) -> Windows:
-    """Keep windows spread evenly over all, of at most ``limit_tokens`` targets, or one window if none is so short."""
+    """Keep windows spread evenly over all, of at most ``limit_tokens`` targets but at least one window."""
     total = int(windows.length_W.sum())
     if limit_tokens is None or total <= limit_tokens:
         return windows

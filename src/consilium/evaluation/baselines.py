@@ -1,12 +1,12 @@
 """Two yardsticks for bits per byte: a trigram model of the bytes of the training text, and ``xz``.
 
-Legend: N bytes.
+Legend: N bytes of a text, C contexts, X the byte that follows.
 """
 
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -30,14 +30,12 @@ class Baselines:
 
 
 def baselines(corpus: Corpus) -> Baselines:
-    """Measure both on all held-out text. Some seconds; memory is 256 ** 3 counts of 8 bytes while it counts."""
+    """Measure both on all held-out text. Takes seconds, and 256 ** 3 counts of memory."""
     model = TrigramModel.fit(document_bytes(corpus.tokenizer, text) for text in corpus.train.values())
     held_out = {d: document_bytes(corpus.tokenizer, t) for d, t in corpus.held_out.items() if t.byte_count}
     return Baselines(
         trigram=BitsPerByte(domains={domain: model.bits_per_byte(text) for domain, text in held_out.items()}),
-        xz=BitsPerByte(
-            domains={domain: xz_bits_per_byte(text.bytes_N.tobytes()) for domain, text in held_out.items()}
-        ),
+        xz=BitsPerByte(domains={domain: xz_bits_per_byte(text.content) for domain, text in held_out.items()}),
     )
 
 
@@ -50,9 +48,13 @@ def xz_bits_per_byte(data: bytes) -> float:
 class DocumentBytes:
     """Documents end to end. A context never reaches into the document before: it holds zeros instead."""
 
-    bytes_N: NDArray[np.int64]
+    content: bytes
     place_N: NDArray[np.int64]
     """Position inside the document."""
+
+    @property
+    def bytes_N(self) -> NDArray[np.int64]:
+        return np.frombuffer(self.content, dtype=np.uint8).astype(np.int64)
 
     def before(self, distance: int) -> NDArray[np.int64]:
         """Return the byte ``distance`` places before each, 0 where the document has none."""
@@ -65,7 +67,21 @@ def document_bytes(tokenizer: Tokenizer, text: TokenizedText) -> DocumentBytes:
     cumulative_T = np.concatenate([[0], np.cumsum(tokenizer.sizes_V[text.ids_T])])
     starts_N, ends_N = cumulative_T[text.starts_N], cumulative_T[text.ends_N]
     place_N = np.arange(len(data)) - np.repeat(starts_N, ends_N - starts_N)
-    return DocumentBytes(np.frombuffer(data, dtype=np.uint8).astype(np.int64), place_N)
+    return DocumentBytes(data, place_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was seen after each context of one length."""
+
+    count_CX: NDArray[np.int64]
+    total_C: NDArray[np.int64]
+    types_C: NDArray[np.int64]
+    """Different bytes seen."""
+
+    @classmethod
+    def of(cls, count_CX: NDArray[np.int64]) -> Order:
+        return cls(count_CX, count_CX.sum(1), np.count_nonzero(count_CX, axis=1))
 
 
 @final
@@ -73,22 +89,21 @@ def document_bytes(tokenizer: Tokenizer, text: TokenizedText) -> DocumentBytes:
 class TrigramModel:
     """Byte trigrams, interpolated with bigrams, single bytes and the uniform distribution.
 
-    Witten and Bell, "The zero-frequency problem" (1991), method C: a context seen n times with t different bytes after
-    it gives the lower order the weight t / (n + t).
+    Witten and Bell, "The zero-frequency problem" (1991), method C: a context seen n times with t different
+    bytes after it gives the lower order the weight t / (n + t).
     """
 
-    counts: tuple[NDArray[np.int64], ...]
-    """Occurrences of byte, pair and triple; each has one row a context and one column a byte."""
+    orders: tuple[Order, ...]
+    """Of single bytes, pairs and triples."""
 
     @classmethod
     def fit(cls, texts: Iterable[DocumentBytes]) -> TrigramModel:
-        triples = np.zeros(ALPHABET**3, dtype=np.int64)
-        for text in texts:
-            triples += np.bincount(_context(text, 2) * ALPHABET + text.bytes_N, minlength=ALPHABET**3)
+        keys = [_context(text, 2) * ALPHABET + text.bytes_N for text in texts]
+        triples = np.bincount(np.concatenate(keys), minlength=ALPHABET**3)
         # The lower orders count what the triples end in, so that all three see the same bytes.
         pairs = triples.reshape(ALPHABET, -1).sum(0)
         singles = pairs.reshape(ALPHABET, -1).sum(0)
-        return cls(tuple(count.reshape(-1, ALPHABET) for count in (singles, pairs, triples)))
+        return cls(tuple(Order.of(count.reshape(-1, ALPHABET)) for count in (singles, pairs, triples)))
 
     def bits_per_byte(self, text: DocumentBytes) -> float:
         return float(-np.log2(self.probability(text)).mean())
@@ -96,13 +111,11 @@ class TrigramModel:
     def probability(self, text: DocumentBytes) -> NDArray[np.float64]:
         """Return the probability [N] of each byte after the two before it."""
         probability_N = np.full(len(text.bytes_N), 1 / ALPHABET)
-        for order, counts in enumerate(self.counts):
-            context_N = _context(text, order)
-            total_N = counts.sum(1)[context_N]
-            types_N = np.count_nonzero(counts, axis=1)[context_N]
-            mixed_N = (counts[context_N, text.bytes_N] + types_N * probability_N) / np.maximum(
-                total_N + types_N, 1
-            )
+        for number, order in enumerate(self.orders):
+            context_N = _context(text, number)
+            total_N, types_N = order.total_C[context_N], order.types_C[context_N]
+            count_N = order.count_CX[context_N, text.bytes_N]
+            mixed_N = (count_N + types_N * probability_N) / np.maximum(total_N + types_N, 1)
             probability_N = np.where(total_N > 0, mixed_N, probability_N)
         return probability_N
 

@@ -56,7 +56,7 @@ def _within_capacity(routing: Routing, tokens: Tokens, config: Capacity) -> Tens
 
 
 def _within_devices(routing: Routing, tokens: Tokens, config: DeviceCapacity) -> Tensor:
-    """Each device drops its lowest affinities beyond its budget (DeepSeek-V2 section 2.2.4), exempt copies never."""
+    """Each device drops its lowest affinities beyond its budget, exempt copies never (V2 section 2.2.4)."""
     size = routing.logits_TE.shape[1] // config.devices
     limit = capacity(config.factor, int(routing.keep_TK.sum()), 1, config.devices)
     device_N = _by_rank((routing.experts_TK // size).masked_fill(~routing.keep_TK, config.devices))

@@ -62,7 +62,7 @@ class Balance(nn.Module):
         adaptive = [loss for loss in config.losses if isinstance(loss, AdaptiveLoss)]
         if len(adaptive) > 1:
             raise ConsiliumError(
-                "moe.balance.losses has two adaptive losses but a layer has one coefficient; keep one of them."
+                "moe.balance.losses has two adaptive losses but a layer has one coefficient; keep one."
             )
         if router.transforms and any(isinstance(loss, LoadLoss) for loss in config.losses):
             raise ConsiliumError(

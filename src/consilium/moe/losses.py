@@ -128,8 +128,8 @@ def importance_loss(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Ten
 def load_loss(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, k: int, valid_T: Tensor) -> Tensor:
     """Variation of the smooth load (Shazeer 2017 equations 8 to 11); zero where k is every expert.
 
-    An expert's chance of being in the top k on a fresh draw of its own noise: its clean logit against the k-th
-    highest of the other experts' noisy ones, which is the (k+1)-th of all for those inside the top k.
+    An expert's chance of being in the top k on a fresh draw of its own noise: its clean logit against the
+    k-th highest of the other experts' noisy ones, which is the (k+1)-th of all for those inside the top k.
     """
     if k >= clean_TE.shape[1]:
         return clean_TE.new_zeros(())

@@ -12,9 +12,9 @@ from torch import Tensor
 def highest(values_NM: Tensor, k: int) -> Tensor:
     """Columns [N, k] of the k highest values of each row in falling order, int64.
 
-    Equal values go to the lower column, on every device and for every k; NaN counts as the highest. ``topk`` leaves
-    ties open but is several times faster than a stable sort, so its answer is taken where its k + 1 values strictly
-    fall: then no other answer exists.
+    Equal values go to the lower column, on every device and for every k; NaN counts as the highest. ``topk``
+    leaves ties open but is several times faster than a stable sort, so its answer is taken where its k + 1
+    values strictly fall: then no other answer exists.
     """
     columns = values_NM.shape[1]
     if k == 0:
@@ -26,7 +26,7 @@ def highest(values_NM: Tensor, k: int) -> Tensor:
 
 
 def place_within(group_N: Tensor) -> Tensor:
-    """How many earlier entries of each entry belong to the same group: int64 [N], counted in the order given."""
+    """How many earlier entries belong to the same group as each entry: int64 [N]."""
     order_N = group_N.argsort(stable=True)
     sorted_N = group_N[order_N]
     start_N = torch.searchsorted(sorted_N, sorted_N)

@@ -72,8 +72,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, bias_E: Tensor | None, tokens: Tokens, mode: Mode) -> Routing:
         """Route flat tokens [T, D]. ``bias_E`` float32 shifts the selection only, never the weights.
 
-        NaN in a logit is not hidden: it is selected and weighs NaN, so that the output shows it. Padded rows keep
-        nothing but must be finite, since zero times NaN would reach the gate's gradient.
+        NaN in a logit is not hidden: it is selected and weighs NaN, so that the output shows it. Padded rows
+        keep nothing but must be finite, since zero times NaN would reach the gate's gradient.
         """
         config = self.config
         with torch.autocast(x_TD.device.type, enabled=False):

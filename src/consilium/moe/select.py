@@ -1,10 +1,10 @@
-"""Which experts a token uses: every selector of ``consilium.config.router`` over one matrix of selection values.
+"""Which experts a token uses: every selector of ``consilium.config.router`` over a matrix of values.
 
-Legend: T tokens, E experts, K most experts a token may use, G groups of experts, C tokens an expert may choose.
+Legend: T tokens, E experts, K most experts a token may use, G groups of N experts, C tokens an expert takes.
 
-Selection values are scores with the balance bias. Experts that may not be chosen have -inf: never a finite value,
-which a legal negative bias could undercut. Ties go to the lowest expert. NaN is the highest value and stays chosen,
-so that it reaches the output and the training guard instead of vanishing here.
+Selection values are scores with the balance bias. Experts that may not be chosen have -inf: never a finite
+value, which a legal negative bias could undercut. Ties go to the lowest expert. NaN is the highest value and
+stays chosen, so that it reaches the output and the training guard instead of vanishing here.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _in_best_groups(values_TE: Tensor, groups: Groups) -> Tensor:
 
 
 def _sampled_second(experts_TK: Tensor, scores_TE: Tensor, mode: Mode) -> Choice:
-    """GShard algorithm 1: with gates normalised over both, the second is used with probability min(1, 2 g2)."""
+    """GShard algorithm 1: gates sum to one over both; the second is used with probability min(1, 2 g2)."""
     considered_TK = torch.ones_like(experts_TK, dtype=torch.bool)
     if not mode.training or experts_TK.shape[1] < 2:
         return _used(experts_TK, considered_TK)

@@ -19,10 +19,10 @@ from consilium.ops.feed_forward import feed_forward
 
 @final
 class Shared(nn.Module):
-    """Adds the shared experts' output to the routed one. The parts are absent where the system has none.
+    """Adds the shared experts' output to the routed one. Parts are absent where the system has none.
 
-    Parameters as in a feed-forward block: ``up.weight`` [G, D], ``down.weight`` [D, F]; ``gate.weight`` [1, D]
-    where one sigmoid a token scales the sum (Qwen1.5-MoE). The model initialises or loads them.
+    Parameters as in a feed-forward block: ``up.weight`` [G, D], ``down.weight`` [D, F]; ``gate.weight``
+    [1, D] where one sigmoid a token scales the sum (Qwen1.5-MoE). The model initialises or loads them.
     """
 
     def __init__(self, config: MoE, hidden_size: int) -> None:

@@ -3,8 +3,8 @@
 Legend: T tokens, D hidden size, E experts, K choices a token, R rows = kept copies.
 
 Both directions are sums of rows by token in a fixed order, the order of the token's choices, so a token's
-result does not depend on its neighbours. A bag sum does that in one pass without a [T, K, D] copy (several times
-faster on CPU than gathering or ``index_add``); its backward is a gather, the other direction's forward.
+result does not depend on its neighbours. A bag sum does that in one pass without a [T, K, D] copy (several
+times faster on CPU than gathering or ``index_add``); its backward is a gather, the other direction's forward.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad_RD,) = grads
         row_R, first_T = ctx.saved_tensors
         return _sum_by_token(grad_RD, None, row_R, first_T).to(grad_RD.dtype), None, None, None
@@ -93,7 +95,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad_TD,) = grads
         y_RD, weight_R, token_R = ctx.saved_tensors
         wide = torch.promote_types(y_RD.dtype, torch.float32)

@@ -120,7 +120,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one layer says about its routing in one pass. Values, no buffers: recomputation cannot count twice."""
+    """What one layer says about its routing in one pass: values, so that recomputation cannot count twice."""
 
     losses: Mapping[str, Tensor]
     """Named balance losses, coefficients included, float32 scalars with gradient."""

@@ -34,9 +34,7 @@ def activate(h_RG: Tensor, activation: Activation) -> Tensor:
             return F.relu(h_RG).square()
 
 
-def activate_backward(
-    h_RG: Tensor, grad_RF: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
+def activate_backward(h_RG: Tensor, grad_RF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Recompute the hidden activations [..., F] and return them with the gradient of ``h_RG``.
 
     For functions that save the pre-activations only. Not differentiable itself.

@@ -1,16 +1,17 @@
-"""Expert networks over rows sorted by expert: the plain loop and three fast twins of it.
+"""Expert networks over rows sorted by expert: the plain loop under autograd and three fast twins of it.
 
-Every fast twin is one autograd function: it saves the rows, the pre-activations and the weights, recomputes the
-activation in backward and writes the stacked weight gradients once. Indexing a stacked weight under autograd would make a full
-[E, G, D] gradient per expert.
+A fast twin is one autograd function. It saves the rows, the pre-activations and the weights, recomputes the
+activation in backward and writes the stacked gradients once; indexing a stacked weight under autograd would instead make
+one full [E, G, D] gradient an expert.
 
 Legend: R rows sorted by expert, E experts, D hidden size, F width, G = 2F where the activation is gated, else F,
-C the most rows of one expert, I inputs and O outputs of one matrix.
+C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O outputs of one matrix.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, final
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,12 @@ from consilium.ops.feed_forward import activate, activate_backward
 Backend = Literal["reference", "grouped", "padded", "loop"]
 Counts = tuple[int, ...]
 
+CACHE_BYTES = 32 << 20
+"""Pre-activations beyond this leave the last-level cache between two passes over all experts."""
+
+MOST_PADDING = 4.0
+"""Rows of the padded layout per real row that are ever accepted: one busy expert pads all others to its size."""
+
 
 def experts(
     x_RD: Tensor,
@@ -35,18 +42,19 @@ def experts(
 ) -> Tensor:
     """Outputs [R, D]: each expert's feed-forward network over its own consecutive ``counts_E[e]`` rows.
 
-    Computes in the dtype of ``x_RD``; gradients of the weights have the weights' dtype, exactly zero for experts
-    without rows. ``backend`` None takes :func:`choose`.
+    Computes in the dtype of ``x_RD``. Weights may be wider (float32 masters): they are cast once a pass and their gradients
+    keep their dtype. Experts without rows get gradients of exactly zero. ``backend`` None takes :func:`choose`; a
+    backend that cannot compute these shapes gives way to the loop.
     """
-    assert sum(counts_E) == x_RD.shape[0] and len(counts_E) == up_EGD.shape[0], "rows and counts disagree"
-    backend = backend or choose(x_RD, counts_E, up_EGD, down_EDF)
+    assert sum(counts_E) == x_RD.shape[0], "counts and rows disagree"
+    assert len(counts_E) == up_EGD.shape[0], "counts and weights disagree"
+    network = Network(up_EGD, down_EDF, activation)
+    backend = _possible(backend or choose(x_RD, counts_E, network), x_RD, counts_E, network)
     if backend == "reference":
         return experts_reference(x_RD, counts_E, up_EGD, down_EDF, activation)
-    return _Experts.apply(x_RD, up_EGD, down_EDF, counts_E, activation, backend)
-
-
-def choose(x_RD: Tensor, counts_E: Counts, up_EGD: Tensor, down_EDF: Tensor) -> Backend:
-    return "loop"
+    if torch.is_grad_enabled():
+        return _Experts.apply(x_RD, up_EGD, down_EDF, activation, counts_E, backend)
+    return _way(backend, counts_E).forward(x_RD, network)[1]
 
 
 def experts_reference(
@@ -60,83 +68,143 @@ def experts_observed(
     x_RD: Tensor, counts_E: Counts, up_EGD: Tensor, down_EDF: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """The obvious loop over experts: hidden activations [R, F] and outputs [R, D], both in the graph."""
-    up_EGD, down_EDF = up_EGD.to(x_RD.dtype), down_EDF.to(x_RD.dtype)
-    x_E = x_RD.split(counts_E)
-    a_RF = torch.cat([activate(F.linear(x, up), activation) for x, up in zip(x_E, up_EGD.unbind(), strict=True)])
-    y_RD = torch.cat([F.linear(a, down) for a, down in zip(a_RF.split(counts_E), down_EDF.unbind(), strict=True)])
+    up_E, down_E = up_EGD.to(x_RD.dtype).unbind(), down_EDF.to(x_RD.dtype).unbind()
+    h_RG = torch.cat([F.linear(x, up) for x, up in zip(x_RD.split(counts_E), up_E, strict=True)])
+    a_RF = activate(h_RG, activation)
+    y_RD = torch.cat([F.linear(a, down) for a, down in zip(a_RF.split(counts_E), down_E, strict=True)])
     return a_RF, y_RD
 
 
-class _Experts(Function):
-    """The fast twins: backward is written out, so that nothing but x and h is kept and nothing is written twice."""
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The stacked networks of all experts."""
 
+    up_EGD: Tensor
+    down_EDF: Tensor
+    activation: Activation
+
+
+def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
+    """The fastest backend as measured in docs/decisions/0003-experts-backend.md."""
+    if x_RD.device.type == "cuda":
+        return "grouped" if x_RD.dtype == torch.bfloat16 else "padded"
+    if x_RD.device.type != "cpu":
+        return "loop"
+    if (
+        x_RD.dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _padding(counts_E) <= 1.3
+    ):
+        return "padded"
+    hidden_bytes = x_RD.shape[0] * network.up_EGD.shape[1] * x_RD.element_size()
+    return "loop" if hidden_bytes > CACHE_BYTES else "grouped"
+
+
+def _possible(backend: Backend, x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
+    match backend:
+        case "grouped":
+            strides = (*network.up_EGD.shape[1:], network.down_EDF.shape[2])
+            aligned = all(stride * x_RD.element_size() % 16 == 0 for stride in strides)
+            possible = aligned and x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        case "padded":
+            possible = _padding(counts_E) <= MOST_PADDING
+        case "loop" | "reference":
+            possible = True
+    return backend if possible and x_RD.shape[0] else "loop"
+
+
+def _padding(counts_E: Counts) -> float:
+    return len(counts_E) * max(counts_E) / max(sum(counts_E), 1)
+
+
+class _Experts(Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_RD: Tensor,
         up_EGD: Tensor,
         down_EDF: Tensor,
-        counts_E: Counts,
         activation: Activation,
+        counts_E: Counts,
         backend: Backend,
     ) -> Tensor:
-        h_RG, y_RD = _loop_forward(x_RD, counts_E, up_EGD, down_EDF, activation)
-        ctx.save_for_backward(x_RD, h_RG, up_EGD, down_EDF)
-        ctx.plan = counts_E, activation, backend
+        h_PG, y_RD = _way(backend, counts_E).forward(x_RD, Network(up_EGD, down_EDF, activation))
+        ctx.save_for_backward(x_RD, h_PG, up_EGD, down_EDF)
+        ctx.plan = activation, counts_E, backend
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, h_RG, up_EGD, down_EDF = ctx.saved_tensors
-        counts_E, activation, backend = ctx.plan
-        return *_loop_backward(grad_RD, x_RD, h_RG, counts_E, up_EGD, down_EDF, activation), None, None, None
+        x_RD, h_PG, up_EGD, down_EDF = ctx.saved_tensors
+        activation, counts_E, backend = ctx.plan
+        network = Network(up_EGD, down_EDF, activation)
+        grads = _way(backend, counts_E).backward(grad_RD.contiguous(), x_RD, h_PG, network)
+        return *grads, None, None, None
 
 
-def _live(counts_E: Counts) -> list[tuple[int, slice]]:
-    """Experts that have rows, each with its slice of the rows."""
-    live, start = [], 0
-    for e, count in enumerate(counts_E):
-        if count:
-            live.append((e, slice(start, start + count)))
-        start += count
-    return live
+class _Way(Protocol):
+    """A way to compute all experts without autograd."""
+
+    def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+        """Pre-activations, in the way's own layout [P, G], and outputs [R, D]."""
+        ...
+
+    def backward(
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of rows, ``up`` and ``down``, the latter two in the weights' dtype and fully written."""
+        ...
 
 
-def _loop_forward(
-    x_RD: Tensor, counts_E: Counts, up_EGD: Tensor, down_EDF: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
-    h_RG = x_RD.new_empty(x_RD.shape[0], up_EGD.shape[1])
-    y_RD = x_RD.new_empty(x_RD.shape)
-    for e, rows in _live(counts_E):
-        up_GD, down_DF = up_EGD[e].to(x_RD.dtype), down_EDF[e].to(x_RD.dtype)
-        h = torch.mm(x_RD[rows], up_GD.t(), out=h_RG[rows])
-        torch.mm(activate(h, activation), down_DF.t(), out=y_RD[rows])
-    return h_RG, y_RD
+def _way(backend: Backend, counts_E: Counts) -> _Way:
+    match backend:
+        case "grouped":
+            return _Passes(counts_E, _Ragged(counts_E))
+        case "padded":
+            return _Passes(counts_E, _Padded(counts_E))
+        case "loop" | "reference":
+            return _Loop(counts_E)
 
 
-def _loop_backward(
-    grad_RD: Tensor,
-    x_RD: Tensor,
-    h_RG: Tensor,
-    counts_E: Counts,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    activation: Activation,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x_RD = torch.empty_like(x_RD)
-    grad_up_EGD, grad_down_EDF = torch.empty_like(up_EGD), torch.empty_like(down_EDF)
-    for e, count in enumerate(counts_E):
-        if not count:
-            grad_up_EGD[e].zero_()
-            grad_down_EDF[e].zero_()
-    for e, rows in _live(counts_E):
-        up_GD, down_DF = up_EGD[e].to(x_RD.dtype), down_EDF[e].to(x_RD.dtype)
-        a, grad_h = activate_backward(h_RG[rows], grad_RD[rows] @ down_DF, activation)
-        torch.mm(grad_h, up_GD, out=grad_x_RD[rows])
-        _outer(grad_h, x_RD[rows], grad_up_EGD[e])
-        _outer(grad_RD[rows], a, grad_down_EDF[e])
-    return grad_x_RD, grad_up_EGD, grad_down_EDF
+@final
+class _Loop:
+    """Expert after expert, products written in place: temporaries of one expert stay in the cache."""
+
+    def __init__(self, counts_E: Counts) -> None:
+        self.rows_E: list[slice] = []
+        for count in counts_E:
+            start = self.rows_E[-1].stop if self.rows_E else 0
+            self.rows_E.append(slice(start, start + count))
+
+    def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+        h_RG = x_RD.new_empty(x_RD.shape[0], network.up_EGD.shape[1])
+        y_RD = x_RD.new_empty(x_RD.shape)
+        for e, rows in self._live():
+            up_GD, down_DF = network.up_EGD[e].to(x_RD.dtype), network.down_EDF[e].to(x_RD.dtype)
+            torch.mm(x_RD[rows], up_GD.t(), out=h_RG[rows])
+            torch.mm(activate(h_RG[rows], network.activation), down_DF.t(), out=y_RD[rows])
+        return h_RG, y_RD
+
+    def backward(
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_up_EGD, grad_down_EDF = torch.empty_like(network.up_EGD), torch.empty_like(network.down_EDF)
+        for e, rows in enumerate(self.rows_E):
+            if rows.start == rows.stop:
+                grad_up_EGD[e].zero_()
+                grad_down_EDF[e].zero_()
+        for e, rows in self._live():
+            up_GD, down_DF = network.up_EGD[e].to(x_RD.dtype), network.down_EDF[e].to(x_RD.dtype)
+            a, grad_h = activate_backward(h_PG[rows], grad_RD[rows] @ down_DF, network.activation)
+            torch.mm(grad_h, up_GD, out=grad_x_RD[rows])
+            _outer(grad_h, x_RD[rows], grad_up_EGD[e])
+            _outer(grad_RD[rows], a, grad_down_EDF[e])
+        return grad_x_RD, grad_up_EGD, grad_down_EDF
+
+    def _live(self) -> list[tuple[int, slice]]:
+        return [(e, rows) for e, rows in enumerate(self.rows_E) if rows.start < rows.stop]
 
 
 def _outer(grad_RO: Tensor, x_RI: Tensor, out_OI: Tensor) -> None:
@@ -145,3 +213,106 @@ def _outer(grad_RO: Tensor, x_RI: Tensor, out_OI: Tensor) -> None:
         torch.mm(grad_RO.t(), x_RI, out=out_OI)
     else:
         out_OI.copy_(torch.mm(grad_RO.t(), x_RI))
+
+
+class _Products(Protocol):
+    """The three products of a matrix per expert with rows in a layout of its own, whose spare rows are zero."""
+
+    def enter(self, x_RI: Tensor) -> Tensor: ...
+
+    def leave(self, x_PI: Tensor) -> Tensor: ...
+
+    def times_transposed(self, x_PI: Tensor, w_EOI: Tensor) -> Tensor:
+        """Each row times its expert's matrix, transposed: [P, O]."""
+        ...
+
+    def times(self, grad_PO: Tensor, w_EOI: Tensor) -> Tensor:
+        """Each row times its expert's matrix: [P, I]."""
+        ...
+
+    def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
+        """Sum over each expert's rows of the outer products: [E, O, I]."""
+        ...
+
+
+@final
+class _Passes:
+    """One product over all experts after another."""
+
+    def __init__(self, counts_E: Counts, products: _Products) -> None:
+        self.idle = [e for e, count in enumerate(counts_E) if not count]
+        self.products = products
+
+    def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+        products = self.products
+        h_PG = products.times_transposed(products.enter(x_RD), network.up_EGD.to(x_RD.dtype))
+        a_PF = activate(h_PG, network.activation)
+        return h_PG, products.leave(products.times_transposed(a_PF, network.down_EDF.to(x_RD.dtype)))
+
+    def backward(
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        products = self.products
+        grad_PD = products.enter(grad_RD)
+        grad_a_PF = products.times(grad_PD, network.down_EDF.to(x_RD.dtype))
+        a_PF, grad_h_PG = activate_backward(h_PG, grad_a_PF, network.activation)
+        grad_down_EDF = self._written(products.outer(grad_PD, a_PF), network.down_EDF)
+        grad_up_EGD = self._written(products.outer(grad_h_PG, products.enter(x_RD)), network.up_EGD)
+        grad_x_RD = products.leave(products.times(grad_h_PG, network.up_EGD.to(x_RD.dtype)))
+        return grad_x_RD, grad_up_EGD, grad_down_EDF
+
+    def _written(self, grad_EOI: Tensor, weight_EOI: Tensor) -> Tensor:
+        """The gradient in the weight's dtype; what a kernel leaves in the share of an idle expert is not promised."""
+        if self.idle:
+            grad_EOI[self.idle] = 0
+        return grad_EOI.to(weight_EOI.dtype)
+
+
+@final
+class _Ragged:
+    """Rows as they are, through ``grouped_mm``."""
+
+    def __init__(self, counts_E: Counts) -> None:
+        self.ends_E = torch.tensor(counts_E).cumsum(0).to(torch.int32)
+
+    def enter(self, x_RI: Tensor) -> Tensor:
+        return x_RI.contiguous()
+
+    def leave(self, x_PI: Tensor) -> Tensor:
+        return x_PI
+
+    def times_transposed(self, x_PI: Tensor, w_EOI: Tensor) -> Tensor:
+        return F.grouped_mm(x_PI, w_EOI.transpose(1, 2), offs=self.ends_E.to(x_PI.device))
+
+    def times(self, grad_PO: Tensor, w_EOI: Tensor) -> Tensor:
+        return F.grouped_mm(grad_PO, w_EOI, offs=self.ends_E.to(grad_PO.device))
+
+    def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
+        return F.grouped_mm(grad_PO.t(), x_PI, offs=self.ends_E.to(x_PI.device))
+
+
+@final
+class _Padded:
+    """Every expert's rows padded with zeros to the busiest one's, [E, C, I], through ``bmm``."""
+
+    def __init__(self, counts_E: Counts) -> None:
+        self.shape = len(counts_E), max(counts_E)
+        starts = [e * self.shape[1] for e in range(self.shape[0])]
+        places = [torch.arange(s, s + count) for s, count in zip(starts, counts_E, strict=True)]
+        self.place_R = torch.cat(places)
+
+    def enter(self, x_RI: Tensor) -> Tensor:
+        x_PI = x_RI.new_zeros(self.shape[0] * self.shape[1], x_RI.shape[1])
+        return x_PI.index_copy_(0, self.place_R.to(x_RI.device), x_RI).unflatten(0, self.shape)
+
+    def leave(self, x_PI: Tensor) -> Tensor:
+        return x_PI.flatten(0, 1).index_select(0, self.place_R.to(x_PI.device))
+
+    def times_transposed(self, x_PI: Tensor, w_EOI: Tensor) -> Tensor:
+        return torch.bmm(x_PI, w_EOI.transpose(1, 2))
+
+    def times(self, grad_PO: Tensor, w_EOI: Tensor) -> Tensor:
+        return torch.bmm(grad_PO, w_EOI)
+
+    def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
+        return torch.bmm(grad_PO.transpose(1, 2), x_PI)

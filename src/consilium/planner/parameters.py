@@ -156,8 +156,6 @@ def active_experts(config: MoE) -> float:
 
 
 def _router(config: Router, experts: int, width: int) -> Count:
-    if isinstance(config.select, Hash):
-        return Count()
     return _projection(config, experts, width) + _noise(config, experts, width)
 
 

@@ -109,6 +109,7 @@ RECIPE = Recipe(
         "the factor 2.5 is in the released configuration, not in the paper's equations",
         "released code scores groups with the bias added; the paper speaks of affinities",
         "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
+        "the sequence-wise loss counts what was routed; the paper's formula ranks scores without the bias",
         "size 1b is this project's yardstick and was never published",
     ),
     hugging_face=HuggingFace(model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM"),

@@ -30,10 +30,10 @@ class Figure:
     def __post_init__(self) -> None:
         if not self.minimum <= self.median <= self.maximum:
             raise ConsiliumError(
-                f"bench: {self.name}: median {self.median} lies outside {self.minimum} to {self.maximum}."
+                f"{self.name}: median {self.median} lies outside {self.minimum} to {self.maximum}"
             )
         if (self.against is None) != (self.ratio is None):
-            raise ConsiliumError(f"bench: {self.name}: give both 'against' and 'ratio' or neither.")
+            raise ConsiliumError(f"{self.name}: give both 'against' and 'ratio' or neither")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

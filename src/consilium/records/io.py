@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -40,11 +41,15 @@ def from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
     try:
         return adapter(cls).validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise ConsiliumError(
-            f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; damaged, or of another version."
-        ) from None
+        raise ConsiliumError(f"{where}: {_sentence(error)}; damaged, or of another version.") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if "ctx" in first and "error" in first["ctx"]:
+        return str(first["ctx"]["error"])
+    key = ".".join(str(part) for part in first["loc"]) or "content"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,7 +66,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConsiliumError(
             f"cannot write {path}: {error.strerror or error}; free space or give another folder."
         ) from None

@@ -56,16 +56,14 @@ class Specialisation:
     domains: tuple[str, ...]
     syntaxes: tuple[str, ...]
     tokens: NonNegativeInt
+    """With a domain."""
     layers: tuple[LayerSpecialisation, ...]
 
     def __post_init__(self) -> None:
         for layer in self.layers:
             for labels, association in ((self.domains, layer.domain), (self.syntaxes, layer.syntax)):
                 if any(len(row) != len(labels) for row in association.counts_EL):
-                    raise ConsiliumError(
-                        f"specialisation: layer {layer.layer} has counts that do not fit its labels;"
-                        " the file is damaged, evaluate again."
-                    )
+                    raise ConsiliumError(f"layer {layer.layer} has counts that do not fit its labels")
 
 
 def entropy_bits(counts: Sequence[float]) -> float:

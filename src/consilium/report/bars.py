@@ -32,7 +32,7 @@ def bar_chart(title: str, unit: str, bars: tuple[Bar, ...], *, width: float = 54
         shown = f"{bar.value:.3f}" if finite else "n/a"
         parts += [
             text(left - 8, y + BAR - 5, bar.label, css="legend", anchor="end"),
-            rect(left, y, end - left, BAR, bar.css, f"{bar.label}: {shown} {unit}"),
+            rect(left, y, end - left, BAR, css=bar.css, title=f"{bar.label}: {shown} {unit}"),
             text(end + 6, y + BAR - 5, shown, css="value"),
         ]
     return picture(width, len(bars) * ROW + 4, title, parts)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from consilium.records.io import write_text
 from consilium.report import curves, tables, words
@@ -33,8 +32,8 @@ _PAGES = Environment(
 def build_report(run: Path, beside: Path | None = None) -> Path:
     """Write ``run/report.html`` from the records of the run and return its path.
 
-    ``beside`` is a second run, such as one without balancing: its curves are laid over, its heat maps stand beside.
-    Works on a run that is still going. Raises ConsiliumError when a folder is not a run or a record is damaged.
+    ``beside`` is a second run, such as one without balancing: curves lie over, heat maps stand beside.
+    Works while the run goes on. Raises ConsiliumError when a folder is not a run or a record is damaged.
     """
     page = render(read_run(run), None if beside is None else read_run(beside))
     path = run / REPORT_FILE
@@ -43,7 +42,7 @@ def build_report(run: Path, beside: Path | None = None) -> Path:
 
 
 def render(run: Run, beside: Run | None = None) -> str:
-    """The page as a string."""
+    """Return the page. Its template trusts the pictures, which escape their own text, and nothing else."""
     runs = [run] if beside is None else [run, beside]
     bars = tables.bars(run, beside)
     return _PAGES.get_template("report.html.j2").render(
@@ -51,24 +50,24 @@ def render(run: Run, beside: Run | None = None) -> str:
         runs=runs,
         facts=[] if run.meta is None else tables.facts(run.meta),
         tiles=tables.tiles(run),
-        bars=Markup(bar_chart("held-out bits per byte, lower is better", "bits per byte", bars))
-        if bars
-        else None,
+        bars=bar_chart("held-out bits per byte, lower is better", "bits per byte", bars) if bars else None,
         scores=tables.scores(run, beside),
         charts=_charts(runs),
         strips=[(other, _strips(other.loads, len(runs))) for other in runs if other.loads is not None],
         balance=[(other, words.balance(other.loads)) for other in runs if other.loads is not None],
         affinities=[(other, _affinities(other)) for other in runs if other.specialisation is not None],
-        specialisation=None if run.specialisation is None else words.specialisation(run.specialisation),
+        specialisation=[
+            (r, words.specialisation(r.specialisation)) for r in runs if r.specialisation is not None
+        ],
         specialists=_specialists(run),
-        load_bar=Markup(colour_bar("load over fair share")),
-        affinity_bar=Markup(colour_bar("how much more often an expert is chosen for a label than usual")),
+        load_bar=colour_bar("load over fair share"),
+        affinity_bar=colour_bar("how much more often an expert is chosen for a label than usual"),
         commands=tables.commands(run),
         hidden_layers=_hidden(run.loads),
     )
 
 
-def _charts(runs: list[Run]) -> dict[str, Markup]:
+def _charts(runs: list[Run]) -> dict[str, str]:
     drawn: dict[str, Callable[[list[Run]], LineChart]] = {
         "loss": curves.loss_chart,
         "bits": curves.bits_chart,
@@ -76,7 +75,7 @@ def _charts(runs: list[Run]) -> dict[str, Markup]:
         "entropy": curves.entropy_chart,
         "speed": curves.speed_chart,
     }
-    return {name: Markup(line_chart(chart(runs))) for name, chart in drawn.items()}
+    return {name: line_chart(chart(runs)) for name, chart in drawn.items()}
 
 
 def spaced(count: int, most: int) -> list[int]:
@@ -86,17 +85,17 @@ def spaced(count: int, most: int) -> list[int]:
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
-def _strips(loads: LoadMap, columns: int) -> list[Markup]:
+def _strips(loads: LoadMap, columns: int) -> list[str]:
     rows = spaced(len(loads.layers), MOST_STRIPS)
     width, cells = 1088 / columns - 10 * (columns - 1), HOVER_CELLS // (columns * len(rows))
-    return [Markup(load_strip(loads, row, width=width, hover_cells=cells)) for row in rows]
+    return [load_strip(loads, row, width=width, hover_cells=cells) for row in rows]
 
 
 def _hidden(loads: LoadMap | None) -> int:
     return 0 if loads is None else max(len(loads.layers) - MOST_STRIPS, 0)
 
 
-def _affinities(run: Run) -> list[tuple[int, Markup, Markup]]:
+def _affinities(run: Run) -> list[tuple[int, str, str]]:
     record = run.specialisation
     assert record is not None, "asked for the specialisation of a run that has none"
     rows = [record.layers[row] for row in spaced(len(record.layers), MOST_AFFINITIES)]
@@ -105,10 +104,8 @@ def _affinities(run: Run) -> list[tuple[int, Markup, Markup]]:
     return [
         (
             row.layer,
-            Markup(affinity(f"layer {row.layer}: domain", record.domains, row.domain.counts_EL, hover=hover)),
-            Markup(
-                affinity(f"layer {row.layer}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover)
-            ),
+            affinity(f"layer {row.layer}: domain", record.domains, row.domain.counts_EL, hover=hover),
+            affinity(f"layer {row.layer}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover),
         )
         for row in rows
     ]

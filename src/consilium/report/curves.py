@@ -118,4 +118,4 @@ def _rivals(run: Run) -> tuple[Rule, ...]:
         ("xz", summary.xz and summary.xz.macro),
         ("dense", summary.dense and summary.dense.bits_per_byte.macro),
     )
-    return tuple(Rule(value, name) for name, value in found if value is not None)
+    return tuple(Rule(value, f"{name} {value:.3f}") for name, value in found if value is not None)

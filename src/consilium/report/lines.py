@@ -1,4 +1,4 @@
-"""Line charts as SVG strings: axes with units, reference lines, gaps where a value is not finite, hover values."""
+"""Line charts as SVG strings: axes with units, reference lines, hover values, gaps for NaN."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from itertools import zip_longest
 from typing import Literal
 
 from consilium.report.series import Point, thin
-from consilium.report.svg import Scale, line, picture, pixel, short, spread, text, text_width, ticks
+from consilium.report.svg import Scale, cross, line, picture, pixel, short, spread, text, text_width, ticks
 
-LEFT, RIGHT, BOTTOM = 46.0, 12.0, 34.0
+LEFT, RIGHT, BOTTOM = 56.0, 12.0, 34.0
 LEGEND_ROW = 16.0
+RULE_ROW = 12.0
 HOVER_POINTS = 80
+MOST_CROSSES = 200
 COLOURS = 8
 
 
@@ -61,7 +63,8 @@ def line_chart(chart: LineChart) -> str:
     parts = [*legend, *_axes(chart, x_scale, y_scale), *_rules(chart, x_scale, y_scale)]
     parts += [_path(series, x_scale, y_scale) for series in shown]
     parts += [_hover(series, chart, x_scale, y_scale) for series in shown if series.style != "faint"]
-    parts += [_cross(chart, x, x_scale, y_scale) for x, _ in thin([(x, 0.0) for x in chart.crosses], 200)]
+    for x, _ in thin([(x, 0.0) for x in chart.crosses], MOST_CROSSES):
+        parts.append(cross(x_scale(x), y_scale.start, f"{chart.cross_label}, {chart.x_label} {x:,.0f}"))
     return picture(chart.width, chart.height, chart.title, parts)
 
 
@@ -93,7 +96,8 @@ def _axes(chart: LineChart, x_scale: Scale, y_scale: Scale) -> list[str]:
         ]
     parts.append(line(x_scale.start, y_scale.start, x_scale.end, y_scale.start, "tick"))
     parts.append(text(x_scale.end, chart.height - 4, chart.x_label, css="axis", anchor="end"))
-    parts.append(text(2, chart.height - 4, chart.y_label, css="axis"))
+    middle = (y_scale.start + y_scale.end) / 2
+    parts.append(text(12, middle, chart.y_label, css="axis", anchor="middle", turn=-90))
     return parts
 
 
@@ -114,12 +118,14 @@ def _legend(shown: Sequence[Series], width: float) -> tuple[list[str], float]:
 
 
 def _rules(chart: LineChart, x_scale: Scale, y_scale: Scale) -> list[str]:
+    """Lowest first; a label that would touch the one below moves up."""
     parts: list[str] = []
-    for rule in chart.rules:
-        if math.isfinite(rule.y):
-            y = y_scale(rule.y)
-            parts.append(line(x_scale.start, y, x_scale.end, y, "rule"))
-            parts.append(text(x_scale.end, y - 4, rule.label, css="rule-label", anchor="end"))
+    ceiling = math.inf
+    for rule in sorted((rule for rule in chart.rules if math.isfinite(rule.y)), key=lambda rule: rule.y):
+        y = y_scale(rule.y)
+        ceiling = min(y - 4, ceiling - RULE_ROW)
+        parts.append(line(x_scale.start, y, x_scale.end, y, "rule"))
+        parts.append(text(x_scale.end, ceiling, rule.label, css="rule-label", anchor="end"))
     return parts
 
 
@@ -150,9 +156,3 @@ def _hover(series: Series, chart: LineChart, x_scale: Scale, y_scale: Scale) -> 
             f'<circle cx="{pixel(x_scale(x))}" cy="{pixel(y_scale(y))}" r="5"><title>{title}</title></circle>'
         )
     return f'<g class="hit c{series.colour % COLOURS}">{"".join(dots)}</g>'
-
-
-def _cross(chart: LineChart, x: float, x_scale: Scale, y_scale: Scale) -> str:
-    title = html.escape(f"{chart.cross_label} {chart.x_label} {x:,.0f}")
-    left, bottom = x_scale(x), y_scale.start
-    return f'<path class="cross" d="M{pixel(left - 3)} {pixel(bottom - 3)}l6 6m0 -6l-6 6"><title>{title}</title></path>'

@@ -6,6 +6,7 @@ Legend: S recorded steps, C columns of the picture, L MoE layers, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,16 @@ class LoadMap:
 
     @property
     def final_L(self) -> Floats:
-        """max/mean of each step, averaged over the last WINDOW recorded steps."""
-        return self.max_over_mean_LS[:, -WINDOW:].mean(axis=1)
+        """max/mean of each step, mean over the last WINDOW recorded steps; NaN where nothing was routed."""
+        last_LS = self.max_over_mean_LS[:, -WINDOW:]
+        known_LS = np.isfinite(last_LS)
+        with np.errstate(invalid="ignore"):
+            return np.where(known_LS, last_LS, 0.0).sum(axis=1) / known_LS.sum(axis=1)
+
+    @property
+    def worst(self) -> int:
+        """Row of the least even layer at the end."""
+        return int(np.nan_to_num(self.final_L, nan=-1.0).argmax())
 
 
 def read_load_map(run: Path) -> LoadMap | None:
@@ -59,7 +68,7 @@ def read_load_map(run: Path) -> LoadMap | None:
     edges = np.linspace(0, steps, columns + 1).astype(np.int64)
     share_LEC = np.empty((len(layers), experts, columns))
     max_over_mean_LS = np.empty((len(layers), steps))
-    for column, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for column, (start, end) in enumerate(pairwise(edges.tolist())):
         part_SLE = load_SLE[start:end].astype(np.float64)
         share_LEC[:, :, column] = _share(part_SLE.sum(axis=0))
         max_over_mean_LS[:, start:end] = _share(part_SLE).max(axis=2).T

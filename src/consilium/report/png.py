@@ -1,4 +1,4 @@
-"""PNG images of at most 256 colours, written by hand (ISO/IEC 15948): an expert load matrix is one, and small."""
+"""PNG images of at most 256 colours, written by hand (ISO/IEC 15948): what a load matrix needs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Heat maps as SVG strings: a small PNG drawn large for the colours, clear rectangles over it for the hover values.
+"""Heat maps as SVG strings: a small PNG drawn large for the colours, clear rectangles for the hover values.
 
 Legend: C columns of the picture, L labels (layers where said), E experts.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from consilium.report.colours import LEVELS, MISSING, NEVER, OCTAVES, PALETTE, indices
 from consilium.report.load_map import Floats, LoadMap
 from consilium.report.png import data_uri, indexed_png
-from consilium.report.svg import Scale, line, picture, pixel, rect, short, text, ticks
+from consilium.report.svg import Scale, cross, line, picture, pixel, rect, short, text, ticks
 
-LEFT, RIGHT, BOTTOM, TOP = 46.0, 22.0, 34.0, 22.0
-HOVER_CELLS = 4000
+LEFT, RIGHT, BOTTOM, TOP = 46.0, 22.0, 22.0, 22.0
+SIDE = 30.0
+HOVER_CELLS = 2400
 """Most hover rectangles of all heat maps of one kind together; beyond it cells share one."""
 
 
@@ -27,7 +27,7 @@ def load_strip(loads: LoadMap, row: int, *, width: float = 1088, hover_cells: in
     height = experts * min(max(160 / experts, 1.0), 12.0)
     plot = (LEFT, TOP, width - LEFT - RIGHT, height)
     title = f"layer {loads.layers[row]}: load of each expert over steps"
-    parts = [_image(indices(share_EC), plot), *_strip_hover(loads, row, plot, hover_cells)]
+    parts = [_image(indices(share_EC), plot), _strip_hover(loads, row, plot, hover_cells)]
     parts += [_dead(loads, row, expert, plot) for expert in np.flatnonzero(loads.dead_LE[row]).tolist()]
     parts += _strip_axes(loads, plot)
     parts.append(text(LEFT, 14, f"layer {loads.layers[row]}", css="strong"))
@@ -37,7 +37,7 @@ def load_strip(loads: LoadMap, row: int, *, width: float = 1088, hover_cells: in
 
 
 def lift(counts_EL: Sequence[Sequence[int]]) -> Floats:
-    """How much more often each expert is chosen for a label than for all tokens: p(e | l) / p(e), NaN where unused."""
+    """How much more often a label chooses an expert than all tokens do: p(e | l) / p(e), NaN where unused."""
     counts = np.asarray(counts_EL, dtype=np.float64)
     expert_E1, label_1L = counts.sum(axis=1, keepdims=True), counts.sum(axis=0, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -51,24 +51,29 @@ def affinity(
     lift_EL = lift(counts_EL)
     order = preferred_order(lift_EL)
     experts, columns = lift_EL.shape
-    cell_width, height = max(min(300 / columns, 52.0), 14.0), experts * min(max(224 / experts, 1.0), 16.0)
-    plot = (LEFT, TOP, columns * cell_width, height)
-    parts = [text(LEFT, 14, title, css="strong"), _image(indices(lift_EL[order]), plot)]
+    cell_width, height = max(200 / columns, 14.0), experts * min(max(224 / experts, 1.0), 16.0)
+    plot = (SIDE, TOP, columns * cell_width, height)
+    parts = [text(SIDE, 14, title, css="strong"), _image(indices(lift_EL[order]), plot)]
     if hover:
-        parts += _affinity_hover(labels, counts_EL, lift_EL, order, plot)
+        parts.append(_affinity_hover(labels, counts_EL, lift_EL, order, plot))
     parts += [
-        _label(name, LEFT + (place + 0.5) * cell_width, TOP + height) for place, name in enumerate(labels)
+        text(SIDE + (place + 0.6) * cell_width, TOP + height + 12, name, css="axis", anchor="end", turn=-40)
+        for place, name in enumerate(labels)
     ]
-    parts.append(_turned("experts", 14, TOP + height / 2))
-    return picture(LEFT + columns * cell_width + RIGHT, TOP + height + 76, title, parts)
+    parts.append(text(SIDE - 8, TOP + height / 2, "experts", css="axis", anchor="middle", turn=-90))
+    return picture(SIDE + columns * cell_width + 14, TOP + height + 76, title, parts)
 
 
 def preferred_order(lift_EL: Floats) -> list[int]:
     """Experts by the label they prefer, the strongest preference first; unused experts last."""
     known = np.nan_to_num(lift_EL, nan=-1.0)
     best_E, strength_E = known.argmax(axis=1), known.max(axis=1)
-    label_E = np.where(strength_E < 0, lift_EL.shape[1], best_E)
-    return np.lexsort((-strength_E, label_E)).tolist()
+
+    def rank(expert: int) -> tuple[int, float]:
+        strength = float(strength_E[expert])
+        return (lift_EL.shape[1] if strength < 0 else int(best_E[expert]), -strength)
+
+    return sorted(range(lift_EL.shape[0]), key=rank)
 
 
 def colour_bar(meaning: str, *, width: float = 420) -> str:
@@ -77,16 +82,14 @@ def colour_bar(meaning: str, *, width: float = 420) -> str:
     bar = (8.0, 4.0, 240.0, 12.0)
     parts = [_image(levels, bar), _image(np.full((1, 1), NEVER, np.uint8), (300.0, 4.0, 12.0, 12.0))]
     scale = Scale(-OCTAVES, OCTAVES, bar[0], bar[0] + bar[2])
-    for octave, name in ((-2, "≤ ¼ ×"), (-1, "½"), (0, "1.00"), (1, "2"), (2, "≥ 4 ×")):
-        parts.append(
-            text(
-                scale(octave),
-                30,
-                name,
-                css="axis",
-                anchor="middle" if abs(octave) < 2 else ("start" if octave < 0 else "end"),
-            )
-        )
+    ends = (
+        (-2, "≤ ¼ ×", "start"),
+        (-1, "½", "middle"),
+        (0, "1.00", "middle"),
+        (1, "2", "middle"),
+        (2, "≥ 4 ×", "end"),
+    )
+    parts += [text(scale(octave), 30, name, css="axis", anchor=anchor) for octave, name, anchor in ends]
     parts.append(text(318, 14, "no token", css="axis"))
     return picture(width, 34, f"colours: {meaning}", parts)
 
@@ -104,30 +107,26 @@ def _image(pixels_HW: NDArray[np.uint8], plot: Plot) -> str:
     )
 
 
-def _grid(plot: Plot, rows: int, columns: int, title: Callable[[int, int], str]) -> list[str]:
+def _grid(plot: Plot, rows: int, columns: int, title: Callable[[int, int], str]) -> str:
     x, y, width, height = plot
     cell_width, cell_height = width / columns, height / rows
-    return [
+    cells = [
         rect(
-            x + column * cell_width,
-            y + row * cell_height,
-            cell_width,
-            cell_height,
-            "cell",
-            title(row, column),
+            x + column * cell_width, y + row * cell_height, cell_width, cell_height, title=title(row, column)
         )
         for row in range(rows)
         for column in range(columns)
     ]
+    return f'<g class="cells">{"".join(cells)}</g>'
 
 
-def _strip_hover(loads: LoadMap, row: int, plot: Plot, cells: int) -> list[str]:
+def _strip_hover(loads: LoadMap, row: int, plot: Plot, cells: int) -> str:
     share_EC = loads.share_LEC[row]
     experts, columns = share_EC.shape
     if cells < experts:
-        return []
+        return ""
     groups = min(cells // experts, columns, 24)
-    edges = np.linspace(0, columns, groups + 1).astype(int).tolist()
+    edges = [group * columns // groups for group in range(groups + 1)]
 
     def title(expert: int, group: int) -> str:
         part_C = share_EC[expert, edges[group] : edges[group + 1]]
@@ -141,10 +140,10 @@ def _strip_hover(loads: LoadMap, row: int, plot: Plot, cells: int) -> list[str]:
 def _dead(loads: LoadMap, row: int, expert: int, plot: Plot) -> str:
     x, y, width, height = plot
     middle = y + (expert + 0.5) * height / loads.experts
-    title = html.escape(
-        f"expert {expert} of layer {loads.layers[row]} is dead: no token at the end of the run"
+    layer = loads.layers[row]
+    return cross(
+        x + width + 8, middle, f"expert {expert} of layer {layer} is dead: no token at the end of the run"
     )
-    return f'<path class="cross" d="M{pixel(x + width + 5)} {pixel(middle - 3)}l6 6m0 -6l-6 6"><title>{title}</title></path>'
 
 
 def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
@@ -152,18 +151,16 @@ def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
     bottom = y + height
     low, high = float(loads.steps_S[0]), float(loads.steps_S[-1])
     scale = Scale(low, high if high > low else low + 1, x, x + width)
-    parts = [_turned("expert", 12, y + height / 2)]
+    parts = [text(14, y + height / 2, "expert", css="axis", anchor="middle", turn=-90)]
     for expert in (0, loads.experts - 1):
-        parts.append(
-            text(
-                x - 6, y + (expert + 0.5) * height / loads.experts + 4, str(expert), css="axis", anchor="end"
-            )
-        )
+        middle = y + (expert + 0.5) * height / loads.experts
+        parts.append(text(x - 6, middle + 4, str(expert), css="axis", anchor="end"))
     for step in ticks(scale.low, scale.high, 8):
-        parts.append(line(scale(step), bottom, scale(step), bottom + 4, "tick"))
-        parts.append(text(scale(step), bottom + 16, short(step), css="axis", anchor="middle"))
-    parts.append(text(x + width, bottom + 30, "step", css="axis", anchor="end"))
-    return parts
+        parts += [
+            line(scale(step), bottom, scale(step), bottom + 4, "tick"),
+            text(scale(step), bottom + 16, short(step), css="axis", anchor="middle"),
+        ]
+    return [*parts, text(x - 6, bottom + 16, "step", css="axis", anchor="end")]
 
 
 def _affinity_hover(
@@ -172,7 +169,7 @@ def _affinity_hover(
     lift_EL: Floats,
     order: Sequence[int],
     plot: Plot,
-) -> list[str]:
+) -> str:
     def title(row: int, column: int) -> str:
         expert = order[row]
         ratio, copies = lift_EL[expert, column], counts_EL[expert][column]
@@ -181,13 +178,3 @@ def _affinity_hover(
         return f"expert {expert}, {labels[column]}: {times}; {share:.0%} of its tokens ({copies:,})"
 
     return _grid(plot, len(order), len(labels), title)
-
-
-def _label(name: str, x: float, y: float) -> str:
-    place = f"translate({pixel(x + 4)} {pixel(y + 12)}) rotate(-40)"
-    return f'<text transform="{place}" text-anchor="end" class="axis">{html.escape(name)}</text>'
-
-
-def _turned(name: str, x: float, y: float) -> str:
-    place = f"translate({pixel(x)} {pixel(y)}) rotate(-90)"
-    return f'<text transform="{place}" text-anchor="middle" class="axis">{html.escape(name)}</text>'

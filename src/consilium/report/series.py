@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 Point = tuple[float, float]
 
@@ -33,14 +34,14 @@ def thin(curve: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
 
 
 def smooth(curve: Sequence[Point], span: int) -> tuple[Point, ...]:
-    """Exponential mean over about ``span`` points, without the usual bias to the start; NaN is left out."""
-    decay = 1 - 1 / max(span, 1)
-    total = weight = 0.0
+    """Mean of the points up to ``span`` places away on either side, NaN left out. No lag."""
+    finite = [point for point in curve if math.isfinite(point[1])]
+    sums = [0.0, *accumulate(y for _, y in finite)]
     result: list[Point] = []
-    for x, y in curve:
-        if math.isfinite(y):
-            total, weight = decay * total + y, decay * weight + 1
-            result.append((x, total / weight))
+    for place, (x, _) in enumerate(finite):
+        reach = min(span, place, len(finite) - 1 - place)
+        low, high = place - reach, place + reach + 1
+        result.append((x, (sums[high] - sums[low]) / (high - low)))
     return tuple(result)
 
 

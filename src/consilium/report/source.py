@@ -40,7 +40,7 @@ def read_run(folder: Path) -> Run:
         raise ConsiliumError(f"report: {folder} is not a folder; give the folder that --out named.")
     if not any((folder / name).exists() for name in (METRICS_FILE, META_FILE, CONFIG_FILE)):
         raise ConsiliumError(
-            f"report: {folder} has no {METRICS_FILE}, so it is not a training run; give the folder that --out named."
+            f"report: {folder} has no {METRICS_FILE}, so it is no training run; give --out's folder."
         )
     return Run(
         folder=folder,

@@ -1,4 +1,4 @@
-"""Small pieces of SVG: escaped text, numbers, scales and axis ticks. Everything returns strings; colours are CSS."""
+"""Small pieces of SVG as strings: escaped text, numbers, scales, axis ticks. Colours are in the CSS."""
 
 from __future__ import annotations
 
@@ -56,31 +56,37 @@ def pixel(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def text(x: float, y: float, content: str, *, css: str = "", anchor: str = "start") -> str:
+def text(x: float, y: float, content: str, *, css: str = "", anchor: str = "start", turn: float = 0) -> str:
+    """Text at (x, y), turned by ``turn`` degrees around it."""
+    place = f'transform="rotate({pixel(turn)} {pixel(x)} {pixel(y)})" ' if turn else ""
     return (
-        f'<text x="{pixel(x)}" y="{pixel(y)}" text-anchor="{anchor}" class="{css}">'
+        f'<text x="{pixel(x)}" y="{pixel(y)}" {place}text-anchor="{anchor}" class="{css}">'
         f"{html.escape(content)}</text>"
     )
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    return f'<line x1="{pixel(x1)}" y1="{pixel(y1)}" x2="{pixel(x2)}" y2="{pixel(y2)}" class="{html.escape(css)}"/>'
+    ends = f'x1="{pixel(x1)}" y1="{pixel(y1)}" x2="{pixel(x2)}" y2="{pixel(y2)}"'
+    return f'<line {ends} class="{css}"/>'
 
 
-def rect(x: float, y: float, width: float, height: float, css: str, title: str = "") -> str:
-    inside = f"<title>{html.escape(title)}</title>" if title else ""
-    return (
-        f'<rect x="{pixel(x)}" y="{pixel(y)}" width="{pixel(max(width, 0))}" height="{pixel(max(height, 0))}"'
-        f' class="{html.escape(css)}">{inside}</rect>'
-    )
+def rect(x: float, y: float, width: float, height: float, *, css: str = "", title: str = "") -> str:
+    box = f'x="{pixel(x)}" y="{pixel(y)}" width="{pixel(width)}" height="{pixel(height)}"'
+    style = f' class="{css}"' if css else ""
+    return f"<rect {box}{style}><title>{html.escape(title)}</title></rect>"
+
+
+def cross(x: float, y: float, title: str) -> str:
+    """A small x that marks something bad."""
+    start = f"M{pixel(x - 3)} {pixel(y - 3)}"
+    return f'<path class="cross" d="{start}l6 6m0 -6l-6 6"><title>{html.escape(title)}</title></path>'
 
 
 def picture(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    """Wrap ``parts`` into an ``<svg>`` that scales to its box; ``label`` is read to those who do not see it."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {pixel(width)} {pixel(height)}" role="img"'
-        f' aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
-    )
+    """Wrap ``parts`` into an ``<svg>`` that scales to its box; ``label`` is what a screen reader says."""
+    size = f'width="{pixel(width)}" height="{pixel(height)}" viewBox="0 0 {pixel(width)} {pixel(height)}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{html.escape(label)}">'
+    return head + "".join(parts) + "</svg>"
 
 
 def text_width(content: str, size: float = 11) -> float:

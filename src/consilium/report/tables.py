@@ -110,7 +110,7 @@ def _speed_tiles(run: Run) -> list[Tile]:
 def _balance_tiles(run: Run) -> list[Tile]:
     if run.loads is None:
         return []
-    worst, dead = float(run.loads.final_L.max()), int(run.loads.dead_LE.sum())
+    worst, dead = float(run.loads.final_L[run.loads.worst]), int(run.loads.dead_LE.sum())
     return [
         Tile(
             "max / mean load",

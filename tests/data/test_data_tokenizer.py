@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from data_corpora import CODE, PROSE, documents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilium.data import tokenizer as module
+from consilium.data.documents import Document
+from consilium.data.tokenizer import END, SMALLEST_VOCABULARY, SPECIALS, Tokenizer
+from consilium.errors import ConsiliumError
+
+TEXTS = [Document((CODE + PROSE) * 20, "code", "a", held_out=False)]
+BPE = Tokenizer.train(TEXTS, 400)
+BYTES = Tokenizer.of_bytes()
+
+both = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@both
+@given(text=unicode)
+def test_any_unicode_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@both
+@given(text=unicode)
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.sizes_V[ids].sum() == len(text.encode())
+
+
+@both
+@given(ids=st.lists(st.integers(0, SMALLEST_VOCABULARY + 20), max_size=40))
+def test_streamed_pieces_join_to_the_full_decode(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+@given(text=unicode)
+def test_a_stream_cut_anywhere_has_shown_whole_characters_only(text: str) -> None:
+    stream = BYTES.stream()
+    shown = ""
+    for token in BYTES.encode(text):
+        shown += stream.push(token)
+        assert text.startswith(shown)
+    assert shown == text
+    assert stream.finish() == ""
+
+
+@given(text=unicode)
+def test_a_batch_encodes_as_one_by_one(text: str) -> None:
+    assert BPE.encode_batch([text, PROSE]) == [BPE.encode(text), BPE.encode(PROSE)]
+
+
+@both
+def test_text_cannot_forge_special_tokens_but_a_template_can(tokenizer: Tokenizer) -> None:
+    text = "".join(SPECIALS)
+    specials = [tokenizer.special_id(token) for token in SPECIALS]
+    assert not set(tokenizer.encode(text)) & set(specials)
+    assert not set(tokenizer.encode_batch([text])[0]) & set(specials)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_template(text) == specials
+    assert tokenizer.decode(tokenizer.encode_template(text)) == ""
+
+
+def test_training_twice_gives_the_same_files() -> None:
+    assert Tokenizer.train(TEXTS, 400).files() == BPE.files()
+
+
+def test_bpe_learns_and_bytes_do_not() -> None:
+    assert len(BPE.encode(CODE)) < 0.6 * len(CODE.encode())
+    assert len(BYTES.encode(CODE)) == len(CODE.encode())
+    assert BYTES.vocab_size == SMALLEST_VOCABULARY
+    assert SMALLEST_VOCABULARY < BPE.vocab_size <= 400
+
+
+def test_held_out_text_teaches_the_tokenizer_nothing() -> None:
+    secret = Document("zyzzyva " * 1000, "code", "secret", held_out=True)
+    assert Tokenizer.train([*TEXTS, secret], 400).files() == BPE.files()
+
+
+def test_the_order_of_reading_does_not_matter() -> None:
+    found = documents([50, 60, 70, 80])
+    assert Tokenizer.train(found, 300).files() == Tokenizer.train(found[::-1], 300).files()
+
+
+def test_the_sample_is_balanced_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLE_CHARACTERS", 3000)
+    large = documents([400] * 20, "large")
+    other = documents([300] * 20, "other")
+    small = documents([100] * 3, "small")
+    sizes = {
+        name: sum(len(text) for text in module._sample([*large, *other, *small]) if text in known)
+        for name, known in {
+            "large": {d.text[:n] for d in large for n in range(401)},
+            "small": {d.text for d in small},
+        }.items()
+    }
+    assert sum(map(len, module._sample([*large, *other, *small]))) == 3000
+    assert sizes["small"] >= 300
+    assert module._sample(small) == [text for text in module._sample(small) if len(text) == 100]
+
+
+@both
+def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.files() == tokenizer.files()
+    assert loaded.eos_id == tokenizer.eos_id
+    assert loaded.encode(CODE + PROSE) == tokenizer.encode(CODE + PROSE)
+
+
+def test_transformers_reads_the_saved_tokenizer(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(CODE + PROSE, add_special_tokens=False) == BPE.encode(CODE + PROSE)
+    assert theirs.decode(BPE.encode(CODE + PROSE)) == CODE + PROSE
+    assert theirs.eos_token_id == BPE.eos_id
+
+
+def test_ids_beyond_the_vocabulary_have_no_text() -> None:
+    assert BPE.decode([5, 100_000]) == BPE.decode([5])
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(ConsiliumError, match=f"vocab_size {SMALLEST_VOCABULARY} or more"):
+        Tokenizer.train(TEXTS, SMALLEST_VOCABULARY - 1)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": 3}', "\ufffe"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConsiliumError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_unknown_end_token_is_refused(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    with pytest.raises(ConsiliumError, match=r"'</s>' is not in the vocabulary"):
+        Tokenizer.load(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(ConsiliumError, match="surrogate pair at character 1"):
+        BPE.encode("a\ud800")
+
+
+def test_a_byte_fallback_tokenizer_decodes_by_bytes() -> None:
+    vocabulary = {END: 0, "<0xE4>": 1, "<0xBD>": 2, "<0xA0>": 3, "▁a": 4, "b": 5}
+    description = {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": END, "special": True} | dict.fromkeys(FLAGS, False)],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": True},
+    }
+    found = Tokenizer(json.dumps(description), {"eos_token": END})
+    assert found.decode([4, 5, 1, 2, 3]) == " ab你"
+    assert found.decode([1, 2]) == "\ufffd"
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import codecs
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import DENSE, KINDS, lively
+
+from consilium.config.model import Model
+from consilium.engine.engine import Engine
+from consilium.engine.request import Sampling
+from consilium.errors import ConsiliumError
+from consilium.model.types import Inputs
+
+kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+prompts_of_ids = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=30), min_size=1, max_size=4)
+
+
+def without_cache(model: object, prompt: list[int], new: int) -> list[int]:
+    """Greedy decoding that runs the whole sequence anew for every token."""
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(model(torch.tensor([tokens])).logits_BSV[0, -1].argmax()))  # pyright: ignore
+    return tokens[len(prompt) :]
+
+
+class Bytes:
+    """A codec whose tokens are bytes; 256 ends the text."""
+
+    eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def stream(self) -> ByteStream:
+        return ByteStream()
+
+
+class ByteStream:
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self.decoder.decode(bytes([token]) if token < 256 else b"")
+
+    def finish(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+@kinds
+@settings(max_examples=8)
+@given(prompts=prompts_of_ids)
+def test_a_batch_with_a_cache_equals_one_by_one_without(config: Model, prompts: list[list[int]]) -> None:
+    model = lively(config)
+    found = Engine(model).complete(prompts, max_tokens=8)
+    assert found == [without_cache(model, prompt, 8) for prompt in prompts]
+
+
+@kinds
+def test_logprobs_are_those_of_a_pass_over_the_whole_text(config: Model) -> None:
+    model = lively(config)
+    prompt = [5, 17, 255, 3]
+    pieces = list(Engine(model).generate([prompt], max_tokens=12))
+    tokens = prompt + [piece.token for piece in pieces]
+    logprobs_SV = torch.log_softmax(model(torch.tensor([tokens])).logits_BSV[0].detach(), -1)
+    for i, piece in enumerate(pieces):
+        wanted = float(logprobs_SV[len(prompt) + i - 1, piece.token])
+        assert piece.logprob == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert [piece.finished for piece in pieces] == [None] * 11 + ["length"]
+
+
+def test_a_finished_neighbour_changes_nothing() -> None:
+    model = lively(DENSE)
+    engine = Engine(model, Bytes())
+    alone = engine.complete([[1, 2, 3]], max_tokens=10)[0]
+    stopper = next(token for token in alone if token < 128)
+    together = engine.complete([[1, 2, 3], [1, 2, 3]], max_tokens=10, stop=[chr(stopper)])
+    cut = alone.index(stopper) + 1
+    assert together == [alone[:cut], alone[:cut]]
+
+
+def test_a_row_draws_from_its_own_seed() -> None:
+    engine = Engine(lively(DENSE))
+    alone = engine.complete([[9, 8]], max_tokens=12, temperature=1.0, seed=4)[0]
+    company = engine.complete([[1], [9, 8], [2, 2, 2]], max_tokens=12, temperature=1.0, seed=4)
+    assert company[1] == alone
+
+
+def test_the_end_token_ends_the_text_without_being_shown() -> None:
+    model = lively(dataclasses.replace(DENSE, tied=False))
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    engine = Engine(model, Bytes())
+    pieces = list(engine.generate(["a"], max_tokens=5))
+    assert [piece.token for piece in pieces] == [0] * 5
+
+    class Ends(Bytes):
+        eos_id = 0
+
+    ended = list(Engine(model, Ends()).generate(["a"], max_tokens=5))
+    assert [(piece.token, piece.text, piece.finished) for piece in ended] == [(0, "", "stop")]
+
+
+def test_streamed_text_is_the_text_of_all_tokens() -> None:
+    engine = Engine(lively(DENSE), Bytes())
+    pieces = list(engine.generate(["héllo 你好"], max_tokens=40, sampling=Sampling(temperature=2.0, seed=1)))
+    assert "".join(piece.text for piece in pieces) == Bytes().decode([p.token for p in pieces if p.token != 256])
+
+
+def test_text_prompts_begin_with_the_end_token_that_opens_documents() -> None:
+    engine = Engine(lively(DENSE), Bytes())
+    assert engine.complete(["ab"], max_tokens=4) == engine.complete([[256, 97, 98]], max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], [300]], {}, "prompt 1 has a token id outside 0..299"),
+        ([[-1]], {}, "outside"),
+        ([[1] * 250], {"max_tokens": 7}, "exceeds the model's length 256"),
+        (["text"], {}, "needs a tokenizer"),
+        ([[1]], {"stop": ["x"]}, "needs a tokenizer"),
+    ],
+)
+def test_wrong_prompts_are_refused_in_one_sentence(
+    prompts: list[list[int]], options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(ConsiliumError, match=words):
+        Engine(lively(DENSE)).complete(prompts, **options)  # pyright: ignore
+
+
+def test_no_prompts_give_nothing() -> None:
+    assert Engine(lively(DENSE)).complete([], max_tokens=3) == []
+
+
+def test_the_cache_is_the_only_memory_of_a_call() -> None:
+    model = lively(DENSE)
+    engine = Engine(model)
+    first = engine.complete([[1, 2, 3]], max_tokens=6)
+    engine.complete([[4, 4, 4, 4]], max_tokens=6)
+    assert engine.complete([[1, 2, 3]], max_tokens=6) == first
+    assert model(Inputs(torch.tensor([[1, 2, 3]]))).logits_BSV.shape == (1, 3, 300)

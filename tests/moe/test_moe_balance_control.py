@@ -1,0 +1,164 @@
+"""The state that moves between steps: the selection bias and the adaptive coefficient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from moe.cases import EXPERTS, SYSTEMS, V3, layer, moe, tokens, vectors
+from torch import nn
+
+from consilium.config.balance import AdaptiveLoss, BiasRule, LinearBias, NoBias, SignBias
+from consilium.config.balance import Balance as BalanceConfig
+from consilium.config.router import Router, Sigmoid, TopK
+from consilium.moe.balance import Balance
+from consilium.moe.types import Mode
+
+BIASED = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
+
+
+def balance(rule: BiasRule, router: Router = BIASED, experts: int = 4) -> Balance:
+    return Balance(BalanceConfig(bias=rule), router, experts)
+
+
+def test_the_sign_rule_moves_each_expert_by_the_rate_towards_the_mean() -> None:
+    built = balance(SignBias(rate=0.001))
+    built.step(torch.tensor([8, 4, 4, 0]), 0.0)
+    built.step(torch.tensor([8, 4, 3, 1]), 0.0)
+    assert built.bias_E is not None
+    assert torch.equal(built.bias_E, torch.tensor([-0.002, 0, 0.001, 0.002]))
+
+
+def test_the_linear_rule_moves_in_proportion_to_the_relative_excess() -> None:
+    built = balance(LinearBias(rate=0.01))
+    built.step(torch.tensor([8, 4, 3, 1]), 0.0)
+    assert built.bias_E is not None
+    torch.testing.assert_close(built.bias_E, 0.01 * torch.tensor([-1, 0, 0.25, 0.75]))
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=3, max_size=3))
+def test_the_sign_is_exact_for_any_counts(counts: list[int]) -> None:
+    built = balance(SignBias(rate=1.0), experts=3)
+    built.step(torch.tensor(counts), 0.0)
+    assert built.bias_E is not None
+    mean_times_three = sum(counts)
+    expected = [(mean_times_three > 3 * c) - (mean_times_three < 3 * c) for c in counts]
+    assert built.bias_E.tolist() == expected
+
+
+@pytest.mark.parametrize("rule", [SignBias(), LinearBias()], ids=lambda rule: rule.kind)
+def test_a_step_without_tokens_moves_nothing(rule: SignBias | LinearBias) -> None:
+    built = Balance(BalanceConfig(losses=(AdaptiveLoss(),), bias=rule), BIASED, 4)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    built.step(torch.zeros(4, dtype=torch.int64), 0.0)
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
+def test_the_coefficient_follows_the_drop_rate_with_momentum_and_saturates() -> None:
+    config = BalanceConfig(losses=(AdaptiveLoss(start=0.004, most=0.01, slope=0.2, momentum=0.9),))
+    built, load_E = Balance(config, Router(select=TopK(k=2)), 4), torch.ones(4, dtype=torch.int64)
+    expected = 0.004
+    for dropped, target in ((0.0, 0.0), (0.02, 0.004), (0.05, 0.01), (0.5, 0.01)):
+        built.step(load_E, dropped)
+        expected = 0.9 * expected + 0.1 * target
+        assert built.coefficient is not None
+        assert built.coefficient.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_adaptive_loss_uses_the_coefficient_of_the_moment() -> None:
+    config = moe(
+        Router(select=TopK(k=2)), balance=BalanceConfig(losses=(AdaptiveLoss(start=0.01, momentum=0.5),))
+    )
+    built, mode = layer(config), Mode(training=True)
+    first = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
+    built.balance.step(torch.ones(EXPERTS, dtype=torch.int64), 0.0)
+    second = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
+    assert second.item() == pytest.approx(first.item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "offset", "expected"),
+    [
+        (NoBias(), "none", set()),
+        (NoBias(), "scores", {"bias_E"}),
+        (SignBias(), "scores", {"bias_E"}),
+        (LinearBias(), "logits", {"bias_E"}),
+    ],
+)
+def test_a_bias_is_stored_exactly_where_the_router_selects_with_one(
+    rule: BiasRule, offset: str, expected: set[str]
+) -> None:
+    router = Router(score=Sigmoid(), offset=offset, select=TopK(k=2))
+    assert set(balance(rule, router).state_dict()) == expected
+
+
+def test_no_rule_leaves_a_loaded_bias_alone() -> None:
+    built = balance(NoBias())
+    built.load_state_dict({"bias_E": torch.tensor([1.0, 2, 3, 4])})
+    built.step(torch.tensor([9, 0, 0, 0]), 0.0)
+    assert built.bias_E is not None
+    assert built.bias_E.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_control_state_keeps_its_exact_values_when_the_model_is_cast(cast: torch.dtype) -> None:
+    """In bfloat16 2.02 + 0.001 is 2.0156: the bias would be rounded and then never move again."""
+    config = moe(V3, balance=BalanceConfig(losses=(AdaptiveLoss(start=0.00123),), bias=SignBias()))
+    model = nn.Sequential(layer(config))
+    state = model[0].balance
+    state.bias_E.copy_(torch.linspace(-2.02, 2.02, EXPERTS))
+    before = {name: value.clone() for name, value in state.state_dict().items()}
+    model.to(cast)
+    assert model[0].experts.up.dtype == cast
+    for name, value in state.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    assert set(model.state_dict()) == {f"0.{name}" for name in layer(config).state_dict()}
+    state.step(torch.tensor([1, 0, 0, 0, 0, 0, 0, 7]), 0.0)
+    assert (state.bias_E != before["bias_E"]).sum() == EXPERTS - 1
+
+
+def test_a_cast_model_still_routes_in_float32_with_its_float32_bias() -> None:
+    built, x_TD = layer(SYSTEMS["deepseek-v3"]), vectors(40)
+    built.balance.bias_E += torch.linspace(0, 1e-4, EXPERTS)
+    bias_E = built.balance.bias_E.clone()
+    built.bfloat16()
+    result = built(x_TD.bfloat16(), tokens(40), Mode())
+    weight = built.router.projection.weight
+    assert weight.dtype == result.y_TD.dtype == torch.bfloat16
+    scores_TE = torch.sigmoid(x_TD.bfloat16().float() @ weight.float().T)
+    assert torch.equal(result.routing.scores_TE, scores_TE)
+    group_TG = (scores_TE + bias_E).view(40, 4, 2).sum(dim=2)
+    open_TG = torch.zeros(40, 4, dtype=torch.bool).scatter(1, group_TG.topk(2, dim=1).indices, value=True)
+    values_TE = (scores_TE + bias_E).masked_fill(~open_TG.repeat_interleave(2, dim=1), -torch.inf)
+    assert torch.equal(result.routing.experts_TK, values_TE.topk(3, dim=1).indices)
+    assert result.routing.weights_TK.dtype == torch.float32
+
+
+def test_a_meta_model_made_real_has_real_float32_control_state() -> None:
+    with torch.device("meta"):
+        built = layer_on_meta()
+    built.to_empty(device="cpu")
+    assert built.bias_E is not None
+    assert built.bias_E.device.type == "cpu"
+    assert built.bias_E.dtype == torch.float32
+
+
+def layer_on_meta() -> Balance:
+    return Balance(BalanceConfig(losses=(AdaptiveLoss(),), bias=SignBias()), BIASED, EXPERTS)
+
+
+def test_the_bias_brings_a_collapsed_router_back_into_balance() -> None:
+    """Scores favour one expert by far; only the bias moves, as in training with the sign rule."""
+    router = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
+    built = layer(moe(router, balance=BalanceConfig(bias=SignBias(rate=0.02))))
+    built.balance.bias_E.zero_()
+    x_TD = vectors(512) + 2 * built.router.projection.weight[0].detach()
+    loads = []
+    for _ in range(150):
+        report = built(x_TD, tokens(512), Mode(training=True)).report
+        built.balance.step(report.load_E, 0.0)
+        loads.append(float(report.load_E.max() / report.load_E.float().mean()))
+    assert loads[0] > 3
+    assert loads[-1] < 1.2

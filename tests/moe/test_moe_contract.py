@@ -1,0 +1,158 @@
+"""The hard cases of the contract: each runs through the one layer without a special case in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from moe.cases import EXPERTS, SYSTEMS, layer, moe, tokens, vectors
+from support import relative_error
+from torch import Tensor
+
+from consilium.config.balance import Balance, SwitchLoss
+from consilium.config.moe import Capacity
+from consilium.config.router import LearnedNoise, Raw, Router, SampledSecond, TopK
+from consilium.moe.adaptive_mixture import AdaptiveMixture
+from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+
+
+@dataclass
+class Notes:
+    """What an observer sees, in order."""
+
+    routings: list[tuple[int, Routing, Tokens]] = field(default_factory=list)
+    passes: list[tuple[int, Rows, Tensor, Tensor]] = field(default_factory=list)
+
+    def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
+        self.routings.append((layer, routing, tokens))
+
+    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+        self.passes.append((layer, rows, hidden_RF, output_RD))
+
+
+def test_hash_routing_reads_ids_and_nothing_else() -> None:
+    built, every = layer(SYSTEMS["hash"]), tokens(30)
+    one, two = (built(vectors(30, seed), every, Mode()).routing for seed in (1, 2))
+    assert torch.equal(one.experts_TK, two.experts_TK)
+    same_T = every.ids_T == every.ids_T[0]
+    assert (one.experts_TK[same_T] == one.experts_TK[0]).all()
+
+
+def test_expert_choice_gives_every_expert_its_fill_and_tokens_what_is_left() -> None:
+    report = layer(SYSTEMS["expert choice"])(vectors(32), tokens(32), Mode()).report
+    assert report.load_E.tolist() == [8] * EXPERTS
+    assert int(report.dropped) == 0
+
+
+def test_relu_routing_uses_as_many_experts_as_are_positive() -> None:
+    routing = layer(SYSTEMS["relu"])(vectors(64), tokens(64), Mode()).routing
+    positive_T = (routing.scores_TE > 0).sum(dim=1)
+    assert torch.equal(routing.keep_TK.sum(dim=1), positive_T.clamp(max=5))
+    assert positive_T.unique().numel() > 2
+
+
+REPLAYED = [name for name in SYSTEMS if name not in {"switch", "gshard", "by probability"}]
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replay_of_a_decision_repeats_outputs_and_gradients(name: str) -> None:
+    built, every, x_TD = layer(SYSTEMS[name]), tokens(20, padding=3), vectors(20).requires_grad_()
+    first = built(x_TD, every, Mode())
+    recorded = Override(experts_TK=first.routing.experts_TK, keep_TK=first.routing.keep_TK)
+    again = built(x_TD, every, Mode(override=recorded))
+    assert torch.equal(again.y_TD, first.y_TD)
+    assert torch.equal(again.report.load_E, first.report.load_E)
+    one, two = (torch.autograd.grad(r.y_TD.square().sum(), [x_TD, built.experts.up]) for r in (first, again))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_replay_recomputes_weights_from_the_live_scores_with_gradient() -> None:
+    built, every, x_TD = layer(SYSTEMS["deepseek-v3"]), tokens(10), vectors(10)
+    experts_TK = vectors(10, seed=8, hidden=EXPERTS).argsort(dim=1)[:, :3]
+    routing = built(x_TD, every, Mode(override=Override(experts_TK=experts_TK))).routing
+    scores_TK = torch.sigmoid(x_TD @ built.router.projection.weight.T).gather(1, experts_TK)
+    assert torch.equal(routing.experts_TK, experts_TK)
+    assert relative_error(routing.weights_TK, 2.5 * scores_TK / scores_TK.sum(dim=1, keepdim=True)) < 1e-6
+    coefficient = vectors(10, seed=9, hidden=3)
+    (gradient,) = torch.autograd.grad(
+        (routing.weights_TK * coefficient).sum(), built.router.projection.weight
+    )
+    assert gradient.any()
+
+
+def test_an_observer_gets_what_gptq_needs() -> None:
+    """Inputs and hidden activations of every expert's own rows, from which its Hessians are sums of outer products."""
+    built, every, x_TD = layer(SYSTEMS["deepseek-v3"]), tokens(20, padding=2), vectors(20)
+    notes = Notes()
+    observed = built(x_TD, every, Mode(observer=notes))
+    assert relative_error(observed.y_TD, built(x_TD, every, Mode()).y_TD) < 1e-6
+    ((index, rows, hidden_RF, output_RD),) = notes.passes
+    assert index == 0
+    ends = torch.tensor(rows.counts_E).cumsum(0).tolist()
+    routing = observed.routing
+    for e, (end, count) in enumerate(zip(ends, rows.counts_E, strict=True)):
+        mine_T = ((routing.experts_TK == e) & routing.keep_TK).any(dim=1)
+        x_eD, hidden_eF = x_TD[mine_T], hidden_RF[end - count : end]
+        hessian = rows.x_RD[end - count : end].T @ rows.x_RD[end - count : end]
+        assert relative_error(hessian, x_eD.T @ x_eD) < 1e-6
+        gate, up = (x_eD @ built.experts.up[e].T).chunk(2, dim=1)
+        assert relative_error(hidden_eF, torch.nn.functional.silu(gate) * up) < 1e-5
+        assert relative_error(output_RD[end - count : end], hidden_eF @ built.experts.down[e].T) < 1e-5
+
+
+def test_an_observer_sees_the_routing_as_admitted() -> None:
+    router = Router(select=TopK(k=2))
+    built = layer(moe(router, admission=Capacity(factor=0.5, scope="always")))
+    every, notes = tokens(20), Notes()
+    result = built(vectors(20), every, Mode(observer=notes))
+    ((index, routing, seen),) = notes.routings
+    assert index == 0
+    assert routing is result.routing
+    assert seen is every
+    assert int(result.report.dropped) > 0
+    assert torch.equal(routing.load_E(), result.report.load_E)
+
+
+def test_the_mixture_of_jacobs_is_the_layer_with_every_expert_kept() -> None:
+    """One router serves both: the gate of AdaptiveMixture decides as a dense layer's does."""
+    mixture = AdaptiveMixture(12, 2, EXPERTS)
+    built = layer(moe(Router(select=TopK(k=EXPERTS), weight=Raw())))
+    with torch.no_grad():
+        mixture.router.projection.weight.copy_(built.router.projection.weight)
+    x_TD, every = vectors(9), tokens(9)
+    gate = mixture(x_TD, every, Mode()).routing
+    dense = built(x_TD, every, Mode()).routing
+    assert torch.equal(gate.experts_TK, dense.experts_TK)
+    assert torch.equal(gate.weights_TK, dense.weights_TK)
+    assert gate.load_E().tolist() == [9] * EXPERTS
+
+
+def test_losses_read_the_decision_before_drops() -> None:
+    """Otherwise a capacity would hide the imbalance that the loss is there to remove."""
+    router = Router(select=TopK(k=2))
+    balance = Balance(losses=(SwitchLoss(),))
+    reports = [
+        layer(moe(router, balance=balance, **extra))(vectors(40), tokens(40), Mode(training=True)).report
+        for extra in ({}, {"admission": Capacity(factor=0.5)})
+    ]
+    assert int(reports[1].dropped) > 0
+    assert torch.equal(reports[0].losses["switch"], reports[1].losses["switch"])
+    assert torch.equal(reports[0].wanted_E, reports[1].wanted_E)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [Router(noise=LearnedNoise(), select=TopK(k=2)), Router(select=SampledSecond())],
+    ids=["noise", "sampled second"],
+)
+def test_chance_belongs_to_the_generator_of_the_mode(router: Router) -> None:
+    built, every, x_TD = layer(moe(router)), tokens(50), vectors(50)
+    before = torch.get_rng_state()
+    results = [
+        built(x_TD, every, Mode(training=True, generator=torch.Generator().manual_seed(seed)))
+        for seed in (4, 4, 5)
+    ]
+    assert torch.equal(results[0].y_TD, results[1].y_TD)
+    assert not torch.equal(results[0].y_TD, results[2].y_TD)
+    assert torch.equal(before, torch.get_rng_state())
