@@ -36,7 +36,10 @@ DEEPSEEK = Model(
         experts=8,
         width=16,
         router=Router(
-            score=Sigmoid(), offset="scores", select=TopK(k=2, groups=Groups(count=4, keep=2, score="top2_sum")), scale=2.5
+            score=Sigmoid(),
+            offset="scores",
+            select=TopK(k=2, groups=Groups(count=4, keep=2, score="top2_sum")),
+            scale=2.5,
         ),
         balance=Balance(losses=(SequenceLoss(coefficient=1e-2),), bias=SignBias(rate=1e-2)),
         shared=AlwaysOn(width=16),
@@ -79,7 +82,7 @@ KINDS = {"deepseek": DEEPSEEK, "switch": SWITCH, "dense": DENSE}
 
 
 def lively(config: Model, seed: int = 0) -> Decoder:
-    """A model whose values are all ordinary: norms are not 1, biases have both signs, weights are not tiny."""
+    """A model of ordinary values: norms are not 1, biases have both signs, weights are not tiny."""
     model = build(dataclasses.replace(config), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -194,4 +194,4 @@ def saved(folder: Path, config: Model, seed: int = 0, *, manifest: bool = True) 
 @torch.no_grad()
 def answer(model: Decoder) -> torch.Tensor:
     """Logits for a few tokens."""
-    return model.eval()(torch.arange(12).reshape(2, 6)).logits_BSV
+    return model.eval()(torch.arange(12).reshape(2, 6)).logits

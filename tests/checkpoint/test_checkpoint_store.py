@@ -169,6 +169,19 @@ def test_announced_prediction_modules_that_the_file_lacks_are_left_out(tmp_path:
     assert store.load(folder).config.mtp == MTP(depth=0)
 
 
+def test_loading_puts_back_what_a_crash_left_moved_aside(tmp_path: Path) -> None:
+    saved(tmp_path / "model", llama()).rename(tmp_path / f"model.old-{'0' * 16}")
+    assert store.load(tmp_path / "model").config == llama()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["absent", "file"])
+def test_what_is_not_a_folder_is_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ConsiliumError, match=rf"{name}/config\.json"):
+        store.load(tmp_path / name)
+
+
 def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", llama(), manifest=False)
     data = json.loads((folder / "config.json").read_text())
@@ -221,7 +234,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path: Path) -> None
     moe = deepseek_v3().moe
     assert moe is not None
     wide = dataclasses.replace(
-        deepseek_v3(), hidden_size=512, moe=dataclasses.replace(moe, experts=32, width=512)
+        deepseek_v3(), hidden_size=512, moe=dataclasses.replace(moe, experts=16, width=512)
     )
     for dtype in ("float32", "bfloat16"):
         store.save(build(wide, dtype=dtype), tmp_path / f"large-{dtype}")

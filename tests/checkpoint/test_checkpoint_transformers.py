@@ -92,7 +92,12 @@ def test_we_open_what_transformers_saves_and_write_the_same_tensors(name: str, t
             transformers.DeepseekV3Config,
             {"initializer_range", "max_position_embeddings"},
         ),
-        ("mixtral", "8x7b", transformers.MixtralConfig, {"max_position_embeddings", "router_aux_loss_coef"}),
+        (
+            "mixtral",
+            "8x7b",
+            transformers.MixtralConfig,
+            {"head_dim", "max_position_embeddings", "router_aux_loss_coef"},
+        ),
         ("llama", "7b", transformers.LlamaConfig, {"max_position_embeddings", "rms_norm_eps"}),
     ],
 )

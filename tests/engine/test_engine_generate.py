@@ -8,23 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import DENSE, KINDS, lively
 
 from consilium.config.model import Model
 from consilium.engine.engine import Engine
 from consilium.engine.request import Sampling
 from consilium.errors import ConsiliumError
+from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs
+from small import DENSE, KINDS, lively
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 prompts_of_ids = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=30), min_size=1, max_size=4)
 
 
-def without_cache(model: object, prompt: list[int], new: int) -> list[int]:
+def without_cache(model: Decoder, prompt: list[int], new: int) -> list[int]:
     """Greedy decoding that runs the whole sequence anew for every token."""
     tokens = list(prompt)
     for _ in range(new):
-        tokens.append(int(model(torch.tensor([tokens])).logits_BSV[0, -1].argmax()))  # pyright: ignore
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -69,7 +70,7 @@ def test_logprobs_are_those_of_a_pass_over_the_whole_text(config: Model) -> None
     prompt = [5, 17, 255, 3]
     pieces = list(Engine(model).generate([prompt], max_tokens=12))
     tokens = prompt + [piece.token for piece in pieces]
-    logprobs_SV = torch.log_softmax(model(torch.tensor([tokens])).logits_BSV[0].detach(), -1)
+    logprobs_SV = torch.log_softmax(model(torch.tensor([tokens])).logits[0].detach(), -1)
     for i, piece in enumerate(pieces):
         wanted = float(logprobs_SV[len(prompt) + i - 1, piece.token])
         assert piece.logprob == pytest.approx(wanted, rel=1e-4, abs=1e-5)
@@ -88,9 +89,10 @@ def test_a_finished_neighbour_changes_nothing() -> None:
 
 def test_a_row_draws_from_its_own_seed() -> None:
     engine = Engine(lively(DENSE))
-    alone = engine.complete([[9, 8]], max_tokens=12, temperature=1.0, seed=4)[0]
-    company = engine.complete([[1], [9, 8], [2, 2, 2]], max_tokens=12, temperature=1.0, seed=4)
-    assert company[1] == alone
+    sampling = Sampling(temperature=1.0, seed=4)
+    alone = [piece.token for piece in engine.generate([[9, 8]], max_tokens=12, sampling=sampling)]
+    company = engine.generate([[1], [9, 8], [2, 2, 2]], max_tokens=12, sampling=sampling)
+    assert [piece.token for piece in company if piece.request == 1] == alone
 
 
 def test_the_end_token_ends_the_text_without_being_shown() -> None:
@@ -111,7 +113,9 @@ def test_the_end_token_ends_the_text_without_being_shown() -> None:
 def test_streamed_text_is_the_text_of_all_tokens() -> None:
     engine = Engine(lively(DENSE), Bytes())
     pieces = list(engine.generate(["héllo 你好"], max_tokens=40, sampling=Sampling(temperature=2.0, seed=1)))
-    assert "".join(piece.text for piece in pieces) == Bytes().decode([p.token for p in pieces if p.token != 256])
+    assert "".join(piece.text for piece in pieces) == Bytes().decode(
+        [p.token for p in pieces if p.token != 256]
+    )
 
 
 def test_text_prompts_begin_with_the_end_token_that_opens_documents() -> None:
@@ -134,7 +138,7 @@ def test_wrong_prompts_are_refused_in_one_sentence(
     prompts: list[list[int]], options: dict[str, int], words: str
 ) -> None:
     with pytest.raises(ConsiliumError, match=words):
-        Engine(lively(DENSE)).complete(prompts, **options)  # pyright: ignore
+        Engine(lively(DENSE)).complete(prompts, **options)
 
 
 def test_no_prompts_give_nothing() -> None:
@@ -147,4 +151,4 @@ def test_the_cache_is_the_only_memory_of_a_call() -> None:
     first = engine.complete([[1, 2, 3]], max_tokens=6)
     engine.complete([[4, 4, 4, 4]], max_tokens=6)
     assert engine.complete([[1, 2, 3]], max_tokens=6) == first
-    assert model(Inputs(torch.tensor([[1, 2, 3]]))).logits_BSV.shape == (1, 3, 300)
+    assert model(Inputs(torch.tensor([[1, 2, 3]]))).logits.shape == (1, 3, 300)

@@ -42,7 +42,7 @@ def test_the_command_runs_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) ->
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import consilium; print(consilium.__file__);"
-        "from consilium.cli.main import main; sys.exit(main(['plan', 'mixtral', '--json']))"
+        "from consilium.cli.main import main; sys.exit(main(['plan', 'mixtral:8x7b', '--json']))"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, tmp_path], cwd=tmp_path, capture_output=True, text=True, check=True

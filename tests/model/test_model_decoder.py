@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from small import DEEPSEEK, KINDS, lively, random_batch
-from support import relative_error
 
 from consilium.config.model import Model
 from consilium.evaluation.loss import Share, inputs_of, training_loss
 from consilium.model.build import build
 from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
+from small import DEEPSEEK, KINDS, lively, random_batch
+from support import relative_error
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
@@ -41,11 +41,11 @@ def test_a_pass_changes_no_state(config: Model) -> None:
 @kinds
 def test_packed_documents_are_as_good_as_alone(config: Model) -> None:
     model, batch = lively(config), random_batch(2, 40)
-    packed = model(inputs_of(batch)).logits_BSV
+    packed = model(inputs_of(batch)).logits
     for row in range(2):
         for number in batch.sequence_BS[row].unique():
             place = batch.sequence_BS[row] == number
-            alone = model(batch.ids_BS[row, place][None]).logits_BSV[0]
+            alone = model(batch.ids_BS[row, place][None]).logits[0]
             assert relative_error(packed[row, place], alone) < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_padding_takes_part_in_nothing(config: Model) -> None:
             valid_BS=torch.cat((valid_BS, torch.zeros(2, 5, dtype=torch.bool)), 1),
         )
     )
-    assert relative_error(padded.logits_BSV[:, :20], plain.logits_BSV) < 1e-5
+    assert relative_error(padded.logits[:, :20], plain.logits) < 1e-5
     for with_padding, without in zip(padded.reports, plain.reports, strict=True):
         assert torch.equal(with_padding.load_E, without.load_E)
         assert int(with_padding.tokens) == 40
@@ -74,7 +74,7 @@ def test_the_future_changes_nothing(config: Model) -> None:
     ids_BS = torch.randint(300, (1, 30), generator=torch.Generator().manual_seed(1))
     changed_BS = ids_BS.clone()
     changed_BS[:, 20:] = (changed_BS[:, 20:] + 1) % 300
-    first, second = model(ids_BS).logits_BSV, model(changed_BS).logits_BSV
+    first, second = model(ids_BS).logits, model(changed_BS).logits
     assert relative_error(first[:, :20], second[:, :20]) < 1e-5
     assert relative_error(first[:, 20:], second[:, 20:]) > 1e-3
 
@@ -143,17 +143,21 @@ def test_what_a_module_sees_beyond_its_document_changes_nothing() -> None:
 
 @kinds
 def test_micro_batches_add_up_to_the_batch(config: Model) -> None:
-    """Next-token gradients of two halves are those of the whole; balance losses are means over micro-batches."""
+    """Next-token gradients of two halves are those of the whole; balance losses are means of parts."""
     model = lively(config)
     batch = random_batch(4, 20)
     halves = [
-        dataclasses.replace(batch, **{f.name: getattr(batch, f.name)[i : i + 2] for f in dataclasses.fields(batch)})
+        dataclasses.replace(
+            batch, **{f.name: getattr(batch, f.name)[i : i + 2] for f in dataclasses.fields(batch)}
+        )
         for i in (0, 2)
     ]
     count = int((batch.targets_BS >= 0).sum())
     whole = training_loss(model, batch, Share(count, 1), options=Options())
     parts = [training_loss(model, half, Share(count, 2), options=Options()) for half in halves]
-    assert sum(float(part.total.detach()) for part in parts) == pytest.approx(float(whole.total.detach()), rel=1e-5)
+    assert sum(float(part.total.detach()) for part in parts) == pytest.approx(
+        float(whole.total.detach()), rel=1e-5
+    )
     whole.total.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -176,7 +180,7 @@ def test_bfloat16_weights_keep_balance_state_in_float32() -> None:
     for layer in model.moe_layers().values():
         assert layer.balance.bias_E is not None
         assert layer.balance.bias_E.dtype == torch.float32
-    assert bool(model(torch.arange(20)[None]).logits_BSV.isfinite().all())
+    assert bool(model(torch.arange(20)[None]).logits.isfinite().all())
 
 
 def test_bfloat16_products_leave_float32_masters_with_float32_gradients() -> None:

@@ -100,7 +100,7 @@ CAUSAL = [
 
 
 def layer(config: MoE, seed: int = 0, hidden: int = HIDDEN) -> MoELayer:
-    """A float32 layer with drawn weights and, where it selects with a bias, a bias that is negative throughout."""
+    """A float32 layer with drawn weights and, where it selects with a bias, a negative bias throughout."""
     generator = torch.Generator().manual_seed(seed)
     built = MoELayer(config, hidden, 0)
     with torch.no_grad():

@@ -153,7 +153,7 @@ def _weights(config: Router, z: Tensor, s: Tensor, order: list[int]) -> dict[int
             raw = {e: s[e] / (total + rule.epsilon) for e in order}
         case "clamped_sum":
             total = sum(s[e] for e in order)
-            raw = {e: s[e] / (total if total > rule.minimum else rule.minimum) for e in order}
+            raw = {e: s[e] / (max(total, rule.minimum)) for e in order}
         case "softmax_of_selected":
             total = sum(torch.exp(z[e]) for e in order)
             raw = {e: torch.exp(z[e]) / total for e in order}

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from moe.cases import tokens
-from support import relative_error
 from torch import Tensor
 
 from consilium.moe.adaptive_mixture import (
@@ -17,6 +15,8 @@ from consilium.moe.adaptive_mixture import (
     log_likelihood_error,
 )
 from consilium.moe.types import Mode
+from moe.cases import tokens
+from support import relative_error
 
 CASES, EXPERTS, OUTPUTS = 5, 4, 3
 
@@ -85,7 +85,7 @@ def test_gate_and_experts_are_linear_maps_of_one_input() -> None:
 
 
 def fit(error: object, steps: int = 150) -> tuple[float, float]:
-    """Gate entropy and mean squared error of the blend after training on clusters that each have a map of their own."""
+    """Gate entropy and mean squared error of the blend, after training on clusters with a map each."""
     generator = torch.Generator().manual_seed(1)
     centres = torch.tensor([[4.0, 0], [-4, 0], [0, 4]])
     maps = 2 * torch.randn(3, 1, 2, generator=generator)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe.cases import tokens
 
 from consilium.config.moe import Capacity, DeviceCapacity, Dropless
 from consilium.moe.admission import admit, capacity, exempt
 from consilium.moe.types import Mode, Routing, Tokens
+from moe.cases import tokens
 
 TRAINING = Mode(training=True)
 
@@ -58,7 +59,7 @@ def test_more_capacity_keeps_all_that_less_kept(shape: tuple[int, int, int, int]
         admit(wanted, tokens(count), Capacity(factor=f, by=by), TRAINING).keep_TK
         for f in (0.5, 1.0, 1.5, 8.0)
     ]
-    for less, more in zip(kept, kept[1:], strict=False):
+    for less, more in pairwise(kept):
         assert not (less & ~more).any()
     assert torch.equal(kept[-1], wanted.keep_TK)
 
@@ -79,9 +80,9 @@ def test_position_admits_first_choices_in_token_order_then_second(shape: tuple[i
     assert torch.equal(admitted.keep_TK, expected)
 
 
-@given(SHAPES, st.booleans())
+@given(shape=SHAPES, ties=st.booleans())
 def test_probability_admits_the_highest_scores_and_ties_by_rank_and_token(
-    shape: tuple[int, int, int, int], ties: bool
+    *, shape: tuple[int, int, int, int], ties: bool
 ) -> None:
     count, experts, k, seed = shape
     wanted = routing(count, experts, k, seed, ties=ties)
@@ -116,7 +117,7 @@ def test_capacity_does_not_round_a_whole_number_up() -> None:
     ids=["dropless", "capacity", "capacity always", "devices"],
 )
 def test_drops_happen_only_where_the_configuration_says(
-    admission: Dropless | Capacity | DeviceCapacity, in_training: bool, in_evaluation: bool
+    *, admission: Dropless | Capacity | DeviceCapacity, in_training: bool, in_evaluation: bool
 ) -> None:
     wanted, every = routing(40, 4, 2, seed=0), tokens(40)
     for training, drops in ((True, in_training), (False, in_evaluation)):

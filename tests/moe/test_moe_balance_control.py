@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe.cases import EXPERTS, SYSTEMS, V3, layer, moe, tokens, vectors
 from torch import nn
 
 from consilium.config.balance import AdaptiveLoss, BiasRule, LinearBias, NoBias, SignBias
@@ -14,6 +13,7 @@ from consilium.config.balance import Balance as BalanceConfig
 from consilium.config.router import Router, Sigmoid, TopK
 from consilium.moe.balance import Balance
 from consilium.moe.types import Mode
+from moe.cases import EXPERTS, SYSTEMS, V3, layer, moe, tokens, vectors
 
 BIASED = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
 

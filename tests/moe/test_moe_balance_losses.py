@@ -1,4 +1,4 @@
-"""Balance losses: published values at uniformity, plain loops, finite differences, and what must not matter."""
+"""Balance losses: published values, plain loops, finite differences, and what must not matter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe.cases import SYSTEMS, V3, layer, moe, some_tokens, tokens, vectors
-from support import relative_error
 from torch import Tensor
 
 from consilium.config.balance import (
@@ -38,6 +36,8 @@ from consilium.errors import ConsiliumError
 from consilium.moe import losses
 from consilium.moe.balance import Balance
 from consilium.moe.types import Mode, Routing, Tokens
+from moe.cases import SYSTEMS, V3, layer, moe, some_tokens, tokens, vectors
+from support import relative_error
 
 TRAINING = Mode(training=True)
 PLAIN = Router(select=TopK(k=4))
@@ -51,7 +51,7 @@ def value(loss: BalanceLoss, routing: Routing, every: Tokens, router: Router = P
 
 
 def uniform(experts: int = 16, k: int = 4, rounds: int = 3) -> tuple[Routing, Tokens]:
-    """Every expert chosen equally often, with equal probability, in every sequence; one sequence is padding."""
+    """Every expert chosen equally often, with equal probability, in each sequence; the last is padding."""
     size = experts // k
     count = rounds * size
     experts_TK = torch.arange(k)[None] * size + torch.arange(count)[:, None] % size

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from moe.cases import EXPERTS, SYSTEMS, layer, moe, tokens, vectors
-from support import relative_error
 from torch import Tensor
 
 from consilium.config.balance import Balance, SwitchLoss
@@ -15,6 +13,8 @@ from consilium.config.moe import Capacity
 from consilium.config.router import LearnedNoise, Raw, Router, SampledSecond, TopK
 from consilium.moe.adaptive_mixture import AdaptiveMixture
 from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from moe.cases import EXPERTS, SYSTEMS, layer, moe, tokens, vectors
+from support import relative_error
 
 
 @dataclass
@@ -82,7 +82,7 @@ def test_replay_recomputes_weights_from_the_live_scores_with_gradient() -> None:
 
 
 def test_an_observer_gets_what_gptq_needs() -> None:
-    """Inputs and hidden activations of every expert's own rows, from which its Hessians are sums of outer products."""
+    """Inputs and hidden activations of every expert's own rows: its Hessians are sums of their products."""
     built, every, x_TD = layer(SYSTEMS["deepseek-v3"]), tokens(20, padding=2), vectors(20)
     notes = Notes()
     observed = built(x_TD, every, Mode(observer=notes))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe import naive
-from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
-from support import relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +12,9 @@ from consilium.config.moe import MoE
 from consilium.config.router import Jitter, Normalised, Raw, Router, Sigmoid, SoftmaxOfSelected, TopK
 from consilium.moe.layer import MoELayer, Result
 from consilium.moe.types import Mode, Tokens
+from moe import naive
+from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
+from support import relative_error
 
 TOLERANCE = 2e-5
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe.cases import EXPERTS, HIDDEN, SYSTEMS, V2, V3, layer, moe, tokens, vectors
-from support import relative_error
 
 from consilium.config.router import (
     ClampedSum,
@@ -38,6 +36,8 @@ from consilium.moe.score import score, transform
 from consilium.moe.select import Choice
 from consilium.moe.types import Mode, Routing
 from consilium.moe.weigh import weigh
+from moe.cases import EXPERTS, HIDDEN, SYSTEMS, V2, V3, layer, moe, tokens, vectors
+from support import relative_error
 
 SCORES = tuple(member() for member in get_args(get_args(Score)[0]))
 WEIGHTS = (

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe.cases import CAUSAL, EXPERTS, SYSTEMS, layer, moe, some_tokens, tokens, vectors
-from support import relative_error
 from torch import Tensor
 
 from consilium.config.router import (
@@ -30,6 +28,8 @@ from consilium.config.router import (
 from consilium.moe.ordering import highest, place_within
 from consilium.moe.select import hash_table
 from consilium.moe.types import Mode, Override, Routing
+from moe.cases import CAUSAL, EXPERTS, SYSTEMS, layer, moe, some_tokens, tokens, vectors
+from support import relative_error
 
 TRAINING = Mode(training=True)
 
@@ -105,6 +105,7 @@ def test_the_second_expert_is_used_with_probability_twice_its_gate() -> None:
     assert 0.1 < gate < 0.4
     assert routing.keep_TK[:, 0].all()
     assert abs(float(routing.keep_TK[:, 1].float().mean()) - 2 * gate) < 0.02
+    assert not routing.weights_TK[~routing.keep_TK].any()
     # GShard normalises before the draw: a first choice left alone keeps a weight below one.
     assert relative_error(routing.weights_TK[:, 0], torch.full((20_000,), 1 - gate)) < 1e-5
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import relative_error
 from torch import Tensor
 
 from consilium.moe.transport import Local
 from consilium.moe.types import Routing, Rows, Ticket
+from support import relative_error
 
 
 def routing(count: int, experts: int, k: int, keep: float, seed: int, *, on_input: bool = False) -> Routing:
@@ -61,9 +61,9 @@ def test_rows_are_sorted_by_expert_in_token_order_and_counted(
     assert listed == sorted(expected)
 
 
-@given(SHAPES, st.booleans())
+@given(shape=SHAPES, on_input=st.booleans())
 def test_there_and_back_equals_a_loop_in_values_and_gradients(
-    shape: tuple[int, int, float, int], on_input: bool
+    *, shape: tuple[int, int, float, int], on_input: bool
 ) -> None:
     count, experts, keep, seed = shape
     decision = routing(count, experts, max(1, experts // 2), keep, seed, on_input=on_input)

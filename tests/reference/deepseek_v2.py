@@ -1,6 +1,6 @@
 """DeepSeek-V2 (2405.04434), as its equations say it: one document, one head, one token, one expert at a time.
 
-Legend: N tokens of one document, T tokens of all of them, D hidden size, V vocabulary, H width of a head,
+Legend: N tokens of one document, T tokens of all, D hidden size, V vocabulary, H width of a head,
 R rotated width, L width of the latent, E routed experts, G devices.
 """
 
@@ -18,11 +18,10 @@ Weights = Mapping[str, Tensor]
 Hyper = Mapping[str, Any]
 Document = tuple[Tensor, Tensor]
 """Token ids, and for each what comes next: -1 where nothing is to be predicted."""
+Rows = Sequence[Sequence[Document]]
 
 
-def model(
-    weights: Weights, hyper: Hyper, rows: Sequence[Sequence[Document]], *, training: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
+def model(weights: Weights, hyper: Hyper, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits [T, V] of all documents, row by row, and every loss by name.
 
     A token sees its own document; balance losses are those of a row, the sequence that one trains on.
@@ -40,7 +39,7 @@ def model(
         if i < hyper["dense_first"]:
             y_TD = swiglu(normed_TD, layer["feed_forward.up.weight"], layer["feed_forward.down.weight"])
         else:
-            y_TD, balance = mixture(below(layer, "moe."), hyper, normed_TD, sizes, training)
+            y_TD, balance = mixture(below(layer, "moe."), hyper, normed_TD, sizes)
             losses = {name: losses.get(name, 0) + value for name, value in balance.items()}
         x_TD = x_TD + y_TD
     logits_TV = norm(x_TD, weights["norm.weight"], hyper) @ weights["head.weight"].T
@@ -49,12 +48,12 @@ def model(
 
 
 def mixture(
-    part: Weights, hyper: Hyper, x_TD: Tensor, sizes: Sequence[int], training: bool
+    part: Weights, hyper: Hyper, x_TD: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equations 20 to 22, the released factor on the routed experts, and the mean of the rows' balance losses."""
+    """Equations 20 to 22 with the released factor on the routed experts, and the rows' mean losses."""
     scores_TE = (x_TD @ part["router.projection.weight"].T).softmax(1)
     chosen = [device_limited(scores_E, hyper) for scores_E in scores_TE.tolist()]
-    kept = admitted(chosen, scores_TE.tolist(), hyper) if training else chosen
+    kept = admitted(chosen, scores_TE.tolist(), hyper) if hyper["drops"] else chosen
     y_TD = swiglu(x_TD, part["shared.up.weight"], part["shared.down.weight"])
     for t, experts in enumerate(kept):
         for expert in experts:
@@ -62,44 +61,44 @@ def mixture(
             y_TD[t] += hyper["scale"] * scores_TE[t, expert] * output_D
     start, found = 0, []
     for size in sizes:
-        found.append(balance(scores_TE[start : start + size], chosen[start : start + size], hyper))
+        found.append(balance_losses(scores_TE[start : start + size], chosen[start : start + size], hyper))
         start += size
     return y_TD, {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
 
 
 def device_limited(scores_E: list[float], hyper: Hyper) -> list[int]:
     """Section 2.2.2: the k best experts within the M devices that hold the experts of highest affinity."""
-    size = len(scores_E) // hyper["groups"]
-    maximum = [max(scores_E[g * size : (g + 1) * size]) for g in range(hyper["groups"])]
-    devices = sorted(range(hyper["groups"]), key=lambda g: -maximum[g])[: hyper["keep_groups"]]
+    size = len(scores_E) // hyper["devices"]
+    maximum = [max(scores_E[g * size : (g + 1) * size]) for g in range(hyper["devices"])]
+    devices = sorted(range(hyper["devices"]), key=lambda g: -maximum[g])[: hyper["most_devices"]]
     allowed = [expert for expert in range(len(scores_E)) if expert // size in devices]
     return sorted(allowed, key=lambda expert: -scores_E[expert])[: hyper["k"]]
 
 
 def admitted(chosen: list[list[int]], scores_TE: list[list[float]], hyper: Hyper) -> list[list[int]]:
     """Section 2.2.4 at capacity factor 1: a device over the average drops its copies of lowest affinity."""
-    size = hyper["experts"] // hyper["groups"]
+    size = hyper["experts"] // hyper["devices"]
     pairs = [(scores_TE[t][expert], t, expert) for t, experts in enumerate(chosen) for expert in experts]
     kept = [list[int]() for _ in chosen]
-    for device in range(hyper["groups"]):
+    for device in range(hyper["devices"]):
         here = sorted((pair for pair in pairs if pair[2] // size == device), reverse=True)
-        for _, t, expert in here[: math.ceil(len(pairs) / hyper["groups"])]:
+        for _, t, expert in here[: math.ceil(len(pairs) / hyper["devices"])]:
             kept[t].append(expert)
     return kept
 
 
-def balance(scores_TE: Tensor, chosen: list[list[int]], hyper: Hyper) -> dict[str, Tensor]:
+def balance_losses(scores_TE: Tensor, chosen: list[list[int]], hyper: Hyper) -> dict[str, Tensor]:
     """Equations 23 to 31 in one row."""
-    tokens, experts, devices = len(chosen), hyper["experts"], hyper["groups"]
+    tokens, experts, devices = len(chosen), hyper["experts"], hyper["devices"]
     size = experts // devices
     count = [sum(expert in mine for mine in chosen) for expert in range(experts)]
-    f_E = torch.tensor(count, dtype=scores_TE.dtype) * experts / (hyper["k"] * tokens)
+    f_E = scores_TE.new_tensor(count) * experts / (hyper["k"] * tokens)
+    sent = [sum(any(expert // size == g for expert in mine) for mine in chosen) for g in range(devices)]
+    sent_G = scores_TE.new_tensor(sent) * devices / (hyper["most_devices"] * tokens)
     p_E = scores_TE.mean(0)
-    sent = [sum(any(e // size == d for e in mine) for mine in chosen) for d in range(devices)]
-    sent_G = torch.tensor(sent, dtype=scores_TE.dtype) * devices / (hyper["keep_groups"] * tokens)
     f_G, p_G = f_E.reshape(devices, size).mean(1), p_E.reshape(devices, size).sum(1)
     return {
-        "sequence": hyper["expert_loss"] * (f_E * p_E).sum(),
+        "sequence": hyper["sequence_loss"] * (f_E * p_E).sum(),
         "device": hyper["device_loss"] * (f_G * p_G).sum(),
         "communication": hyper["communication_loss"] * (sent_G * p_G).sum(),
     }
@@ -109,54 +108,37 @@ def attention(part: Weights, hyper: Hyper, x_ND: Tensor) -> Tensor:
     """Equations 37 to 47 of appendix C; the released code normalises both latents."""
     nope, rope, value, latent = (hyper[name] for name in ("nope_dim", "rope_dim", "v_dim", "kv_rank"))
     down = part["kv_down.weight"]
-    c_NL = norm(x_ND @ down[:latent].T, part["kv_norm.weight"], hyper)
-    k_rope_NR = rotate(x_ND @ down[latent:].T, hyper)
-    query = part.get("q.weight", part.get("q_up.weight"))
+    c_NL, k_rope_NR = norm(x_ND @ down[:latent].T, part["kv_norm.weight"], hyper), x_ND @ down[latent:].T
     if "q_down.weight" in part:
         x_ND = norm(x_ND @ part["q_down.weight"].T, part["q_norm.weight"], hyper)
-    scale = temperature(hyper, hyper["mscale_all_dim"]) ** 2 / math.sqrt(nope + rope)
+    query = part["q_up.weight"] if "q_down.weight" in part else part["q.weight"]
+    scale = (0.1 * hyper["mscale"] * math.log(hyper["factor"]) + 1) ** 2 / math.sqrt(nope + rope)
     outputs = []
     for q, kv in zip(query.split(nope + rope), part["kv_up.weight"].split(nope + value), strict=True):
         q_NH, k_nope_NH, v_NH = x_ND @ q.T, c_NL @ kv[:nope].T, c_NL @ kv[nope:].T
-        scores_NN = q_NH[:, :nope] @ k_nope_NH.T + rotate(q_NH[:, nope:], hyper) @ k_rope_NR.T
+        scores_NN = q_NH[:, :nope] @ k_nope_NH.T + rotate(q_NH[:, nope:], hyper) @ rotate(k_rope_NR, hyper).T
         future_NN = torch.ones_like(scores_NN, dtype=torch.bool).triu(1)
         outputs.append((scores_NN * scale).masked_fill(future_NN, -math.inf).softmax(1) @ v_NH)
     return torch.cat(outputs, 1) @ part["o.weight"].T
 
 
 def rotate(x_NR: Tensor, hyper: Hyper) -> Tensor:
-    """Turn the pair (2i, 2i+1), read as a complex number, at position n by n * frequency i."""
-    frequency_R = torch.tensor(frequencies(hyper), dtype=x_NR.dtype)
+    """Turn the pair (2i, 2i+1), a complex number, at position n by n * YaRN's frequency i (2309.00071)."""
+    dim, theta, length = hyper["rope_dim"], hyper["theta"], hyper["original_length"]
+    turns = hyper["beta_fast"], hyper["beta_slow"]
+    low, high = (dim * math.log(length / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+    index_R = torch.arange(dim // 2, dtype=x_NR.dtype)
+    slowed_R = ((index_R - low) / (high - low)).clamp(0, 1)
+    frequency_R = theta ** (-2 * index_R / dim) * (slowed_R / hyper["factor"] + 1 - slowed_R)
     angle_NR = torch.arange(len(x_NR), dtype=x_NR.dtype)[:, None] * frequency_R
-    size = temperature(hyper, hyper["mscale"]) / temperature(hyper, hyper["mscale_all_dim"])
-    turn_NR = torch.polar(torch.full_like(angle_NR, size), angle_NR)
-    return torch.view_as_real(torch.view_as_complex(x_NR.reshape(len(x_NR), -1, 2)) * turn_NR).flatten(1)
-
-
-def frequencies(hyper: Hyper) -> list[float]:
-    """YaRN (2309.00071): what turns often inside the trained length stays, what turns rarely is slowed down."""
-    dim, theta = hyper["rope_dim"], hyper["theta"]
-
-    def index_that_turns(times: float) -> float:
-        return dim * math.log(hyper["original_length"] / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(index_that_turns(hyper["beta_fast"])), 0)
-    high = min(math.ceil(index_that_turns(hyper["beta_slow"])), dim - 1)
-    result = []
-    for i in range(dim // 2):
-        plain = theta ** (-2 * i / dim)
-        slowed = min(max((i - low) / (high - low), 0.0), 1.0)
-        result.append(plain / hyper["factor"] * slowed + plain * (1 - slowed))
-    return result
-
-
-def temperature(hyper: Hyper, mscale: float) -> float:
-    return 0.1 * mscale * math.log(hyper["factor"]) + 1 if hyper["factor"] > 1 else 1.0
+    turned_NR = torch.view_as_complex(x_NR.reshape(len(x_NR), -1, 2)) * torch.exp(1j * angle_NR)
+    return torch.view_as_real(turned_NR).flatten(1)
 
 
 def swiglu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    width = down.shape[1]
-    return (silu(x @ up[:width].T) * (x @ up[width:].T)) @ down.T
+    gate, value = (x @ up.T).chunk(2, -1)
+    return (silu(gate) * value) @ down.T
 
 
 def norm(x_ND: Tensor, weight_D: Tensor, hyper: Hyper) -> Tensor:

@@ -70,9 +70,9 @@ def causal_softmax(scores_NN: Tensor) -> Tensor:
     return scores_NN.masked_fill(future_NN, -math.inf).softmax(1)
 
 
-def swiglu(x_ND: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    width = down.shape[1]
-    return (silu(x_ND @ up[:width].T) * (x_ND @ up[width:].T)) @ down.T
+def swiglu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gate, value = (x @ up.T).chunk(2, -1)
+    return (silu(gate) * value) @ down.T
 
 
 def norm(x_ND: Tensor, weight_D: Tensor, hyper: Hyper) -> Tensor:

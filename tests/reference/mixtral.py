@@ -1,8 +1,8 @@
-"""Mixtral (2401.04088), as its equations say it: one document, one query head, one token, one expert at a time.
+"""Mixtral (2401.04088), as its equations say it: one document, head, token and expert at a time.
 
-The paper publishes no balance loss; this is Switch's (2101.03961, equations 4 to 6) with both choices counted.
+The paper publishes no balance loss; this is Switch's (2101.03961 equations 4 to 6), both choices counted.
 
-Legend: N tokens of one document, T tokens of all of them, D hidden size, V vocabulary, H width of a head,
+Legend: N tokens of one document, T tokens of all, D hidden size, V vocabulary, H width of a head,
 E experts.
 """
 
@@ -42,7 +42,7 @@ def model(weights: Weights, hyper: Hyper, documents: Sequence[Document]) -> tupl
 
 
 def mixture(part: Weights, hyper: Hyper, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """y = sum_i Softmax(Top2(x W_g))_i SwiGLU_i(x), and coefficient * E * sum_i f_i P_i with sum_i f_i = 1."""
+    """Sum Softmax(Top2(x W_g))_i SwiGLU_i(x) over i; coefficient * E * sum_i f_i P_i, f summing to 1."""
     logits_TE = x_TD @ part["router.projection.weight"].T
     y_TD = torch.zeros_like(x_TD)
     load = [0] * hyper["experts"]
@@ -93,8 +93,8 @@ def causal_softmax(scores_NN: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    width = down.shape[1]
-    return (silu(x @ up[:width].T) * (x @ up[width:].T)) @ down.T
+    gate, value = (x @ up.T).chunk(2, -1)
+    return (silu(gate) * value) @ down.T
 
 
 def norm(x_TD: Tensor, weight_D: Tensor, hyper: Hyper) -> Tensor:

@@ -1,8 +1,8 @@
 """Switch Transformer (2101.03961) as a decoder: one document, one query head, one token at a time.
 
-As the recipe has it: decoder blocks alone, rotary positions, multi-head attention, head tied to the embedding.
+As the recipe has it: decoder blocks alone, rotary positions, the head tied to the embedding.
 
-Legend: N tokens of one document, T tokens of all of them, D hidden size, V vocabulary, H width of a head,
+Legend: N tokens of one document, T tokens of all, D hidden size, V vocabulary, H width of a head,
 E experts.
 """
 
@@ -27,7 +27,6 @@ def model(
     hyper: Hyper,
     documents: Sequence[Document],
     *,
-    training: bool = False,
     jitter: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits [T, V] of all documents, one after another, and every loss by name.
@@ -47,7 +46,7 @@ def model(
             x_TD = x_TD + geglu(normed_TD, up, down)
             continue
         factor_TD = jitter[i] if jitter else torch.ones_like(x_TD)
-        y_TD, balance = switch(below(layer, "moe."), hyper, normed_TD, normed_TD * factor_TD, training)
+        y_TD, balance = switch(below(layer, "moe."), hyper, normed_TD, normed_TD * factor_TD)
         x_TD = x_TD + y_TD
         balances.append(balance)
     logits_TV = norm(x_TD, weights["norm.weight"], hyper) @ weights["embed.weight"].T
@@ -56,16 +55,14 @@ def model(
     return logits_TV, {"prediction": prediction, "switch": torch.stack(balances).sum()}
 
 
-def switch(
-    part: Weights, hyper: Hyper, x_TD: Tensor, seen_TD: Tensor, training: bool
-) -> tuple[Tensor, Tensor]:
+def switch(part: Weights, hyper: Hyper, x_TD: Tensor, seen_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Equations 1 to 6: y = p_i E_i(x) for i = argmax p; loss alpha * E * sum_i f_i P_i, f before any drop.
 
-    ``seen_TD`` is what the router reads. In training an expert takes the first ceil(factor * T / E) tokens
-    (equation 3); the residual alone carries the others.
+    ``seen_TD`` is what the router reads. With a capacity factor (equation 3) an expert takes its first
+    ceil(factor * T / E) tokens; the residual alone carries the others.
     """
     experts, tokens = hyper["experts"], len(x_TD)
-    capacity = math.ceil(hyper["capacity"] * tokens / experts) if training else tokens
+    capacity = math.ceil(hyper["capacity"] * tokens / experts) if hyper["capacity"] else tokens
     probabilities_TE = (seen_TD @ part["router.projection.weight"].T).softmax(1)
     y_TD = torch.zeros_like(x_TD)
     load = [0] * experts

@@ -116,7 +116,7 @@ def test_ticks_are_few_and_inside(low: float, reach: float, most: int) -> None:
 
 
 @given(st.lists(values, max_size=10), st.booleans())
-def test_a_spread_is_never_empty(ys: list[float], zero: bool) -> None:  # noqa: FBT001 - drawn by hypothesis
+def test_a_spread_is_never_empty(ys: list[float], zero: bool) -> None:
     low, high = spread(ys, zero=zero)
     assert low < high
     assert all(low <= y <= high for y in ys if math.isfinite(y))

@@ -43,4 +43,6 @@ def test_wsd_is_flat_until_the_decay() -> None:
 
 def test_steps_multiply_at_each_fraction() -> None:
     schedule = Steps(warmup=0.0, at=(0.8, 0.9), factor=0.316)
-    assert [learning_rate(schedule, 1.0, step, 10) for step in (7, 8, 9)] == pytest.approx([1.0, 0.316, 0.316**2])
+    assert [learning_rate(schedule, 1.0, step, 10) for step in (7, 8, 9)] == pytest.approx(
+        [1.0, 0.316, 0.316**2]
+    )

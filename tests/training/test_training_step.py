@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from small import DEEPSEEK, SWITCH, lively, random_batch
 
 from consilium.config.model import Model
 from consilium.config.training import Training
@@ -15,6 +14,7 @@ from consilium.model.decoder import Decoder
 from consilium.training.guard import PATIENCE, check_patience, clip
 from consilium.training.optimizer import build_optimizer, moments, restore_moments
 from consilium.training.step import StepResult, train_step
+from small import DEEPSEEK, SWITCH, lively, random_batch
 
 
 class Rows:
@@ -35,7 +35,7 @@ def settings(model: Model, **changes: object) -> Training:
 
 def run(model: Decoder, config: Training, steps: int) -> list[StepResult]:
     optimizer = build_optimizer(model, config.optimizer)
-    return [train_step(model, optimizer, Rows(), config, step) for step in range(steps)]  # pyright: ignore
+    return [train_step(model, optimizer, Rows(), config, step) for step in range(steps)]
 
 
 def state(model: Decoder) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_two_runs_of_one_seed_agree_to_the_last_bit(config: Model) -> None:
 
 def test_the_bias_moves_once_a_step_against_the_load_of_all_micro_batches() -> None:
     model = lively(DEEPSEEK)
-    before = {layer: moe.balance.bias_E.clone() for layer, moe in model.moe_layers().items()}  # pyright: ignore
+    before = {layer: moe.balance.bias_E.clone() for layer, moe in model.moe_layers().items()}
     [result] = run(model, settings(DEEPSEEK, accumulate=2), 1)
     for layer, load in result.loads.items():
         bias_E = model.moe_layers()[layer].balance.bias_E
@@ -70,11 +70,11 @@ def test_a_step_with_a_bad_weight_changes_nothing_and_says_so(value: float) -> N
     model = lively(DEEPSEEK)
     config = settings(DEEPSEEK)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step(model, optimizer, Rows(), config, 0)  # pyright: ignore
+    train_step(model, optimizer, Rows(), config, 0)
     with torch.no_grad():
-        model.layers[1].moe.router.projection.weight[0, 0] = value  # pyright: ignore
+        model.layers[1].moe.router.projection.weight[0, 0] = value
     weights, moved = state(model), {k: v.clone() for k, v in moments(optimizer, model).items()}
-    result = train_step(model, optimizer, Rows(), config, 1)  # pyright: ignore
+    result = train_step(model, optimizer, Rows(), config, 1)
     assert result.skipped
     after = model.state_dict()
     assert all(torch.equal(weights[n].nan_to_num(9.0), after[n].nan_to_num(9.0)) for n in weights)
@@ -108,7 +108,7 @@ def test_moments_come_back_as_they_were() -> None:
     model = lively(DEEPSEEK)
     config = settings(DEEPSEEK)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step(model, optimizer, Rows(), config, 0)  # pyright: ignore
+    train_step(model, optimizer, Rows(), config, 0)
     fresh = build_optimizer(model, config.optimizer)
     assert moments(fresh, model) == {}
     restore_moments(fresh, model, moments(optimizer, model))

@@ -49,12 +49,16 @@ def sweep(parent: Path, *, files: Filesystem = DISK) -> list[Path]:
 
 def recover(destination: Path, *, files: Filesystem = DISK) -> None:
     """Put ``destination`` back if a crash between the two renames of a replacement left it moved aside."""
-    if not destination.exists() and destination.parent.is_dir():
-        for path, match in _leftovers(destination.parent):
-            if match["kind"] == "old" and match["name"] == destination.name:
-                files.rename(path, destination)
-                files.sync_folder(destination.parent)
-                return
+    destination = destination.resolve()
+    try:
+        if not destination.exists() and destination.parent.is_dir():
+            for path, match in _leftovers(destination.parent):
+                if match["kind"] == "old" and match["name"] == destination.name:
+                    files.rename(path, destination)
+                    files.sync_folder(destination.parent)
+                    return
+    except OSError as error:
+        raise write_failure(error, destination) from error
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:

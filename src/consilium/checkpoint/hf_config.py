@@ -153,7 +153,7 @@ def _mixtral(moe: MoE) -> dict[str, Any]:
         "intermediate_size": moe.width,
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.most_active,
-        "router_aux_loss_coef": sum(coefficients),
+        "router_aux_loss_coef": sum(coefficients, start=0.0),
         "router_jitter_noise": 0.0,
         "output_router_logits": False,
         "sliding_window": None,
@@ -175,7 +175,7 @@ def _deepseek(config: Model, moe: MoE, found: Architecture) -> dict[str, Any]:
         "topk_group": groups.keep if groups else 1,
         "norm_topk_prob": isinstance(moe.router.weight, Normalised),
         "routed_scaling_factor": moe.router.scale,
-        "aux_loss_alpha": sum(coefficients),
+        "aux_loss_alpha": sum(coefficients, start=0.0),
         "seq_aux": True,
     }
     if found == "deepseek_v3":

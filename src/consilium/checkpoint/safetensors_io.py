@@ -36,7 +36,7 @@ _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 _LARGEST_HEADER: Final = 100 * 2**20
 _HEADER_BASE: Final = 2**20
 _HEADER_PER_TENSOR: Final = 512
-_PIECE: Final = 2**22
+_PIECE: Final = 2**20
 """Bytes read at a time, so that loading needs this much beside the model."""
 
 

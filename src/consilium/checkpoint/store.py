@@ -105,8 +105,7 @@ def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = F
 def load_weights(model: Decoder, folder: Path | str, *, check_finite: bool = False) -> None:
     """Copy the weights in ``folder`` into ``model``, tensor by tensor and in the dtypes of ``model``.
 
-    Raises ConsiliumError as ``load`` does, for all but unreadable or non-finite bytes before ``model``
-    changes.
+    Raises ConsiliumError as ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
     """
     folder = Path(folder)
     found = _find(folder, model.config)

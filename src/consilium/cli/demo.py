@@ -1,110 +1,24 @@
-"""``consilium demo``: a small DeepSeek-V3 from nothing to a report in minutes, on text that is already here."""
+"""``consilium demo``: a small DeepSeek-V3 from nothing to a report, on text that is already here."""
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-
-from rich.console import Console
-
-from consilium.analysis.passes import observe_specialisation
-from consilium.checkpoint import store
-from consilium.cli.configure import DEMO_MODEL, demo_config
-from consilium.cli.live import Page
-from consilium.cli.showcase import conclusion
-from consilium.config.training import Training
-from consilium.data.corpus import Corpus, build_corpus
-from consilium.engine.engine import Engine
-from consilium.errors import ConsiliumError
-from consilium.evaluation.baselines import baselines
-from consilium.ops.allocator import keep_memory
-from consilium.recipes.variants import dense_twin
-from consilium.records.io import read_json, write_json
-from consilium.records.run import SUMMARY_FILE, Dense, Sample, Summary
-from consilium.records.specialisation import SPECIALISATION_FILE
-from consilium.report.build import build_report
-from consilium.training.budget import Minutes, with_budget
-from consilium.training.events import Finished, Notice
-from consilium.training.files import stored_config
-from consilium.training.loop import train
-from consilium.training.summary import bits, write_summary
-
-PROMPT = "def add(self, other):\n"
-SAMPLE_TOKENS = 80
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, metavar="M", help="training time; default 3")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     parser.add_argument(
-        "--compare", choices=("dense",), help="also train a dense model of the same active parameters on the same tokens"
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo"
+    )
+    parser.add_argument(
+        "--compare",
+        choices=("dense",),
+        help="also train a dense model of the same active parameters on the same tokens",
     )
 
 
 def run(options: Namespace) -> int:
-    if options.minutes <= 0:
-        raise ConsiliumError(f"demo: --minutes {options.minutes:g} is not positive; give the minutes to train for.")
-    keep_memory()
-    summary = _finished_before(options)
-    if summary is None:
-        summary = _train_and_study(options)
-        if summary is None:
-            print(f"stopped; go on with:\n  consilium demo --minutes {options.minutes:g} --out {options.out}")
-            return 0
-    print(conclusion(options.out, summary, DEMO_MODEL))
-    return 0
+    from consilium.cli.actions import demo as action
 
-
-def _finished_before(options: Namespace) -> Summary | None:
-    """Nothing is trained twice: a run that ended with what is asked for now is only shown again."""
-    path = options.out / SUMMARY_FILE
-    if not path.exists():
-        return None
-    summary = read_json(Summary, path)
-    return None if options.compare == "dense" and summary.dense is None else summary
-
-
-def _train_and_study(options: Namespace) -> Summary | None:
-    with Page(Console()) as page:
-
-        def notice(text: str) -> None:
-            page(Notice(text))
-
-        config = demo_config()
-        corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
-        stored = stored_config(options.out)
-        settled = stored or with_budget(config, Minutes(options.minutes), corpus, notice=notice)
-        finished = train(settled, options.out, resume=True, listeners=(page,), corpus=corpus)
-        if finished.interrupted:
-            return None
-        dense = _dense(options, settled, corpus, page) if options.compare == "dense" else None
-        notice("studying: a trigram model and xz on the same text, and which experts prefer which domain")
-        return _study(options.out, finished, corpus, dense)
-
-
-def _dense(options: Namespace, config: Training, corpus: Corpus, page: Page) -> Dense | None:
-    twin = dataclasses.replace(config, model=dense_twin(config.model))
-    finished = train(twin, options.out / "dense", resume=True, listeners=(page,), corpus=corpus)
-    model = store.load(finished.checkpoint)
-    return Dense(
-        bits_per_byte=bits(finished.last),
-        parameters=sum(p.numel() for p in model.parameters()),
-        tokens_per_second=finished.tokens_per_second,
-    )
-
-
-def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -> Summary:
-    model = store.load(finished.checkpoint).eval()
-    compared = baselines(corpus)
-    summary = write_summary(
-        out, finished, trigram=compared.trigram, xz=compared.xz, dense=dense, sample=_sample(Engine(model, corpus.tokenizer))
-    )
-    write_json(out / SPECIALISATION_FILE, observe_specialisation(model, corpus))
-    build_report(out)
-    return summary
-
-
-def _sample(engine: Engine) -> Sample:
-    pieces = engine.generate([PROMPT], max_tokens=SAMPLE_TOKENS)
-    return Sample(prompt=PROMPT, text="".join(piece.text for piece in pieces))
+    return action.run(options)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from consilium.checkpoint import store
 from consilium.cli.arguments import json_flag
-from consilium.cli.folders import checkpoint_in
-from consilium.config.training import BuiltIn, Data
-from consilium.config.training import Path as PathSource
-from consilium.data.corpus import whole_corpus
-from consilium.data.tokenizer import Tokenizer
-from consilium.evaluation.bits import evaluate
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run or a checkpoint")
-    parser.add_argument("--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text")
+    parser.add_argument(
+        "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text"
+    )
     parser.add_argument("--seq", type=int, default=256, metavar="S", help="tokens a window; default 256")
     parser.add_argument("--limit", type=int, metavar="N", help="read at most N tokens a domain")
     json_flag(parser)
 
 
 def run(options: Namespace) -> int:
-    checkpoint = checkpoint_in(options.folder)
-    model = store.load(checkpoint).eval()
-    source = PathSource(path=options.data) if options.data else BuiltIn()
-    corpus = whole_corpus(Data(source=source), Tokenizer.load(checkpoint))
-    result = evaluate(model, corpus, sequence_length=options.seq, limit_tokens=options.limit)
-    if options.json:
-        print(json.dumps({"bits_per_byte": result.bits_per_byte, "domains": dict(result.domains), "tokens": result.tokens}))
-        return 0
-    for name, value in result.domains.items():
-        print(f"{name:<12} {value:.4f} bits per byte")
-    print(f"{'mean':<12} {result.bits_per_byte:.4f} bits per byte, {result.tokens:,} tokens")
-    return 0
+    from consilium.cli.actions import eval as action
+
+    return action.run(options)

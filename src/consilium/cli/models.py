@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import cast
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
@@ -52,20 +50,12 @@ def _read_yaml(path: Path) -> Model:
 
 
 def _read_folder(folder: Path) -> Model:
-    """Read a run folder's config.yaml, or the ``consilium`` key of a checkpoint folder's config.json."""
-    from consilium.config.io import from_data
+    """Read a run folder's config.yaml, or the config.json of a checkpoint, ours or Hugging Face's."""
+    from consilium.checkpoint.hf_config import config_from_folder
 
     if (folder / "config.yaml").is_file():
         return _read_yaml(folder / "config.yaml")
-    config = folder / "config.json"
-    try:
-        data: object = json.loads(_read(config))
-    except ValueError as error:
-        raise ConsiliumError(f"{config} is not valid JSON ({error}); restore it.") from None
-    if not isinstance(data, dict) or "consilium" not in data:
-        raise ConsiliumError(f"{config} has no key 'consilium', so it does not describe a model of ours.")
-    described = cast("dict[str, object]", data)["consilium"]
-    return from_data(Model, described, where=str(config))
+    return config_from_folder(folder)
 
 
 def _read(path: Path) -> str:

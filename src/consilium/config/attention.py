@@ -79,7 +79,9 @@ class GQA:
                 " and every group needs the same number of heads; choose kv_heads that divides heads."
             )
         if self.head_dim % 2:
-            raise ConsiliumError(f"attention: head_dim {self.head_dim} is odd, and rotary pairs need an even one.")
+            raise ConsiliumError(
+                f"attention: head_dim {self.head_dim} is odd, and rotary pairs need an even one."
+            )
 
     @property
     def softmax_scale(self) -> float:
@@ -93,7 +95,10 @@ class GQA:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MLA:
-    """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1). ``q_rank=None``: no query compression."""
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1).
+
+    ``q_rank=None``: no query compression.
+    """
 
     kind: Literal["mla"] = "mla"
     heads: PositiveInt
@@ -106,7 +111,9 @@ class MLA:
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2:
-            raise ConsiliumError(f"attention: rope_dim {self.rope_dim} is odd, and rotary pairs need an even one.")
+            raise ConsiliumError(
+                f"attention: rope_dim {self.rope_dim} is odd, and rotary pairs need an even one."
+            )
 
     @property
     def softmax_scale(self) -> float:

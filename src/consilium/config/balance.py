@@ -63,7 +63,10 @@ class ImportanceLoss:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoadLoss:
-    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017 eq. 11). Needs learned noise."""
+    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017 eq.
+
+    11). Needs learned noise.
+    """
 
     kind: Literal["load"] = "load"
     coefficient: NonNegativeFloat = 0.1
@@ -79,7 +82,10 @@ class ZLoss:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdaptiveLoss:
-    """Skywork's sum (1/n - mean g)^2 with a coefficient that follows the layer's drop rate (2406.06563 eq. 4-6)."""
+    """Skywork's sum (1/n - mean g)^2 with a coefficient that follows the layer's drop rate (2406.06563 eq.
+
+    4-6).
+    """
 
     kind: Literal["adaptive"] = "adaptive"
     start: NonNegativeFloat = 1e-2
@@ -108,7 +114,7 @@ class NoBias:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SignBias:
-    """b += rate * sign(mean load - load) after each optimizer step (DeepSeek-V3 section 2.1.2, 2408.15664)."""
+    """b += rate * sign(mean load - load) after each optimizer step (DeepSeek-V3 2.1.2, 2408.15664)."""
 
     kind: Literal["sign"] = "sign"
     rate: NonNegativeFloat = 1e-3
@@ -116,7 +122,7 @@ class SignBias:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LinearBias:
-    """b += rate * (mean load - load) / mean load after each optimizer step (2408.15664, proportional variant)."""
+    """b += rate * (mean load - load) / mean load after each optimizer step (2408.15664, linear variant)."""
 
     kind: Literal["linear"] = "linear"
     rate: NonNegativeFloat = 1e-2

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -23,21 +23,24 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def to_data(config: Any) -> Any:
+def to_data(config: object) -> Any:
     """Return ``config`` as JSON-compatible dicts, lists, numbers and strings."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
-def to_json(config: Any, *, indent: int | None = 2) -> str:
+def to_json(config: object, *, indent: int | None = 2) -> str:
     return _adapter(type(config)).dump_json(config, indent=indent).decode()
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: object) -> str:
     return yaml.safe_dump(to_data(config), sort_keys=False, allow_unicode=True)
 
 
 def from_data(cls: type[C], data: object, *, where: str = "") -> C:
-    """Build ``cls`` from plain data. Raises ConsiliumError naming ``where``, the key and the nearest known key."""
+    """Build ``cls`` from plain data.
+
+    Raises ConsiliumError naming ``where``, the key and the nearest known key.
+    """
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
@@ -55,7 +58,9 @@ def from_yaml(cls: type[C], text: str, *, where: str = "") -> C:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConsiliumError(f"{where or 'configuration'} is not valid YAML: {error}".replace("\n", " ")) from None
+        raise ConsiliumError(
+            f"{where or 'configuration'} is not valid YAML: {error}".replace("\n", " ")
+        ) from None
     return from_data(cls, data, where=where)
 
 
@@ -70,45 +75,55 @@ def replace(config: C, assignments: Mapping[str, str], *, where: str = "--set") 
     """Return ``config`` with dotted keys replaced; values are read as YAML (``--set key.path=value``)."""
     data = to_data(config)
     for key, value in assignments.items():
-        *parents, last = key.split(".")
-        node = data
-        for depth, part in enumerate(parents):
-            if not isinstance(node, dict) or part not in node:
-                raise _unknown(where, ".".join(parents[: depth + 1]), node)
-            node = node[part]
-        if not isinstance(node, dict) or last not in node:
-            raise _unknown(where, key, node)
-        node[last] = yaml.safe_load(value)
+        parts = key.split(".")
+        node: Any = data
+        for depth, part in enumerate(parts):
+            known = _keys(node)
+            if part not in known:
+                wrong = ".".join(parts[: depth + 1])
+                raise ConsiliumError(f"{where}: unknown key {wrong!r}.{nearest(part, known)}")
+            if depth < len(parts) - 1:
+                node = node[part]
+        node[parts[-1]] = _plain(value, where)
     return from_data(type(config), data, where=where)
 
 
-def _unknown(where: str, key: str, node: object) -> ConsiliumError:
-    known = [str(name) for name in node] if isinstance(node, dict) else []
-    return ConsiliumError(f"{where}: unknown key {key!r}.{nearest(key.split('.')[-1], known)}")
+def _keys(node: object) -> list[str]:
+    return [str(key) for key in cast("dict[object, object]", node)] if isinstance(node, dict) else []
+
+
+def _plain(value: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConsiliumError(f"{where}: the value {value!r} is not valid YAML; quote it.") from None
 
 
 def _sentence(cls: type[Any], error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
     path = [str(part) for part in first["loc"]]
     prefix = f"{where}: " if where else ""
     match first["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"{prefix}unknown key {'.'.join(path)}.{nearest(path[-1], _fields_at(cls, path[:-1]))}"
         case "value_error":
-            return f"{prefix}{first['ctx']['error']}"
+            return f"{prefix}{context['error']}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{prefix}key {'.'.join(path)} is missing; add it."
         case "union_tag_invalid":
-            context = first["ctx"]
             known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-            return f"{prefix}unknown kind {str(context['tag'])!r} for {'.'.join(path)}.{nearest(str(context['tag']), known)}"
+            tag = str(context["tag"])
+            return f"{prefix}unknown kind {tag!r} for {'.'.join(path)}.{nearest(tag, known)}"
         case _:
             name = ".".join(path) or "value"
-            return f"{prefix}{name} = {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+            return (
+                f"{prefix}{name} = {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+            )
 
 
 def _fields_at(cls: object, path: list[str]) -> list[str]:
-    """Field names of the dataclasses reached from ``cls`` by ``path``, whose parts may be union tags or indices."""
+    """Fields of the dataclasses reached from ``cls`` by ``path``; parts may be union tags or indices."""
     nodes = list(_classes(cls))
     for part in path:
         below = [

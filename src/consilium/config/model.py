@@ -35,7 +35,7 @@ Init = Annotated[Normal | FanIn, Field(discriminator="kind")]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MTP:
-    """Multi-token prediction (DeepSeek-V3 section 2.2): ``depth`` extra modules, loss weight ``weight / depth``."""
+    """Multi-token prediction (DeepSeek-V3 2.2): ``depth`` extra modules, loss weight ``weight / depth``."""
 
     depth: NonNegativeInt = 0
     weight: NonNegativeFloat = 0.3
@@ -69,7 +69,10 @@ class Model:
             raise ConsiliumError("model: some layers are dense but model.dense is missing; give its width.")
 
     def is_moe(self, layer: int) -> bool:
-        """Whether block ``layer`` routes to experts. Multi-token prediction modules count on from ``layers``."""
+        """Whether block ``layer`` routes to experts.
+
+        Multi-token prediction modules count on from ``layers``.
+        """
         past = layer - self.dense_first + 1
         return self.moe is not None and past > 0 and past % self.moe_every == 0
 

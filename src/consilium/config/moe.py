@@ -7,10 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
 from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, LoadLoss, NoBias
+from consilium.config.base import STRICT
 from consilium.config.feed_forward import Activation
-from consilium.config.router import ExpertChoice, Groups, Hash, LearnedNoise, Router, SampledSecond, Threshold, TopK, TopP
+from consilium.config.router import (
+    ExpertChoice,
+    Groups,
+    Hash,
+    LearnedNoise,
+    Router,
+    SampledSecond,
+    Threshold,
+    TopK,
+    TopP,
+)
 from consilium.errors import ConsiliumError
 
 
@@ -35,7 +45,7 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DeviceCapacity:
-    """Each of ``devices`` equal groups of experts takes at most factor * average; the lowest scores are dropped.
+    """Each of ``devices`` equal groups takes at most factor * average; the lowest scores are dropped.
 
     In training only; a fraction ``exempt`` of sequences never drops (DeepSeek-V2, 2405.04434 section 2.2.4).
     """
@@ -56,7 +66,7 @@ class NoShared:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AlwaysOn:
-    """``count`` experts of ``width`` that every token visits, kept as one network of count * width (DeepSeekMoE)."""
+    """``count`` experts of ``width`` for every token, kept as one network of count * width (DeepSeekMoE)."""
 
     kind: Literal["always_on"] = "always_on"
     count: PositiveInt = 1
@@ -96,7 +106,8 @@ class MoE:
             self._check_groups(self.router.select.k, self.router.select.groups)
         if not isinstance(self.balance.bias, NoBias) and self.router.offset == "none":
             raise ConsiliumError(
-                "moe.balance.bias moves a bias that moe.router.offset 'none' never reads; set offset to 'scores'."
+                "moe.balance.bias moves a bias that moe.router.offset 'none' never reads;"
+                " set offset to 'scores'."
             )
         self._check_devices()
         if any(isinstance(loss, LoadLoss) for loss in self.balance.losses) and not isinstance(
@@ -118,7 +129,9 @@ class MoE:
             )
 
     def _check_devices(self) -> None:
-        counts = [loss.devices for loss in self.balance.losses if isinstance(loss, DeviceLoss | CommunicationLoss)]
+        counts = [
+            loss.devices for loss in self.balance.losses if isinstance(loss, DeviceLoss | CommunicationLoss)
+        ]
         if isinstance(self.admission, DeviceCapacity):
             counts.append(self.admission.devices)
         for count in counts:

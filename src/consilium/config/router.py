@@ -59,7 +59,7 @@ class NoNoise:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Jitter:
-    """Router input times U(1 - epsilon, 1 + epsilon) in training; experts never see it (Switch, 2101.03961)."""
+    """Router input times U(1 - epsilon, 1 + epsilon) in training, unseen by experts (Switch, 2101.03961)."""
 
     kind: Literal["jitter"] = "jitter"
     epsilon: PositiveFloat = 1e-2
@@ -120,14 +120,14 @@ class TopK:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SampledSecond:
-    """Top-2 whose second expert is dispatched with probability min(1, 2 g2) in training (GShard, 2006.16668)."""
+    """Top-2; in training the second is dispatched with probability min(1, 2 g2) (GShard, 2006.16668)."""
 
     kind: Literal["sampled_second"] = "sampled_second"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Threshold:
-    """Every expert whose selection score exceeds ``minimum``, at most ``most``; ReLU routing has minimum 0."""
+    """Every expert whose selection score exceeds ``minimum``, at most ``most``; for ReLU, minimum 0."""
 
     kind: Literal["threshold"] = "threshold"
     minimum: float = 0.0
@@ -145,7 +145,10 @@ class TopP:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExpertChoice:
-    """Each expert takes its best ``factor * T / E`` tokens (2202.09368). Not causal: the future of a batch matters."""
+    """Each expert takes its best ``factor * T / E`` tokens (2202.09368).
+
+    Not causal: the future of a batch matters.
+    """
 
     kind: Literal["expert_choice"] = "expert_choice"
     factor: PositiveFloat = 2.0
@@ -206,7 +209,9 @@ Weight = Annotated[Raw | Normalised | ClampedSum | SoftmaxOfSelected | Uniform, 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Router:
-    """score, select, weigh. ``offset`` says where the balance bias enters the selection; it never enters weights.
+    """score, select, weigh.
+
+    ``offset`` says where the balance bias enters the selection; it never enters weights.
 
     ``scale`` multiplies the weights after normalisation; ``weight_on="input"`` multiplies the expert's
     input instead of its output (Llama 4).
@@ -225,8 +230,10 @@ class Router:
     def __post_init__(self) -> None:
         if isinstance(self.select, TopK) and self.select.k == 1 and isinstance(self.weight, Normalised):
             raise ConsiliumError(
-                "moe.router: top-1 with normalised weights makes every weight 1 and the router gets no gradient;"
-                " use weight kind 'raw' (Switch) or k of at least 2."
+                "moe.router: top-1 with normalised weights makes every weight 1 and gives the router no"
+                " gradient; use weight kind 'raw' (Switch) or k of at least 2."
             )
         if isinstance(self.select, TopP | Threshold) and self.offset == "logits":
-            raise ConsiliumError("moe.router: offset 'logits' needs a top-k selector; use offset 'scores' or 'none'.")
+            raise ConsiliumError(
+                "moe.router: offset 'logits' needs a top-k selector; use offset 'scores' or 'none'."
+            )

@@ -25,7 +25,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WSD:
-    """Warm-up, stable, decay: the last ``decay`` fraction of the steps falls linearly to ``final`` times the peak."""
+    """Warm-up, stable, decay: the last ``decay`` of the steps falls linearly to ``final`` times the peak."""
 
     kind: Literal["wsd"] = "wsd"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -35,7 +35,7 @@ class WSD:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Steps:
-    """Warm-up, then the rate is multiplied by ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at .8, .9)."""
+    """Warm-up, then times ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at 0.8 and 0.9)."""
 
     kind: Literal["steps"] = "steps"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -61,7 +61,7 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BuiltIn:
-    """Text that every Python ships: code, prose, question and answer; generated mathematics and bilingual text."""
+    """Text that every Python ships (code, prose, docstrings), generated mathematics and bilingual text."""
 
     kind: Literal["builtin"] = "builtin"
 
@@ -82,7 +82,7 @@ class Data:
     source: Source = BuiltIn()
     sequence_length: PositiveInt = 256
     """Tokens a packed sequence."""
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of files held out for validation."""
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -67,12 +67,19 @@ class Engine:
         self.options = Options(mode=mode)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]] | Sequence[str], *, max_tokens: int = 64, temperature: float = 0.0,
-        top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[str] = (),
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
     ) -> list[list[int]]:
-        """Return the generated token ids of each prompt, end token and stop text included."""
+        """Return the generated token ids of each prompt, end token and stop text included.
+
+        ``generate`` has the finer settings of sampling.
+        """
         outputs: list[list[int]] = [[] for _ in prompts]
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sampling = Sampling(temperature=temperature)
         for piece in self.generate(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop):
             outputs[piece.request].append(piece.token)
         return outputs
@@ -87,8 +94,8 @@ class Engine:
     ) -> Iterator[Piece]:
         """Stream pieces, step by step, in the order of the prompts.
 
-        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, or a
-        prompt that with ``max_tokens`` exceeds the model's length.
+        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, or
+        a prompt that with ``max_tokens`` exceeds the model's length.
         """
         if stop and self.tokenizer is None:
             raise ConsiliumError("stop text needs a tokenizer; give Engine(model, tokenizer).")
@@ -111,13 +118,15 @@ class Engine:
         tokens = self._ids(prompt)
         config = self.model.config
         if not tokens:
-            raise ConsiliumError(f"prompt {index} is empty; give at least one token (the end token starts a text).")
+            raise ConsiliumError(
+                f"prompt {index} is empty; give at least one token (the end token starts a text)."
+            )
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
             raise ConsiliumError(f"prompt {index} has a token id outside 0..{config.vocab_size - 1}.")
         if len(tokens) + max_tokens > config.max_length:
             raise ConsiliumError(
-                f"prompt {index} of {len(tokens)} tokens with {max_tokens} new ones exceeds the model's length"
-                f" {config.max_length}; shorten the prompt or lower --max-tokens."
+                f"prompt {index} of {len(tokens)} tokens with {max_tokens} new ones exceeds the model's"
+                f" length {config.max_length}; shorten the prompt or lower --max-tokens."
             )
         generator = torch.Generator().manual_seed(sampling.seed)
         stream = None if self.tokenizer is None else self.tokenizer.stream()
@@ -127,7 +136,9 @@ class Engine:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise ConsiliumError("a text prompt needs a tokenizer; give token ids or Engine(model, tokenizer).")
+            raise ConsiliumError(
+                "a text prompt needs a tokenizer; give token ids or Engine(model, tokenizer)."
+            )
         return [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
 
     @torch.inference_mode()

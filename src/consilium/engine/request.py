@@ -20,7 +20,9 @@ class Sampling:
         if not 0 <= self.temperature <= 100:
             raise ConsiliumError(f"temperature {self.temperature} is out of range; use 0 (greedy) to 100.")
         if self.top_k < 0:
-            raise ConsiliumError(f"top_k {self.top_k} is negative; use 0 (off) or the number of tokens to keep.")
+            raise ConsiliumError(
+                f"top_k {self.top_k} is negative; use 0 (off) or the number of tokens to keep."
+            )
         if not 0 < self.top_p <= 1:
             raise ConsiliumError(f"top_p {self.top_p} is out of range; use a probability above 0, 1 is off.")
 
@@ -33,7 +35,10 @@ class Piece:
     """Index of the prompt."""
     token: int
     text: str
-    """What the token adds to the text; may be empty while a character is incomplete. '' without a tokenizer."""
+    """What the token adds to the text; may be empty while a character is incomplete.
+
+    '' without a tokenizer.
+    """
     logprob: float
     """Natural log of the token's probability before temperature and filters."""
     finished: str | None

@@ -1,4 +1,4 @@
-"""From logits to a token, one row at a time with the row's own generator: a row never depends on its neighbours.
+"""From logits to a token, one row at a time with the row's own generator: neighbours change nothing.
 
 Legend: V vocabulary.
 """
@@ -28,7 +28,7 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def _kept(ranked_V: Tensor, sampling: Sampling) -> Tensor:
-    """bool over ranks: inside the top k, and the smallest set whose probability reaches p (never empty)."""
+    """Bool over ranks: inside the top k, and the smallest set whose probability reaches p (never empty)."""
     ranks_V = torch.arange(ranked_V.shape[0], device=ranked_V.device)
     within_k_V = ranks_V < (sampling.top_k or ranked_V.shape[0])
     probs_V = torch.softmax(ranked_V.masked_fill(~within_k_V, -torch.inf), dim=-1)

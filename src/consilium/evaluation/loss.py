@@ -55,7 +55,9 @@ def training_loss(model: Decoder, batch: Batch, share: Share, *, options: Option
     """
     inputs = inputs_of(batch)
     hidden = model.hidden(inputs, options=options)
-    nll, _ = linear_cross_entropy(hidden.final_BSD.flatten(0, 1), model.head_weight, batch.targets_BS.flatten())
+    nll, _ = linear_cross_entropy(
+        hidden.final_BSD.flatten(0, 1), model.head_weight, batch.targets_BS.flatten()
+    )
     ahead, ahead_reports = _ahead(model, hidden.final_BSD, batch, share, options)
     reports = hidden.reports + ahead_reports
     balance = _sum_by_name(reports, share.micro_batches)

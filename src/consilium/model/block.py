@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from consilium.attention.build import build_attention
 from consilium.attention.types import Context
-from consilium.config.feed_forward import FeedForward
+from consilium.config.feed_forward import Activation, FeedForward
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.kv.types import LayerCache
@@ -30,7 +30,7 @@ class DenseNetwork(nn.Module):
 
     def __init__(self, config: FeedForward, hidden_size: int) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.up = Linear(hidden_size, (config.matrices - 1) * config.width)
         self.down = Linear(config.width, hidden_size)
 

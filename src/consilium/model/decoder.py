@@ -53,8 +53,10 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor | Inputs, *, cache: Cache | None = None, options: Options = Options()
     ) -> Output:
-        """Return logits in float32 for token ids [B, S] or ``Inputs``; multi-token prediction does not run."""
-        hidden = self.hidden(tokens if isinstance(tokens, Inputs) else Inputs(tokens), cache=cache, options=options)
+        """Return float32 logits for token ids [B, S] or ``Inputs``; multi-token prediction does not run."""
+        hidden = self.hidden(
+            tokens if isinstance(tokens, Inputs) else Inputs(tokens), cache=cache, options=options
+        )
         return Output(self.logits(hidden.final_BSD), hidden.reports, hidden.routings)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
@@ -72,18 +74,22 @@ class Decoder(nn.Module):
             results.append(result)
         return _hidden(self.norm(x_BSD), results)
 
-    def predict_ahead(self, hidden_BSD: Tensor, inputs: Inputs, *, options: Options = Options()) -> tuple[Hidden, ...]:
+    def predict_ahead(
+        self, hidden_BSD: Tensor, inputs: Inputs, *, options: Options = Options()
+    ) -> tuple[Hidden, ...]:
         """Run the multi-token prediction modules on the main model's ``final_BSD``; training only.
 
-        Module k's states predict the token k + 1 places after the usual target; they mean something only where
-        that token is in the same document.
+        Module k's states predict the token k + 1 places after the usual target; they mean something only
+        where that token is in the same document.
         """
         outputs: list[Hidden] = []
         for k, module in enumerate(self.mtp):
             assert isinstance(module, MTPModule)
             ahead = shifted(inputs, k + 1)
             x_BSD = module.merge(hidden_BSD, self._embed(ahead.ids_BS, options))
-            result = _run(module.block, x_BSD, self._context(ahead, cached=False), ahead.tokens(), options, None)
+            result = _run(
+                module.block, x_BSD, self._context(ahead, cached=False), ahead.tokens(), options, None
+            )
             hidden_BSD = module.norm(result.x_BSD)
             outputs.append(_hidden(hidden_BSD, [result]))
         return tuple(outputs)

@@ -1,4 +1,4 @@
-"""Initialisation: every matrix drawn from one generator in the order of the module tree, norms 1, biases 0."""
+"""Initialisation: matrices from one generator in the order of the module tree, norms 1, biases 0."""
 
 from __future__ import annotations
 

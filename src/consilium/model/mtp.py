@@ -46,7 +46,7 @@ def shift(values_BS: Tensor, by: int, fill: int) -> Tensor:
 
 
 def shifted(inputs: Inputs, by: int) -> Inputs:
-    """The inputs of the module that reads token i + by at place i; valid where that token is in the same document."""
+    """Inputs that read token i + by at place i; valid where that token is in the same document."""
     ids_BS = inputs.ids_BS
     sequence_BS = torch.zeros_like(ids_BS) if inputs.sequence_BS is None else inputs.sequence_BS
     valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if inputs.valid_BS is None else inputs.valid_BS

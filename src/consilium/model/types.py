@@ -15,7 +15,10 @@ from consilium.moe.types import Mode, Report, Routing, Tokens
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Token ids and where they stand. Absent fields mean: one document a row, positions from 0, no padding."""
+    """Token ids and where they stand.
+
+    Absent fields mean: one document a row, positions from 0, no padding.
+    """
 
     ids_BS: Tensor
     sequence_BS: Tensor | None = None
@@ -73,6 +76,7 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    logits_BSV: Tensor
+    logits: Tensor
+    """float32 [B, S, V]."""
     reports: tuple[Report, ...]
     routings: tuple[Routing, ...]

@@ -2,8 +2,8 @@
 
 Legend: T cases, I inputs, O outputs, E experts.
 
-Gate and experts are linear maps of the same input. There is no selection: the gate is a router that keeps
-every expert, so its decisions are recorded and drawn like any other's. The paper's idea is the error function.
+Gate and experts are linear maps of the same input. Nothing is selected: the gate is a router that keeps every
+expert, so its decisions are recorded and drawn like any other's. The paper's idea is the error function.
 """
 
 from __future__ import annotations

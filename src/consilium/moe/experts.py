@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from consilium.config.feed_forward import GATED
+from consilium.config.feed_forward import GATED, Activation
 from consilium.config.moe import MoE
 from consilium.moe.types import Mode, Rows
 from consilium.ops.grouped import Backend, experts, experts_observed
@@ -17,8 +17,8 @@ from consilium.ops.grouped import Backend, experts, experts_observed
 class Experts(nn.Module):
     """E feed-forward networks over rows sorted by expert. Configured by ``consilium.config.moe.MoE``.
 
-    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F]. They are
-    created empty: the model initialises or loads them.
+    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F].
+    They are created empty: the model initialises or loads them.
     """
 
     def __init__(self, config: MoE, hidden_size: int, *, backend: Backend | None = None) -> None:
@@ -26,7 +26,7 @@ class Experts(nn.Module):
         up_rows = config.width * (2 if config.activation in GATED else 1)
         self.up = nn.Parameter(torch.empty(config.experts, up_rows, hidden_size))
         self.down = nn.Parameter(torch.empty(config.experts, hidden_size, config.width))
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 
     def forward(self, rows: Rows, layer: int, mode: Mode) -> Tensor:

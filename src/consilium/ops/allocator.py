@@ -1,8 +1,8 @@
 """Keep freed memory in the process, in huge pages.
 
-Gradients of stacked experts are hundreds of megabytes, made anew every step. By default glibc returns such blocks to
-the kernel at once, and every next step pays a page fault, with clearing, for every 4 KiB of them (measured in
-docs/decisions/0003-experts-backend.md).
+Gradients of stacked experts are hundreds of megabytes, made anew every step. By default glibc returns such
+blocks to the kernel at once, and every next step pays a page fault, with clearing, for every 4 KiB of them
+(measured in docs/decisions/0003-experts-backend.md).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _HUGE_FROM = 2 << 20
 def keep_memory() -> bool:
     """Make the process keep what it frees, for speed, and return whether it does.
 
-    Call it once, at the start of a process that trains, before the first tensor: torch reads ``THP_MEM_ALLOC_ENABLE``
-    (huge pages; a value set by the user is respected) at its first allocation. Too late, or elsewhere than on Linux with
-    glibc, nothing changes. Resident memory then stays at its peak; values do not change.
+    Call it once, at the start of a process that trains, before the first tensor: torch reads
+    ``THP_MEM_ALLOC_ENABLE`` (huge pages; a value set by the user is respected) at its first allocation. Too
+    late, or elsewhere than on Linux with glibc, nothing changes. Resident memory then stays at its peak, up
+    to 1.8 times that of live tensors. Values do not change.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -37,4 +38,4 @@ def keep_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    return all(mallopt(name, value) == 1 for name, value in settings)

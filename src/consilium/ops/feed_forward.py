@@ -1,6 +1,7 @@
 """The two-matrix feed-forward network and its activations, forward and backward.
 
-Legend: R rows, D hidden size, F width, G = 2F where the activation is gated (first F gate, last F up), else F.
+Legend: R rows, D hidden size, F width, G = 2F where the activation is gated (first F gate, last F up),
+else F.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from consilium.config.feed_forward import Activation
 def activate(h_RG: Tensor, activation: Activation) -> Tensor:
     """Hidden activations [..., F] of the pre-activations [..., G], in their dtype.
 
-    ``swiglu`` is silu(gate) * up and ``geglu`` gelu(gate) * up (2002.05202 equation 6); both GELUs are the tanh
-    approximation (1606.08415 section 2), as in the released Switch and Grok code; ``squared_relu`` is
-    relu(h)^2 (2109.08668).
+    ``swiglu`` is silu(gate) * up and ``geglu`` gelu(gate) * up (2002.05202 equation 6). Both GELUs are the
+    tanh approximation (1606.08415 section 2). ``squared_relu`` is relu(h)^2 (2109.08668).
     """
     match activation:
         case "swiglu":

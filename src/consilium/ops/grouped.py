@@ -1,11 +1,11 @@
 """Expert networks over rows sorted by expert: the plain loop under autograd and three fast twins of it.
 
 A fast twin is one autograd function. It saves the rows, the pre-activations and the weights, recomputes the
-activation in backward and writes the stacked gradients once; indexing a stacked weight under autograd would instead make
-one full [E, G, D] gradient an expert.
+activation in backward and writes the stacked gradients once; indexing a stacked weight under autograd would
+instead make one full [E, G, D] gradient an expert.
 
-Legend: R rows sorted by expert, E experts, D hidden size, F width, G = 2F where the activation is gated, else F,
-C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O outputs of one matrix.
+Legend: R rows sorted by expert, E experts, D hidden size, F width, G = 2F where the activation is gated, else
+F, C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O outputs of one matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CACHE_BYTES = 32 << 20
 """Pre-activations beyond this leave the last-level cache between two passes over all experts."""
 
 MOST_PADDING = 4.0
-"""Rows of the padded layout per real row that are ever accepted: one busy expert pads all others to its size."""
+"""Rows of the padded layout per real row that are ever accepted: one busy expert pads all others."""
 
 
 def experts(
@@ -42,9 +42,9 @@ def experts(
 ) -> Tensor:
     """Outputs [R, D]: each expert's feed-forward network over its own consecutive ``counts_E[e]`` rows.
 
-    Computes in the dtype of ``x_RD``. Weights may be wider (float32 masters): they are cast once a pass and their gradients
-    keep their dtype. Experts without rows get gradients of exactly zero. ``backend`` None takes :func:`choose`; a
-    backend that cannot compute these shapes gives way to the loop.
+    Computes in the dtype of ``x_RD``. Weights may be wider (float32 masters): they are cast once a pass and
+    their gradients keep their dtype. Experts without rows get gradients of exactly zero. ``backend`` None
+    takes :func:`choose`; a backend that cannot compute these shapes gives way to the loop.
     """
     assert sum(counts_E) == x_RD.shape[0], "counts and rows disagree"
     assert len(counts_E) == up_EGD.shape[0], "counts and weights disagree"
@@ -53,7 +53,7 @@ def experts(
     if backend == "reference":
         return experts_reference(x_RD, counts_E, up_EGD, down_EDF, activation)
     if torch.is_grad_enabled():
-        return _Experts.apply(x_RD, up_EGD, down_EDF, activation, counts_E, backend)
+        return _Experts.apply(x_RD, up_EGD, down_EDF, _Plan(activation, counts_E, backend))
     return _way(backend, counts_E).forward(x_RD, network)[1]
 
 
@@ -117,30 +117,31 @@ def _padding(counts_E: Counts) -> float:
     return len(counts_E) * max(counts_E) / max(sum(counts_E), 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    activation: Activation
+    counts_E: Counts
+    backend: Backend
+
+
 class _Experts(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_RD: Tensor,
-        up_EGD: Tensor,
-        down_EDF: Tensor,
-        activation: Activation,
-        counts_E: Counts,
-        backend: Backend,
-    ) -> Tensor:
-        h_PG, y_RD = _way(backend, counts_E).forward(x_RD, Network(up_EGD, down_EDF, activation))
+    def forward(ctx: Any, x_RD: Tensor, up_EGD: Tensor, down_EDF: Tensor, plan: _Plan) -> Tensor:
+        network = Network(up_EGD, down_EDF, plan.activation)
+        h_PG, y_RD = _way(plan.backend, plan.counts_E).forward(x_RD, network)
         ctx.save_for_backward(x_RD, h_PG, up_EGD, down_EDF)
-        ctx.plan = activation, counts_E, backend
+        ctx.plan = plan
         return y_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's own type
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x_RD, h_PG, up_EGD, down_EDF = ctx.saved_tensors
-        activation, counts_E, backend = ctx.plan
-        network = Network(up_EGD, down_EDF, activation)
-        grads = _way(backend, counts_E).backward(grad_RD.contiguous(), x_RD, h_PG, network)
-        return *grads, None, None, None
+        way = _way(ctx.plan.backend, ctx.plan.counts_E)
+        network = Network(up_EGD, down_EDF, ctx.plan.activation)
+        return *way.backward(grads[0].contiguous(), x_RD, h_PG, network), None
 
 
 class _Way(Protocol):
@@ -208,7 +209,7 @@ class _Loop:
 
 
 def _outer(grad_RO: Tensor, x_RI: Tensor, out_OI: Tensor) -> None:
-    """out = grad^T x, through the compute dtype where the gradient's is wider."""
+    """Write grad^T x, through the compute dtype where the gradient's is wider."""
     if out_OI.dtype == x_RI.dtype:
         torch.mm(grad_RO.t(), x_RI, out=out_OI)
     else:
@@ -216,7 +217,7 @@ def _outer(grad_RO: Tensor, x_RI: Tensor, out_OI: Tensor) -> None:
 
 
 class _Products(Protocol):
-    """The three products of a matrix per expert with rows in a layout of its own, whose spare rows are zero."""
+    """The products of one matrix per expert with rows in a layout of its own, whose spare rows are zero."""
 
     def enter(self, x_RI: Tensor) -> Tensor: ...
 
@@ -262,7 +263,7 @@ class _Passes:
         return grad_x_RD, grad_up_EGD, grad_down_EDF
 
     def _written(self, grad_EOI: Tensor, weight_EOI: Tensor) -> Tensor:
-        """The gradient in the weight's dtype; what a kernel leaves in the share of an idle expert is not promised."""
+        """The gradient in the weight's dtype. No kernel promises what it leaves for an idle expert."""
         if self.idle:
             grad_EOI[self.idle] = 0
         return grad_EOI.to(weight_EOI.dtype)

@@ -17,8 +17,8 @@ IGNORE = -1
 """The target of a token that has nothing to predict."""
 
 CHUNK = 512
-"""Tokens at a time. Fewer re-read the weight's gradient more often than the products can hide (V 32000, D 1024: 128
-tokens take 1.1 times, 64 tokens 1.5 times as long); more only hold more logits."""
+"""Tokens at a time. Fewer read and write the weight's gradient more often than the products can hide: at
+V 32000 and D 1024, 128 tokens take 1.1 times and 64 tokens 1.5 times as long. More only hold more logits."""
 
 
 def linear_cross_entropy(
@@ -26,9 +26,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of -log softmax(hidden weight^T)[target], and how many tokens had a target.
 
-    Returns a float32 scalar (nats) with gradient to ``hidden_TD`` and ``weight_VD``, and an int64 scalar. Targets of
-    -1 count for nothing. Matrix products run in the dtype of ``hidden_TD``, the softmax in float32, the weight's
-    gradient adds up in float32. Loss and gradients are made ``chunk`` tokens at a time in the forward pass.
+    Returns a float32 scalar (nats) with gradient to ``hidden_TD`` and ``weight_VD``, and an int64 scalar.
+    Targets of -1 count for nothing. Matrix products run in the dtype of ``hidden_TD``, the softmax in
+    float32, the weight's gradient adds up in float32. Loss and both gradients are made ``chunk`` tokens at a
+    time in the forward pass.
     """
     assert hidden_TD.shape[0] == targets_T.shape[0], "hidden and targets disagree"
     count = (targets_T != IGNORE).sum()
@@ -68,9 +69,11 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's own type
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_TD * grad, grad_weight_VD * grad, None, None
+        return grad_hidden_TD * grads[0], grad_weight_VD * grads[0], None, None
 
 
 def _nll_and_grad(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,7 @@ def _nll_and_grad(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _add_outer(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad^T hidden, through the compute dtype where the total's is wider."""
+    """Add grad^T hidden, through the compute dtype where the total's is wider."""
     if total_VD.dtype == hidden_CD.dtype:
         total_VD.addmm_(grad_CV.t(), hidden_CD)
     else:

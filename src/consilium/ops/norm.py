@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in the dtype of ``x``, float32 inside.
+    """Return x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in the dtype of ``x``.
 
-    One autograd function: backward takes 0.5 to 0.65 of the time of ``torch.nn.functional.rms_norm`` on a CPU.
+    float32 inside. One autograd function: forward and backward take 0.5 to 0.65 of the time of
+    ``torch.nn.functional.rms_norm`` on a CPU.
     """
     x_ND = x.reshape(-1, x.shape[-1])
     y_ND = (
@@ -48,14 +49,16 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        """With s the scale: dw = sum_n g x s; dx = s g w - x s^3 / D (g x . w)."""
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's own type
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """With s the scale: dw = sum_n g x s; dx = s (g w - x s^2 (g x . w) / D)."""
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
-        wide_ND, grad_ND, wide_D = _wide(x_ND), _wide(grad_ND), _wide(weight_D)
+        wide_ND, grad_ND, wide_D = _wide(x_ND), _wide(grads[0]), _wide(weight_D)
         product_ND = grad_ND * wide_ND
         grad_weight_D = torch.mv(product_ND.t(), scale_N1.squeeze(1))
-        along_N1 = torch.mv(product_ND, wide_D).unsqueeze(1).mul_(scale_N1.pow(3)).div_(-x_ND.shape[1])
-        grad_x_ND = torch.mul(grad_ND, wide_D).mul_(scale_N1).addcmul_(wide_ND, along_N1)
+        along_N1 = torch.mv(product_ND, wide_D).unsqueeze(1).mul_(scale_N1.square()).div_(-x_ND.shape[1])
+        grad_x_ND = torch.mul(grad_ND, wide_D).addcmul_(wide_ND, along_N1).mul_(scale_N1)
         return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None
 
 

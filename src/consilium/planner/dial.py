@@ -13,7 +13,8 @@ TOLERANCE = 0.25
 def scale_to(model: Model, wanted: int) -> Model:
     """Return ``model`` scaled so that its total is as near to ``wanted`` parameters as whole widths allow.
 
-    Raises ConsiliumError when even the nearest is more than a quarter off, as with a vocabulary that alone is larger.
+    Raises ConsiliumError when even the nearest is more than a quarter off, as with a vocabulary that alone is
+    larger.
     """
     low, high = 0.02, 64.0
     for _ in range(40):

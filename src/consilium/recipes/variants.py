@@ -74,7 +74,7 @@ def dense_twin(model: Model) -> Model:
 
 
 def scaled(model: Model, factor: float) -> Model:
-    """Return ``model`` with widths times ``factor`` and depth times its root; counts of experts and k stay."""
+    """Return ``model`` with widths times ``factor`` and depth times its root; experts and k stay."""
 
     def width(value: int, multiple: int = 8) -> int:
         return max(multiple, round(value * factor / multiple) * multiple)

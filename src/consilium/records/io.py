@@ -46,8 +46,8 @@ def from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    if "ctx" in first and "error" in first["ctx"]:
-        return str(first["ctx"]["error"])
+    if first["type"] == "value_error":
+        return str(first.get("ctx", {})["error"])
     key = ".".join(str(part) for part in first["loc"]) or "content"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
 

@@ -60,8 +60,9 @@ def line_chart(chart: LineChart) -> str:
         middle = text(chart.width / 2, chart.height / 2, "no data yet", css="axis", anchor="middle")
         return picture(chart.width, chart.height, chart.title, [middle])
     x_scale, y_scale = _scales(chart, shown, top)
-    parts = [*legend, *_axes(chart, x_scale, y_scale), *_rules(chart, x_scale, y_scale)]
+    parts = [*legend, *_axes(chart, x_scale, y_scale)]
     parts += [_path(series, x_scale, y_scale) for series in shown]
+    parts += _rules(chart, x_scale, y_scale)
     parts += [_hover(series, chart, x_scale, y_scale) for series in shown if series.style != "faint"]
     for x, _ in thin([(x, 0.0) for x in chart.crosses], MOST_CROSSES):
         parts.append(cross(x_scale(x), y_scale.start, f"{chart.cross_label}, {chart.x_label} {x:,.0f}"))

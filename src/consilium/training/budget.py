@@ -14,8 +14,8 @@ from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
-from consilium.training.run import loader_of
 from consilium.training.optimizer import build_optimizer
+from consilium.training.run import loader_of
 from consilium.training.step import train_step
 
 CALIBRATION_SECONDS = 6.0
@@ -43,7 +43,10 @@ Budget = Steps | Tokens | Minutes
 def with_budget(
     config: Training, budget: Budget, corpus: Corpus, *, notice: Callable[[str], None]
 ) -> Training:
-    """Return ``config`` with its number of steps. Minutes are measured here and never again: the steps are stored."""
+    """Return ``config`` with its number of steps.
+
+    Minutes are measured here and never again: the steps are stored.
+    """
     match budget:
         case Steps(count=count):
             steps = count

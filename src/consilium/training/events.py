@@ -45,7 +45,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something the user should read: a skipped step, a swept leftover, a phase that takes over two seconds."""
+    """Something the user should read, such as a skipped step or a phase that takes over two seconds."""
 
     text: str
 

@@ -55,7 +55,10 @@ class RunFiles:
 
     @staticmethod
     def start(out: Path, config: Training) -> RunFiles:
-        """Write ``config.yaml`` and empty metrics. Raises ConsiliumError when the folder cannot be written."""
+        """Write ``config.yaml`` and empty metrics.
+
+        Raises ConsiliumError when the folder cannot be written.
+        """
         write_text(out / CONFIG_FILE, io.to_yaml(config))
         write_text(out / METRICS_FILE, "")
         moe = config.model.moe
@@ -77,4 +80,4 @@ class RunFiles:
 
     def log_loads(self, step: int, result: StepResult) -> None:
         if self._loads is not None:
-            self._loads.append(step, [load.load_E.tolist() for load in result.loads.values()])
+            self._loads.append(step, [load.counts for load in result.loads.values()])

@@ -28,5 +28,5 @@ def check_patience(skipped_in_a_row: int, step: int) -> None:
     if skipped_in_a_row >= PATIENCE:
         raise ConsiliumError(
             f"training stopped at step {step}: loss or gradient was not finite {PATIENCE} steps in a row;"
-            " the weights are those of the last good step. Lower --lr, or look for bad values in the data or weights."
+            " the weights are those of the last good step. Lower --lr, or look for bad values in the weights."
         )

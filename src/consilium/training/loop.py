@@ -39,9 +39,9 @@ def train(
 ) -> Finished:
     """Train in the run folder ``out`` and return how it ended.
 
-    The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a run
-    stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a folder that
-    holds another run, text that changed, a full disk, or ten non-finite steps in a row.
+    The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
+    run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a folder
+    that holds another run, text that changed, a full disk, or ten non-finite steps in a row.
     """
 
     def emit(event: Event) -> None:
@@ -98,7 +98,11 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     left = (run.config.steps - progress.step) * sum(meter.recent) / len(meter.recent)
     emit(Stepped(progress.step, result, progress.tokens, speed, left))
     if result.skipped:
-        emit(Notice(f"step {progress.step}: loss {result.loss} or gradient norm {result.norm} is not finite; skipped"))
+        emit(
+            Notice(
+                f"step {progress.step}: loss {result.loss}, gradient norm {result.norm}: not finite, skipped"
+            )
+        )
         check_patience(progress.skipped_in_a_row, progress.step)
     _every(run, emit)
 

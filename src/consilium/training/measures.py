@@ -38,7 +38,7 @@ def evaluation_record(step: int, tokens: int, evaluation: Evaluation) -> StepRec
 
 def layer_ratios(loads: Mapping[int, LayerLoad]) -> dict[int, float]:
     """max/mean load of each MoE layer."""
-    return {layer: max_over_mean(load.load_E.tolist()) for layer, load in loads.items()}
+    return {layer: max_over_mean(load.counts) for layer, load in loads.items()}
 
 
 def _routing(loads: Mapping[int, LayerLoad]) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from consilium.config.training import AdamW
 
 
 def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
-    """Float32 moments for every parameter. Idle experts have zero gradients, so they decay like all others."""
+    """Float32 moments for every parameter.
+
+    Idle experts have zero gradients, so they decay like all others.
+    """
     decaying = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
 from collections.abc import Callable
@@ -53,11 +53,14 @@ def open_run(
 ) -> Run:
     """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts fresh.
 
-    Raises ConsiliumError when the folder holds a run and ``resume`` is off, or holds one with other settings or text.
+    Raises ConsiliumError when the folder holds a run and ``resume`` is off, or holds one with other settings
+    or text.
     """
     stored = stored_config(out)
     if stored is not None and not resume:
-        raise ConsiliumError(f"{out} already holds a run; add --resume to continue it or choose another --out.")
+        raise ConsiliumError(
+            f"{out} already holds a run; add --resume to continue it or choose another --out."
+        )
     if stored is not None:
         check_same(stored, config, out)
     atomic.sweep(out / CHECKPOINTS)
@@ -112,12 +115,14 @@ def _restore(
     scalars = state.scalars
     if scalars["corpus_sha256"] != corpus.sha256:
         raise ConsiliumError(
-            f"cannot resume from {folder}: the training text has changed since (another Python or edited files);"
+            f"cannot resume from {folder}: the training text has changed (another Python, or edited files);"
             " restore the text or start a new run in another --out."
         )
     for name, now in (("threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
         if scalars[name] != now:
-            notice(f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits")
+            notice(
+                f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits"
+            )
     return Progress(int(scalars["step"]), int(scalars["tokens"]), int(scalars["skipped_in_a_row"]))
 
 
@@ -130,7 +135,7 @@ def _meta(config: Training, corpus: Corpus) -> RunMeta:
         corpus=_corpus_name(config),
         corpus_sha256=corpus.sha256,
         seed=config.seed,
-        started=datetime.datetime.now(datetime.UTC),
+        started=dt.datetime.now(dt.UTC),
         versions=Versions(
             consilium=consilium.__version__, torch=str(torch.__version__), python=platform.python_version()
         ),

@@ -34,6 +34,11 @@ class LayerLoad:
     """Nats, mean over micro-batches."""
 
     @property
+    def counts(self) -> list[int]:
+        """Kept copies an expert."""
+        return [int(count) for count in self.load_E]
+
+    @property
     def dropped_fraction(self) -> float:
         wanted = int(self.wanted_E.sum())
         return 1 - int(self.load_E.sum()) / wanted if wanted else 0.0
@@ -45,7 +50,7 @@ class StepResult:
     ce: float
     """Nats a predicted token."""
     ahead: float
-    balance: Mapping[str, float]
+    balance: dict[str, float]
     norm: float
     """Gradient norm before clipping."""
     rate: float
@@ -77,8 +82,8 @@ def train_step(
     if healthy:
         set_rate(optimizer, rate)
         optimizer.step()
-        for layer, load in loads.items():
-            model.moe_layers()[layer].balance.step(load.load_E, load.dropped_fraction)
+        for layer, moe in model.moe_layers().items():
+            moe.balance.step(loads[layer].load_E, loads[layer].dropped_fraction)
     return StepResult(
         loss=total,
         ce=sum(float(loss.nll) for loss in losses) / max(share.targets, 1),

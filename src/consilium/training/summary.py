@@ -20,7 +20,7 @@ def write_summary(
     dense: Dense | None = None,
     sample: Sample | None = None,
 ) -> Summary:
-    """Write and return the summary; the untrained figure is the one logged before the first step, resumes included."""
+    """Write and return the summary; the untrained figure is the one logged before the very first step."""
     summary = Summary(
         steps=finished.steps,
         tokens=finished.tokens,

@@ -18,14 +18,20 @@ def checkpoint_in(folder: Path) -> Path:
         newest = atomic.latest(folder / CHECKPOINTS)
         if newest is not None:
             return newest
-        raise ConsiliumError(f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume.")
+        raise ConsiliumError(
+            f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
+        )
     name = str(folder)
     if name.partition(":")[0] in catalogue.names():
-        raise ConsiliumError(f"{name} is a recipe without weights; train it first: consilium train {name} --out runs/x.")
+        raise ConsiliumError(
+            f"{name} is a recipe without weights; train it first: consilium train {name} --out runs/x."
+        )
     if not folder.exists() and name.count("/") == 1:
         raise ConsiliumError(
             f"no folder {name}; a hub id is not fetched here: hf download {name} --local-dir {folder.name},"
             f" then give {folder.name}."
         )
     what = "no such folder" if not folder.exists() else "it has neither config.json nor checkpoints"
-    raise ConsiliumError(f"{folder} is not a checkpoint or a run: {what}; give a folder made by consilium train.")
+    raise ConsiliumError(
+        f"{folder} is not a checkpoint or a run: {what}; give a folder made by consilium train."
+    )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
-from consilium.cli.arguments import count
 from consilium.config import io
 from consilium.config.model import Model
 from consilium.config.training import AdamW, Data, Training
@@ -19,30 +18,8 @@ from consilium.training import budget
 from consilium.training.precision import faster_dtype
 
 
-def training_arguments(parser: ArgumentParser) -> None:
-    """Everything about a run but its model and folder."""
-    parser.add_argument("--data", metavar="PATH", help=".txt, .md, .py, .jsonl or a folder; default: built-in text")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
-    length.add_argument("--minutes", type=float, metavar="M", help="calibrated once into steps; default 3")
-    length.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, such as 2M")
-    parser.add_argument("--params", type=count, metavar="N", help="scale the recipe to about N parameters, such as 8M")
-    parser.add_argument("--batch", type=int, metavar="B", help="sequences a step")
-    parser.add_argument("--seq", type=int, metavar="S", help="tokens a sequence")
-    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
-    parser.add_argument("--balance", metavar="NAME", help="none, switch, sequence, bias, bias-linear, adaptive, switch-z")
-    parser.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
-    parser.add_argument("--eval-every", type=int, metavar="N", help="steps between validations")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="default 0")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all cores")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto measures")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, such as model.moe.router.select.k=2"
-    )
-
-
 def training_config(model: str, options: Namespace) -> Training:
-    """The configuration that ``model`` (a recipe or a YAML file) and the options describe; ``steps`` is still open."""
+    """What ``model`` (a recipe or a YAML file) and the options describe; ``steps`` is still open."""
     path = Path(model)
     base = io.read_yaml(Training, path) if path.suffix in (".yaml", ".yml") else _from_recipe(model)
     config = _apply(base, options)
@@ -57,7 +34,9 @@ def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
         return budget.Tokens(options.tokens)
     if options.minutes is not None:
         if options.minutes <= 0:
-            raise ConsiliumError(f"--minutes {options.minutes:g} is not positive; give the minutes to train for.")
+            raise ConsiliumError(
+                f"--minutes {options.minutes:g} is not positive; give the minutes to train for."
+            )
         return budget.Minutes(options.minutes)
     return default
 
@@ -88,9 +67,11 @@ def _apply(base: Training, options: Namespace) -> Training:
     return _checked(base, model=model, data=data, optimizer=optimizer, **changes)
 
 
-def _checked(base: Training, **changes: Model | Data | AdamW | int | str) -> Training:
+def _checked(base: Training, **changes: object) -> Training:
     """``dataclasses.replace`` whose mistakes are sentences."""
-    data = io.to_data(base) | {k: io.to_data(v) if dataclasses.is_dataclass(v) else v for k, v in changes.items()}
+    data = io.to_data(base) | {
+        k: io.to_data(v) if dataclasses.is_dataclass(v) else v for k, v in changes.items()
+    }
     return io.from_data(Training, data, where="train")
 
 

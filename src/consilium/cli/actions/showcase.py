@@ -13,8 +13,10 @@ from consilium.training.loop import WINDOW
 def conclusion(out: Path, summary: Summary, model: str) -> str:
     """The end of the demo: figures, balance, a sample and what to try next."""
     parts = [
-        f"\n{model}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s"
-        f" ({summary.tokens_per_second:,.0f} tok/s)",
+        (
+            f"\n{model}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s"
+            f" ({summary.tokens_per_second:,.0f} tok/s)"
+        ),
         _figures(summary),
         _balance(out),
     ]
@@ -48,7 +50,8 @@ def _figures(summary: Summary) -> str:
             cells = "".join(f"{figure.domains.get(domain, float('nan')):>13.3f}" for domain in domains)
             lines.append(f"{name:<14}{figure.macro:>8.3f}{cells}")
     if summary.untrained is not None:
-        lines.append(f"the trained model needs {summary.trained.macro / summary.untrained.macro:.1%} of the untrained one's bits")
+        share = summary.trained.macro / summary.untrained.macro
+        lines.append(f"the trained model needs {share:.1%} of the untrained one's bits")
     if summary.dense is not None:
         lines.append(
             f"dense twin: {summary.dense.parameters:,} parameters,"

@@ -1,6 +1,7 @@
 """What ``consilium bench`` can measure: paired runs on this machine, each giving one record.
 
-Contestants take turns within one run, so that a machine whose speed drifts favours nobody; medians are compared.
+Contestants take turns within one run, so that a machine whose speed drifts favours nobody; medians are
+compared.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def dense_against_moe(repeats: int = 15) -> tuple[Figure, ...]:
     """The tiny MoE beside a dense model of the same active parameters: steps of the same tokens."""
     tiny = shapes()["train-tiny"]
     twin = dataclasses.replace(tiny, model=dense_twin(tiny.model))
-    return figures(take_turns({"moe": ours(tiny), "dense twin": ours(twin)}, repeats, tiny.tokens), "tokens/s")
+    return figures(
+        take_turns({"moe": ours(tiny), "dense twin": ours(twin)}, repeats, tiny.tokens), "tokens/s"
+    )
 
 
 def decoding(name: str, repeats: int = 5) -> tuple[Figure, ...]:
@@ -115,7 +118,7 @@ def ours(shape: Shape) -> Contestant:
 
 
 def transformers(shape: Shape) -> dict[str, Contestant]:
-    """The same step in transformers: every experts implementation that runs here, in float32 and bfloat16 autocast."""
+    """The same step in transformers, by experts implementation, in float32 and bfloat16 autocast."""
     try:
         library: Any = importlib.import_module("transformers")
     except ImportError:
@@ -132,13 +135,15 @@ def transformers(shape: Shape) -> dict[str, Contestant]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for cast in (False, True):
             kind = "bf16 autocast" if cast else "fp32"
-            found[f"transformers {library.__version__} {experts} {kind}"] = _theirs(model, optimizer, ids_BS, cast)
+            found[f"transformers {library.__version__} {experts} {kind}"] = _theirs(
+                model, optimizer, ids_BS, cast=cast
+            )
         if shape.tokens * shape.model.hidden_size > 2**20:
             break  # batched_mm gathers a weight matrix a token: beyond memory at this size
     return found
 
 
-def _theirs(model: Any, optimizer: torch.optim.Optimizer, ids_BS: torch.Tensor, cast: bool) -> Contestant:
+def _theirs(model: Any, optimizer: torch.optim.Optimizer, ids_BS: torch.Tensor, *, cast: bool) -> Contestant:
     targets_T = ids_BS.roll(-1, 1).flatten()
 
     def step() -> None:
@@ -174,7 +179,7 @@ def figures(speeds: Mapping[str, Sequence[float]], unit: str) -> tuple[Figure, .
     """One figure a contestant; the first is compared with the best of the others."""
     first, *rivals = speeds
     best = max(rivals, key=lambda name: statistics.median(speeds[name]), default=None)
-    found = []
+    found: list[Figure] = []
     for name, values in speeds.items():
         compared = best if name == first else None
         found.append(
@@ -186,7 +191,9 @@ def figures(speeds: Mapping[str, Sequence[float]], unit: str) -> tuple[Figure, .
                 maximum=max(values),
                 n=len(values),
                 against=compared,
-                ratio=None if compared is None else statistics.median(values) / statistics.median(speeds[compared]),
+                ratio=None
+                if compared is None
+                else statistics.median(values) / statistics.median(speeds[compared]),
             )
         )
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The terminal's view of a run: a live page where there is a terminal, a plain line now and then elsewhere."""
+"""The terminal's view of a run: a live page on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class Page:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        )
         self._started: Started | None = None
         self._bits: float | None = None
         self._printed = 0.0
@@ -69,7 +71,9 @@ class Page:
             case Evaluated(step=step, evaluation=evaluation):
                 self._bits = evaluation.bits_per_byte
                 parts = "  ".join(f"{name} {bits:.2f}" for name, bits in evaluation.domains.items())
-                self._print(f"step {step:>5}  held-out bits per byte {evaluation.bits_per_byte:.3f}   ({parts})")
+                self._print(
+                    f"step {step:>5}  held-out bits per byte {evaluation.bits_per_byte:.3f}   ({parts})"
+                )
             case Saved(folder=folder):
                 self._print(f"saved      {folder}")
             case Notice(text=text):
@@ -92,7 +96,8 @@ class Page:
         steps = self._started.config.steps if self._started else event.step
         bits = "" if self._bits is None else f"  held-out {self._bits:.3f} bits/byte"
         return Text(
-            f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%  loss {event.result.loss:.3f}{bits}"
+            f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%"
+            f"  loss {event.result.loss:.3f}{bits}"
             f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
         )
 
@@ -101,6 +106,6 @@ def _load_table(event: Stepped) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("expert load", Text("half a bar is a fair share, · is idle", style="dim"), "max/mean")
     for layer, load in event.result.loads.items():
-        counts = load.load_E.tolist()
+        counts = load.counts
         table.add_row(f"layer {layer}", load_bars(counts), f"{max_over_mean(counts):.2f}")
     return table

@@ -1,0 +1,149 @@
+"""Forward and backward of one layer's experts, every backend in one run, interleaved.
+
+``python bench/experts.py --threads 1 --repeats 6 --keep-memory --out record.json`` writes a bench record;
+with ``--table`` it prints the rows of docs/decisions/0003-experts-backend.md instead of the record.
+
+Legend: R rows, E experts, D hidden size, F width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from consilium.ops.allocator import keep_memory
+from consilium.ops.grouped import Backend, experts
+from consilium.records.bench import BenchRecord, Figure
+from consilium.records.io import to_json, write_json
+from consilium.training.run import cpu_name
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    experts: int
+    rows: int
+    hidden: int
+    width: int
+    skew: float
+    """Standard deviation of the logits that rows are drawn to experts by."""
+
+    def counts(self) -> tuple[int, ...]:
+        generator = torch.Generator().manual_seed(0)
+        share = torch.softmax(torch.randn(self.experts, generator=generator) * self.skew, 0)
+        drawn = torch.multinomial(share, self.rows, replacement=True, generator=generator)
+        return tuple(torch.bincount(drawn, minlength=self.experts).tolist())
+
+
+SHAPES = {
+    "tiny": Shape(32, 8192, 192, 64, 0.2),
+    "tiny-wide": Shape(32, 8192, 192, 128, 0.2),
+    "tiny-skewed": Shape(32, 8192, 192, 64, 1.0),
+    "1b-short": Shape(64, 3072, 1024, 512, 0.2),
+    "1b": Shape(64, 12288, 1024, 512, 0.2),
+}
+
+
+def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[], None]]:
+    """One forward and backward a backend, on shared tensors; gradients are made anew as in training."""
+    counts = shape.counts()
+    x = torch.randn(shape.rows, shape.hidden, dtype=dtype, requires_grad=True)
+    up = torch.randn(shape.experts, 2 * shape.width, shape.hidden, requires_grad=True)
+    down = torch.randn(shape.experts, shape.hidden, shape.width, requires_grad=True)
+    grad = torch.randn_like(x)
+
+    def step(backend: Backend) -> None:
+        x.grad = up.grad = down.grad = None
+        experts(x, counts, up, down, "swiglu", backend).backward(grad)
+
+    return {backend: lambda backend=backend: step(backend) for backend in BACKENDS}
+
+
+def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[Backend, list[float]]:
+    """Milliseconds of processor time by backend: it bears neighbours on the machine better than the clock."""
+    runs = steps(shape, dtype)
+    times: dict[Backend, list[float]] = {backend: [] for backend in runs}
+    for repeat in range(repeats + 1):
+        for backend, run in runs.items():
+            start = time.process_time()
+            run()
+            if repeat:
+                times[backend].append((time.process_time() - start) * 1e3)
+    return times
+
+
+def figures(name: str, times: dict[Backend, list[float]]) -> list[Figure]:
+    rival = statistics.median(times["reference"])
+    return [
+        Figure(
+            name=f"{name} {backend}",
+            unit="ms of processor time",
+            median=statistics.median(t),
+            minimum=min(t),
+            maximum=max(t),
+            n=len(t),
+            against="reference",
+            ratio=statistics.median(t) / rival,
+        )
+        for backend, t in times.items()
+    ]
+
+
+def table_row(name: str, shape: Shape, times: dict[Backend, list[float]]) -> str:
+    counts = shape.counts()
+    busiest = max(counts) * shape.experts / shape.rows
+    cells = [f"{min(times[backend]):.0f}" for backend in BACKENDS]
+    sizes = f"{shape.experts}, {shape.rows}, {shape.hidden}, {shape.width}"
+    return f"| {name} | {sizes} | {busiest:.1f} | {' | '.join(cells)} |"
+
+
+def commit() -> str:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607 - the user's own git
+    return head.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--keep-memory", action="store_true", help="as training does")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    kept = options.keep_memory and keep_memory()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    times = {n: measure(SHAPES[n], getattr(torch, options.dtype), options.repeats) for n in options.shapes}
+    record = BenchRecord(
+        name=f"experts {options.dtype}, memory {'kept' if kept else 'returned'}",
+        machine=f"{cpu_name()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}",
+        commit=commit(),
+        command=shlex.join(["python", *sys.argv]),
+        date=dt.datetime.now(dt.UTC),
+        figures=tuple(figure for name, t in times.items() for figure in figures(name, t)),
+    )
+    rows = "\n".join(table_row(name, SHAPES[name], t) for name, t in times.items())
+    print(rows if options.table else to_json(record))
+    if options.out is not None:
+        write_json(options.out, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""``consilium bench``: run one benchmark, print and keep its record."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import consilium
+from consilium.cli.actions import benchmarks
+from consilium.cli.bench import NAMES
+from consilium.errors import ConsiliumError, nearest
+from consilium.ops.allocator import keep_memory
+from consilium.records.bench import BenchRecord, Figure
+from consilium.records.io import to_json, write_json
+from consilium.training.run import cpu_name
+
+
+def run(options: Namespace) -> int:
+    keep_memory()
+    record = BenchRecord(
+        name=options.name,
+        machine=machine(),
+        commit=_commit(),
+        command=f"consilium {shlex.join(sys.argv[1:])}",
+        date=dt.datetime.now(dt.UTC),
+        figures=_measure(options.name, options.against)(),
+    )
+    if options.out is not None:
+        write_json(options.out, record)
+    print(to_json(record, indent=None) if options.json else _table(record))
+    return 0
+
+
+def machine() -> str:
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
+
+
+def _measure(name: str, against: str | None) -> Callable[[], tuple[Figure, ...]]:
+    if name not in NAMES:
+        raise ConsiliumError(f"unknown benchmark {name!r}.{nearest(name, NAMES)}")
+    if name.startswith("train"):
+        return lambda: benchmarks.training(name, against)
+    if against is not None:
+        raise ConsiliumError(f"bench: {name} has no rival to run; drop --against {against}.")
+    if name.startswith("decode"):
+        return lambda: benchmarks.decoding(name)
+    return benchmarks.dense_against_moe
+
+
+def _table(record: BenchRecord) -> str:
+    lines = [f"{record.name} on {record.machine}"]
+    for figure in record.figures:
+        spread = f"{figure.minimum:,.0f} to {figure.maximum:,.0f}, n = {figure.n}"
+        lines.append(f"  {figure.name:<44}{figure.median:>10,.0f} {figure.unit}   ({spread})")
+        if figure.ratio is not None:
+            lines.append(f"    {figure.ratio:.2f} times {figure.against}")
+    return "\n".join(lines)
+
+
+def _commit() -> str:
+    """The commit of a checkout; a wheel is known by its version."""
+    git = shutil.which("git")
+    if git is not None:
+        where = Path(__file__).parent
+        found = subprocess.run(  # noqa: S603 - asks git for the commit, without a shell
+            [git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=where
+        )
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return f"version {consilium.__version__}"

@@ -1,0 +1,287 @@
+"""Small systems and batches, run through the built model and through its single-file reference.
+
+Legend: B rows, S tokens a row, N tokens of a document, T valid tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilium.config.attention import GQA, MLA, Rope, Yarn
+from consilium.config.balance import (
+    Balance,
+    CommunicationLoss,
+    DeviceLoss,
+    SequenceLoss,
+    SignBias,
+    SwitchLoss,
+)
+from consilium.config.feed_forward import FeedForward
+from consilium.config.io import to_data
+from consilium.config.model import MTP, Model
+from consilium.config.moe import AlwaysOn, Capacity, DeviceCapacity, MoE
+from consilium.config.router import Groups, NoNoise, Router, TopK
+from consilium.data.batch import Batch
+from consilium.evaluation.loss import Share, inputs_of, training_loss
+from consilium.model.decoder import Decoder
+from consilium.model.types import Options
+from consilium.moe.types import Mode
+from consilium.recipes.catalogue import recipe
+from reference import deepseek_v2, deepseek_v3, llama, mixtral, switch
+from small import lively
+
+VOCABULARY = 40
+SPAN = 16
+
+Document = tuple[Tensor, Tensor]
+Rows = list[list[Document]]
+Reference = Callable[[Mapping[str, Tensor], Mapping[str, Any], Rows], tuple[Tensor, dict[str, Tensor]]]
+
+
+def _small(name: str, **changes: Any) -> Model:
+    return dataclasses.replace(recipe(name, "tiny"), vocab_size=VOCABULARY, hidden_size=24, **changes)
+
+
+def _experts(config: Model, **changes: Any) -> MoE:
+    """The recipe's experts, fewer and smaller; balance losses are given large enough to matter."""
+    assert config.moe is not None
+    return dataclasses.replace(config.moe, experts=8, width=10, **changes)
+
+
+def _router(config: Model, **changes: Any) -> Router:
+    assert config.moe is not None
+    return dataclasses.replace(config.moe.router, **changes)
+
+
+def _latent(multiplier: float, q_rank: int | None) -> MLA:
+    """Pairs that keep their frequency, blend, and are slowed down: YaRN's ramp is 0, 1/3, 2/3, 1."""
+    yarn = Yarn(factor=8.0, original_length=64, mscale=multiplier, mscale_all_dim=multiplier)
+    rope = Rope(theta=100.0, interleaved=True, scaling=yarn)
+    return MLA(heads=2, q_rank=q_rank, kv_rank=9, nope_dim=6, rope_dim=8, v_dim=5, rope=rope)
+
+
+def _deepseek_v3(**loss: Any) -> Model:
+    config = recipe("deepseek-v3", "tiny")
+    moe = _experts(
+        config,
+        router=_router(config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="top2_sum")), scale=2.5),
+        balance=Balance(losses=(SequenceLoss(coefficient=0.5, **loss),), bias=SignBias()),
+        shared=AlwaysOn(count=2, width=7),
+    )
+    attention, mtp = _latent(1.0, q_rank=11), MTP(depth=2, weight=0.7)
+    return _small("deepseek-v3", layers=3, attention=attention, dense=FeedForward(width=14), moe=moe, mtp=mtp)
+
+
+def _deepseek_v2(q_rank: int | None) -> Model:
+    config = recipe("deepseek-v2", "tiny")
+    losses = (
+        SequenceLoss(coefficient=0.3),
+        DeviceLoss(coefficient=0.5, devices=4, scope="sequence"),
+        CommunicationLoss(coefficient=0.2, devices=4, most=2),
+    )
+    moe = _experts(
+        config,
+        router=_router(config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="max")), scale=16.0),
+        admission=DeviceCapacity(devices=4, exempt=0.0),
+        balance=Balance(losses=losses),
+        shared=AlwaysOn(count=2, width=7),
+    )
+    return _small(
+        "deepseek-v2", layers=3, attention=_latent(0.707, q_rank), dense=FeedForward(width=14), moe=moe
+    )
+
+
+def _mixtral() -> Model:
+    moe = _experts(recipe("mixtral", "tiny"), balance=Balance(losses=(SwitchLoss(coefficient=0.5),)))
+    rope = Rope(theta=1e6)
+    return _small("mixtral", layers=2, attention=GQA(heads=4, kv_heads=2, head_dim=6, rope=rope), moe=moe)
+
+
+def switch_config(factor: float, **router: Any) -> Model:
+    config = recipe("switch", "tiny")
+    moe = _experts(
+        config,
+        router=_router(config, **router),
+        admission=Capacity(factor=factor),
+        balance=Balance(losses=(SwitchLoss(coefficient=0.5),)),
+    )
+    dense = FeedForward(width=14, activation="geglu")
+    return _small("switch", layers=4, attention=GQA(heads=4, kv_heads=2, head_dim=6), dense=dense, moe=moe)
+
+
+SYSTEMS: dict[str, Model] = {
+    "deepseek-v3": _deepseek_v3(),
+    "deepseek-v3-as-printed": _deepseek_v3(counts="scores"),
+    "deepseek-v2": _deepseek_v2(q_rank=11),
+    "deepseek-v2-lite": _deepseek_v2(q_rank=None),
+    "mixtral": _mixtral(),
+    "switch": switch_config(1.25, noise=NoNoise()),
+    "switch-full": switch_config(0.4, noise=NoNoise()),
+    "llama": _small(
+        "llama", layers=2, attention=GQA(heads=4, kv_heads=4, head_dim=6), dense=FeedForward(width=14)
+    ),
+}
+
+REFERENCES: dict[str, Reference] = {
+    "deepseek-v3": deepseek_v3.model,
+    "deepseek-v2": deepseek_v2.model,
+    "mixtral": lambda weights, hyper, rows: mixtral.model(weights, hyper, documents_of(rows)),
+    "switch": lambda weights, hyper, rows: switch.model(weights, hyper, documents_of(rows)),
+    "llama": lambda weights, hyper, rows: llama.model(weights, hyper, documents_of(rows)),
+}
+
+LAYOUTS: dict[str, list[list[int]]] = {
+    "whole rows": [[SPAN], [SPAN]],
+    "packed documents": [[7, 1, 5, 3], [2, 14]],
+    "right padding": [[9, 4], [], [5], [1, 1]],
+}
+"""Lengths of each row's documents; what is left of a row is padding."""
+
+
+def hyper_of(config: Model) -> dict[str, Any]:
+    """The numbers of a configuration under the plain names that the references read."""
+    data = to_data(config)
+    attention = data["attention"]
+    hyper = data | attention | attention["rope"] | attention["rope"]["scaling"]
+    hyper |= {"mtp_depth": config.mtp.depth, "mtp_loss": config.mtp.weight}
+    if config.moe is None:
+        return hyper
+    router = data["moe"]["router"]
+    hyper |= {"experts": config.moe.experts, "scale": router["scale"], "k": router["select"]["k"]}
+    if groups := router["select"]["groups"]:
+        hyper |= {"groups": groups["count"], "keep_groups": groups["keep"]}
+        hyper |= {"devices": groups["count"], "most_devices": groups["keep"]}
+    admission = data["moe"]["admission"]
+    hyper |= {"drops": True, "capacity": admission.get("factor")}
+    for loss in data["moe"]["balance"]["losses"]:
+        hyper |= {f"{loss['kind']}_loss": loss["coefficient"], "counts": loss.get("counts")}
+    return hyper
+
+
+def documents_of(rows: Rows) -> list[Document]:
+    return [document for row in rows for document in row]
+
+
+def rows_of(lengths: list[list[int]], seed: int = 0) -> Rows:
+    """Random documents; the last token of every second one has a target, as where a row cuts it."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: Rows = []
+    for row in lengths:
+        rows.append([])
+        for length in row:
+            tokens = torch.randint(VOCABULARY, (length + 1,), generator=generator)
+            targets_N = tokens[1:].clone()
+            if len(rows[-1]) % 2:
+                targets_N[-1] = -1
+            rows[-1].append((tokens[:-1], targets_N))
+    return rows
+
+
+def batch_of(rows: Rows, seed: int = 0) -> Batch:
+    """The same documents packed into rows of ``SPAN`` tokens, with random tokens where there is none."""
+    shape = len(rows), SPAN
+    ids_BS = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    targets_BS, sequence_BS = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    position_BS, valid_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids_N, targets_N) in enumerate(row):
+            place = slice(start, start + len(ids_N))
+            ids_BS[b, place], targets_BS[b, place], sequence_BS[b, place] = ids_N, targets_N, number
+            position_BS[b, place], valid_BS[b, place] = torch.arange(len(ids_N)), True
+            start = place.stop
+    return Batch(ids_BS, targets_BS, sequence_BS, position_BS, valid_BS)
+
+
+def lively_model(config: Model, dtype: torch.dtype = torch.float64) -> Decoder:
+    """Ordinary values everywhere, and selection biases of both signs, most of them below every score."""
+    model = lively(config)
+    generator = torch.Generator().manual_seed(7)
+    for layer in model.moe_layers().values():
+        if layer.balance.bias_E is not None:
+            layer.balance.bias_E.normal_(-0.7, 0.1, generator=generator)
+            layer.balance.bias_E[5] = 0.1
+    return model.to(dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pass in training mode and its gradients."""
+
+    logits_TV: Tensor
+    losses: Mapping[str, Tensor]
+    total: Tensor
+    gradients: Mapping[str, Tensor]
+
+
+def noiseless() -> Options:
+    return Options(mode=Mode(training=True))
+
+
+def built(model: Decoder, rows: Rows, options: Callable[[], Options] = noiseless) -> Outcome:
+    """What the built model says of packed and padded rows; each pass gets options of its own."""
+    batch = batch_of(rows)
+    with torch.no_grad():
+        logits_BSV = model(inputs_of(batch), options=options()).logits
+    targets = int((batch.targets_BS >= 0).sum())
+    loss = training_loss(model, batch, Share(targets, 1), options=options())
+    loss.total.backward()
+    losses = {"prediction": loss.nll / targets, **loss.balance}
+    if model.config.mtp.depth:
+        losses["mtp"] = loss.ahead
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    return Outcome(logits_BSV[batch.valid_BS], losses, loss.total.detach(), gradients)
+
+
+def referred(model: Decoder, rows: Rows, reference: Reference | None = None) -> Outcome:
+    """What the reference says in float64 of the same documents."""
+    trained = {name for name, _ in model.named_parameters()}
+    weights = {
+        name: tensor.detach().double().requires_grad_(name in trained)
+        for name, tensor in model.state_dict().items()
+    }
+    logits_TV, losses = _run(model.config, weights, rows, {}, reference)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    gradients = {
+        name: torch.zeros_like(weights[name]) if weights[name].grad is None else weights[name].grad
+        for name in trained
+    }
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    return Outcome(logits_TV.detach(), losses, total.detach(), gradients)
+
+
+@torch.no_grad()
+def referred_logits_and_total(model: Decoder, rows: Rows, **changes: Any) -> tuple[Tensor, Tensor]:
+    """The same without gradients; ``changes`` replace numbers of the system."""
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    logits_TV, losses = _run(model.config, weights, rows, changes)
+    return logits_TV, torch.stack(list(losses.values())).sum()
+
+
+def _run(
+    config: Model,
+    weights: Mapping[str, Tensor],
+    rows: Rows,
+    changes: Mapping[str, Any],
+    reference: Reference | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    run = reference or REFERENCES[config.family]
+    return run(weights, hyper_of(config) | changes, [row for row in rows if row])
+
+
+@functools.cache
+def outcomes(system: str, layout: str, dtype: torch.dtype) -> tuple[Outcome, Outcome]:
+    """The built model's outcome and the reference's, computed once for the tests that look at their parts."""
+    model, rows = lively_model(SYSTEMS[system], dtype), rows_of(LAYOUTS[layout])
+    return built(model, rows), referred(model, rows)

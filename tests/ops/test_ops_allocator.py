@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+SCRIPT = """
+import resource, sys
+import torch
+from consilium.ops.allocator import keep_memory
+
+if sys.argv[1] == "late":
+    torch.zeros(1)
+kept = keep_memory() if sys.argv[1] != "never" else None
+
+def faults_of_one_block():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults_of_one_block()
+print(kept, min(faults_of_one_block() for _ in range(3)), max(faults_of_one_block() for _ in range(3)))
+"""
+
+
+def run(when: str) -> tuple[str, int, int]:
+    command = [sys.executable, "-c", SCRIPT, when]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return printed[0], int(printed[1]), int(printed[2])
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc only")
+def test_kept_memory_is_reused_without_page_faults() -> None:
+    _, least_without, _ = run("never")
+    kept, _, most_with = run("first")
+    assert kept == "True"
+    assert most_with < least_without / 10
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc only")
+def test_too_late_changes_nothing() -> None:
+    kept, *_ = run("late")
+    assert kept == "False"
+
+
+def test_elsewhere_it_is_a_no_op() -> None:
+    script = (
+        "import os, platform; platform.libc_ver = lambda: ('', '');"
+        "from consilium.ops.allocator import keep_memory;"
+        "print(keep_memory(), 'THP_MEM_ALLOC_ENABLE' in os.environ)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.split() == ["False", "False"]

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from consilium.config.feed_forward import GATED, Activation
+from consilium.ops.feed_forward import activate
+from consilium.ops.grouped import Backend, Network, _possible, choose, experts, experts_observed
+from support import relative_error
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+FAST: tuple[Backend, ...] = ("grouped", "padded", "loop")
+COUNTS = [(3, 0, 7, 1), (0, 0, 0, 5), (4, 4, 4, 4), (1, 0, 0, 0), (0, 0, 0, 0), (63, 2, 0, 1)]
+LOW = torch.bfloat16
+
+
+def problem(
+    counts: tuple[int, ...], activation: Activation = "swiglu", size: int = 8, width: int = 16, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, up and down with gradients, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, up_rows = sum(counts), width * (2 if activation in GATED else 1)
+    shapes = (rows, size), (len(counts), up_rows, size), (len(counts), size, width), (rows, size)
+    x, up, down, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x.requires_grad_(), up.requires_grad_(), down.requires_grad_(), grad
+
+
+def naive(x: Tensor, counts: tuple[int, ...], up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """One row at a time."""
+    owner = [e for e, count in enumerate(counts) for _ in range(count)]
+    rows = [down[e] @ activate(up[e] @ row, activation) for e, row in zip(owner, x, strict=True)]
+    return torch.stack(rows) if rows else x * 1
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().double().requires_grad_() for t in tensors)
+
+
+def gradients(y: Tensor, grad: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, of, grad.to(y.dtype), materialize_grads=True)
+
+
+def assert_equals_naive(
+    backend: Backend | None, counts: tuple[int, ...], activation: Activation, size: int, width: int
+) -> None:
+    x, up, down, grad = problem(counts, activation, size, width)
+    y = experts(x, counts, up, down, activation, backend)
+    exact = wide(x, up, down)
+    expected = naive(exact[0], counts, exact[1], exact[2], activation)
+    assert relative_error(y, expected) < 1e-5
+    pairs = zip(gradients(y, grad, x, up, down), gradients(expected, grad, *exact), strict=True)
+    assert all(relative_error(got, wanted) < 1e-5 for got, wanted in pairs)
+
+
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6).map(tuple),
+    activation=st.sampled_from(get_args(Activation)),
+    backend=st.sampled_from((*BACKENDS, None)),
+    size=st.sampled_from([1, 3, 8]),
+    width=st.sampled_from([1, 4, 12]),
+)
+def test_every_backend_equals_one_row_at_a_time_in_values_and_gradients(
+    counts: tuple[int, ...], activation: Activation, backend: Backend | None, size: int, width: int
+) -> None:
+    assert_equals_naive(backend, counts, activation, size, width)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_equality_with_aligned_shapes(backend: Backend, counts: tuple[int, ...]) -> None:
+    assert_equals_naive(backend, counts, "swiglu", 8, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+def test_idle_experts_get_gradients_of_exactly_zero(
+    backend: Backend, counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, up, down, grad = problem(counts)
+    experts(x.to(dtype), counts, up, down, "swiglu", backend).backward(grad.to(dtype))
+    idle = [e for e, count in enumerate(counts) if not count]
+    for weight in (up, down):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad[idle], torch.zeros_like(weight[idle]))
+        assert weight.grad.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", [(3, 0, 7, 1), (40, 30, 20, 38)], ids=str)
+def test_bfloat16_rows_on_float32_masters(backend: Backend, counts: tuple[int, ...]) -> None:
+    x, up, down, grad = problem(counts, size=32, width=32)
+    low = x.detach().to(LOW).requires_grad_()
+    y = experts(low, counts, up, down, "swiglu", backend)
+    got = gradients(y, grad, low, up, down)
+    exact = experts(x, counts, up, down, "swiglu", "reference")
+    wanted = gradients(exact, grad, x, up, down)
+    assert (y.dtype, *(g.dtype for g in got)) == (LOW, LOW, torch.float32, torch.float32)
+    assert relative_error(y, exact) < 0.02
+    assert all(relative_error(a, b) < 0.03 for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_throughout(backend: Backend) -> None:
+    counts = (5, 0, 9)
+    x, up, down, grad = problem(counts)
+    low = tuple(t.detach().to(LOW).requires_grad_() for t in (x, up, down))
+    y = experts(low[0], counts, low[1], low[2], "swiglu", backend)
+    exact = experts(x, counts, up, down, "swiglu", "reference")
+    pairs = list(zip(gradients(y, grad, *low), gradients(exact, grad, x, up, down), strict=True))
+    assert all(got.dtype == LOW for got, _ in pairs)
+    assert relative_error(y, exact) < 0.02
+    assert all(relative_error(got, wanted) < 0.03 for got, wanted in pairs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_equal_finite_differences_where_float64_is_possible(backend: Backend) -> None:
+    counts = (2, 0, 1)
+    x, up, down, _ = problem(counts, size=3, width=2)
+    assert torch.autograd.gradcheck(
+        lambda a, b, c: experts(a, counts, b, c, "geglu", backend), wide(x, up, down)
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_an_expanded_gradient_is_as_good_as_its_copy(backend: Backend) -> None:
+    counts = (3, 0, 7, 1)
+    x, up, down, _ = problem(counts)
+    y = experts(x, counts, up, down, "swiglu", backend)
+    expanded = gradients(y.sum(), torch.ones(()), x, up, down)
+    y = experts(x, counts, up, down, "swiglu", backend)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(expanded, gradients(y, torch.ones_like(y), x, up, down), strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_rows_that_are_not_contiguous(backend: Backend) -> None:
+    counts = (3, 0, 7, 1)
+    x, up, down, grad = problem(counts)
+    y = experts(x.t().contiguous().t(), counts, up, down, "swiglu", backend)
+    expected = experts(x, counts, up, down, "swiglu", "reference")
+    pairs = zip(gradients(y, grad, x, up, down), gradients(expected, grad, x, up, down), strict=True)
+    assert relative_error(y, expected) < 1e-6
+    assert all(relative_error(got, wanted) < 1e-5 for got, wanted in pairs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputation_gives_the_same_gradients(backend: Backend) -> None:
+    counts = (3, 0, 7, 1)
+    x, up, down, grad = problem(counts)
+
+    def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return experts(a, counts, b, c, "swiglu", backend)
+
+    plain = gradients(run(x, up, down), grad, x, up, down)
+    again = gradients(checkpoint(run, x, up, down, use_reentrant=False), grad, x, up, down)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_training_saves_rows_and_pre_activations_only_and_inference_nothing(backend: Backend) -> None:
+    counts = (6, 6, 6, 6)
+    x, up, down, _ = problem(counts)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = experts(x, counts, up, down, "swiglu", backend)
+        assert sorted(saved) == sorted([x.numel(), 24 * 32, up.numel(), down.numel()])
+        with torch.no_grad():
+            quiet = experts(x, counts, up, down, "swiglu", backend)
+    assert len(saved) == 4
+    assert torch.equal(quiet, y)
+    assert not quiet.requires_grad
+
+
+def test_observed_pass_gives_hidden_activations_in_the_graph() -> None:
+    counts = (3, 0, 7, 1)
+    x, up, down, grad = problem(counts)
+    hidden, y = experts_observed(x, counts, up, down, "swiglu")
+    owner = [e for e, count in enumerate(counts) for _ in range(count)]
+    expected = torch.stack([activate(up[e] @ row, "swiglu") for e, row in zip(owner, x, strict=True)])
+    assert relative_error(hidden, expected) < 1e-6
+    (grad_hidden,) = gradients(y, grad, hidden)
+    assert (
+        relative_error(grad_hidden, torch.stack([g @ down[e] for e, g in zip(owner, grad, strict=True)]))
+        < 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "counts", "size", "dtype", "taken"),
+    [
+        ("grouped", (4, 4), 8, torch.float32, "grouped"),
+        ("grouped", (4, 4), 6, torch.float32, "loop"),
+        ("grouped", (4, 4), 4, LOW, "loop"),
+        ("grouped", (4, 4), 8, torch.float64, "loop"),
+        ("grouped", (0, 0), 8, torch.float32, "loop"),
+        ("padded", (4, 4), 6, torch.float32, "padded"),
+        ("padded", (1, 0, 0, 0, 0, 0, 0, 9), 8, torch.float32, "loop"),
+        ("reference", (4, 4), 6, torch.float32, "reference"),
+    ],
+)
+def test_a_backend_that_cannot_or_would_waste_gives_way_to_the_loop(
+    backend: Backend, counts: tuple[int, ...], size: int, dtype: torch.dtype, taken: Backend
+) -> None:
+    x, up, down, _ = problem(counts, size=size)
+    assert _possible(backend, x.to(dtype), counts, Network(up, down, "swiglu")) == taken
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(1 << 10, "grouped"), (1 << 15, "loop")])
+def test_choice_on_a_processor_follows_the_size_of_the_pre_activations(rows: int, chosen: Backend) -> None:
+    network = Network(torch.empty(2, 512, 8), torch.empty(2, 8, 256), "swiglu")
+    assert choose(torch.empty(rows, 8), (rows // 2, rows // 2), network) == chosen
+
+
+def test_counts_that_do_not_fit_the_rows_are_refused() -> None:
+    x, up, down, _ = problem((3, 4))
+    with pytest.raises(AssertionError, match="rows disagree"):
+        experts(x, (3, 3), up, down, "swiglu")
+    with pytest.raises(AssertionError, match="weights disagree"):
+        experts(x, (3, 4, 0), up, down, "swiglu")
