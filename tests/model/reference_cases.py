@@ -277,7 +277,7 @@ def _run(
     reference: Reference | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     run = reference or REFERENCES[config.family]
-    return run(weights, hyper_of(config) | changes, [row for row in rows if row])
+    return run(weights, {**hyper_of(config), **changes}, [row for row in rows if row])
 
 
 @functools.cache
