@@ -12,7 +12,7 @@ from consilium.config.training import Data
 from consilium.config.training import Path as PathSource
 from consilium.data import corpus as module
 from consilium.data import store
-from consilium.data.corpus import Corpus, build_corpus, whole_corpus
+from consilium.data.corpus import Corpus, build_corpus, held_out_corpus, whole_corpus
 from consilium.data.documents import Document, split
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
@@ -165,8 +165,8 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(data: Data) -> None:
 
 def test_text_to_be_measured_is_held_out_whole(data: Data) -> None:
     tokenizer = Tokenizer.of_bytes()
-    corpus = whole_corpus(data, tokenizer)
     assert isinstance(data.source, PathSource)
+    corpus = whole_corpus(Path(data.source.path), tokenizer)
     total = sum(len(text.text.encode()) for text in path_texts(Path(data.source.path)))
     assert corpus.domains == ("odd: name", "py")
     assert sum(text.byte_count for text in corpus.held_out.values()) == total
@@ -175,5 +175,5 @@ def test_text_to_be_measured_is_held_out_whole(data: Data) -> None:
 def test_the_built_in_text_is_measured_on_its_held_out_side(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document("seen", "code", "a", held_out=False), Document("kept", "code", "b", held_out=True)]
     monkeypatch.setattr(module, "builtin_documents", lambda _: documents)
-    corpus = whole_corpus(Data(), Tokenizer.of_bytes())
+    corpus = held_out_corpus(Data(), Tokenizer.of_bytes())
     assert corpus.tokenizer.decode(corpus.held_out["code"].ids_T.tolist()) == "kept"

@@ -41,14 +41,18 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_a_long_sequence_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_a_long_sequence_has_the_logits_of_transformers(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """With these tokens no two experts are within 1e-4 of a tie, which rounding would decide either way."""
     model = lively(CONFIGS[name]).eval()
     store.save(model, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", dtype=torch.float32, local_files_only=True, experts_implementation="eager"
+        tmp_path / "model", dtype=dtype, local_files_only=True, experts_implementation="eager"
     ).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
     ids_BS = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
-    assert relative_error(model(ids_BS).logits, theirs(ids_BS).logits) < 1e-5
+    assert relative_error(model.to(dtype)(ids_BS).logits, theirs(ids_BS).logits) < 1e-5

@@ -13,7 +13,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text"
     )
-    parser.add_argument("--seq", type=int, default=256, metavar="S", help="tokens a window; default 256")
+    parser.add_argument("--seq", type=int, metavar="S", help="tokens a window; default: as in training")
     parser.add_argument("--limit", type=int, metavar="N", help="read at most N tokens a domain")
     json_flag(parser)
 

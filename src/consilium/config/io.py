@@ -71,6 +71,14 @@ def read_yaml(cls: type[C], path: Path) -> C:
         raise ConsiliumError(f"cannot read the configuration {path}: {error}; give a YAML file.") from None
 
 
+def changed(config: C, *, where: str = "", **values: object) -> C:
+    """``dataclasses.replace`` for top-level keys; mistakes are sentences, values may be configurations."""
+    plain = {
+        key: to_data(value) if dataclasses.is_dataclass(value) else value for key, value in values.items()
+    }
+    return from_data(type(config), to_data(config) | plain, where=where)
+
+
 def replace(config: C, assignments: Mapping[str, str], *, where: str = "--set") -> C:
     """Return ``config`` with dotted keys replaced; values are read as YAML (``--set key.path=value``)."""
     data = to_data(config)

@@ -45,7 +45,7 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DeviceCapacity:
-    """Each of ``devices`` equal groups takes at most factor * average; the lowest scores are dropped.
+    """Each of ``devices`` equal groups takes at most ceil(factor * average); the lowest scores drop.
 
     In training only; a fraction ``exempt`` of sequences never drops (DeepSeek-V2, 2405.04434 section 2.2.4).
     """

@@ -65,15 +65,17 @@ def build_corpus(data: Data, vocab_size: int, *, progress: Progress | None = Non
     return corpus
 
 
-def whole_corpus(data: Data, tokenizer: Tokenizer) -> Corpus:
-    """Encode text to measure a model on: all of a path, or what is held out of the built-in text."""
-    match data.source:
-        case BuiltIn():
-            documents = [document for document in builtin_documents(data.held_out) if document.held_out]
-        case PathSource(path=path):
-            documents = [Document(t.text, t.domain, t.name, held_out=True) for t in path_texts(Path(path))]
-        case unknown:
-            assert_never(unknown)
+def whole_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
+    """Encode all text of ``path`` to measure a model on. Raises ConsiliumError for unusable text."""
+    return _measured([Document(t.text, t.domain, t.name, held_out=True) for t in path_texts(path)], tokenizer)
+
+
+def held_out_corpus(data: Data, tokenizer: Tokenizer) -> Corpus:
+    """Encode what a run on ``data`` holds out."""
+    return _measured([document for document in _documents(data) if document.held_out], tokenizer)
+
+
+def _measured(documents: Sequence[Document], tokenizer: Tokenizer) -> Corpus:
     encoded = encode_documents(tokenizer, documents, _silent)
     return Corpus(tokenizer, corpus_sha256(documents), {}, join(tokenizer, encoded, held_out=True))
 

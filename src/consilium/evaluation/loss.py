@@ -51,7 +51,8 @@ def inputs_of(batch: Batch) -> Inputs:
 def training_loss(model: Decoder, batch: Batch, share: Share, *, options: Options) -> Loss:
     """Mean negative log-likelihood over the step's targets plus balance losses averaged over micro-batches.
 
-    Multi-token prediction adds weight / depth * sum of its mean losses (DeepSeek-V3 eq. 25).
+    Multi-token prediction adds weight / depth times its summed losses over the same number of targets
+    (DeepSeek-V3 eq. 24 and 25).
     """
     inputs = inputs_of(batch)
     hidden = model.hidden(inputs, options=options)

@@ -2,7 +2,8 @@
 
 Module k predicts token i + k + 2 from the representation of token i and the embedding of token i + k + 1
 (k from 0). Embedding and head are the main model's; concatenation is [embedding; hidden], the released order.
-The main model's representation enters after its last norm, as serving systems feed the released weights.
+The main model's representation enters after its last norm, as serving systems feed the released weights, and
+module k hands its own on after its norm in the same way.
 
 Legend: B sequences, S tokens, D hidden size, k module.
 """

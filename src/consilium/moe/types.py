@@ -81,7 +81,7 @@ class Routing:
     keep_TK: Tensor
     """bool."""
     clean_TE: Tensor
-    """float32 logits before noise and transforms."""
+    """float32 logits before learned noise and transforms; jitter is already in the input."""
     noise_TE: Tensor | None = None
     """float32 standard deviation of the learned noise, where the system has it."""
     weight_on_input: bool = False

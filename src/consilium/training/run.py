@@ -109,7 +109,7 @@ def save_run(run: Run) -> Path:
 def _restore(
     folder: Path, model: Decoder, optimizer: torch.optim.AdamW, corpus: Corpus, notice: Callable[[str], None]
 ) -> Progress:
-    store.load_weights(model, folder)
+    store.load_weights(model, folder, check_finite=True)
     state = store.load_training_state(folder)
     restore_moments(optimizer, model, state.tensors)
     scalars = state.scalars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
@@ -48,14 +47,15 @@ def _from_recipe(name: str) -> Training:
 
 def _apply(base: Training, options: Namespace) -> Training:
     model = _model(base.model, options)
-    data = dataclasses.replace(
+    data = io.changed(
         base.data,
+        where="train",
         **_given(
             source=PathSource(path=options.data) if options.data else None,
             sequence_length=options.seq,
         ),
     )
-    optimizer = dataclasses.replace(base.optimizer, **_given(learning_rate=options.lr))
+    optimizer = io.changed(base.optimizer, where="train", **_given(learning_rate=options.lr))
     changes = _given(
         batch=options.batch,
         save_every=options.save_every,
@@ -64,15 +64,7 @@ def _apply(base: Training, options: Namespace) -> Training:
         threads=options.threads,
         dtype=faster_dtype() if options.dtype == "auto" else options.dtype,
     )
-    return _checked(base, model=model, data=data, optimizer=optimizer, **changes)
-
-
-def _checked(base: Training, **changes: object) -> Training:
-    """``dataclasses.replace`` whose mistakes are sentences."""
-    data = io.to_data(base) | {
-        k: io.to_data(v) if dataclasses.is_dataclass(v) else v for k, v in changes.items()
-    }
-    return io.from_data(Training, data, where="train")
+    return io.changed(base, where="train", model=model, data=data, optimizer=optimizer, **changes)
 
 
 def _model(model: Model, options: Namespace) -> Model:

@@ -18,7 +18,7 @@ def load_engine(folder: Path) -> Engine:
     Raises ConsiliumError for any other folder.
     """
     checkpoint = checkpoint_in(folder)
-    return Engine(store.load(checkpoint), Tokenizer.load(checkpoint))
+    return Engine(store.load(checkpoint, check_finite=True), Tokenizer.load(checkpoint))
 
 
 def sampling_of(options: Namespace) -> Sampling:
