@@ -29,7 +29,7 @@ class WSD:
 
     kind: Literal["wsd"] = "wsd"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.3
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.6
     final: NonNegativeFloat = 0.05
 
 
@@ -80,7 +80,7 @@ Source = Annotated[BuiltIn | Path, Field(discriminator="kind")]
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
     source: Source = BuiltIn()
-    sequence_length: PositiveInt = 256
+    sequence_length: PositiveInt = 128
     """Tokens a packed sequence."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of files held out for validation."""
@@ -97,11 +97,11 @@ class Training:
     model: Model
     data: Data = Data()
     steps: PositiveInt
-    batch: PositiveInt = 8
+    batch: PositiveInt = 16
     accumulate: PositiveInt = 1
     """Micro-batches a step; divides ``batch``."""
     optimizer: AdamW = AdamW()
-    schedule: Schedule = Cosine()
+    schedule: Schedule = WSD()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; master weights are float32 in both."""
     seed: NonNegativeInt = 0

@@ -48,7 +48,10 @@ def with_balance(model: Model, name: str) -> Model:
             f"--balance {name}: {model.family} is dense and has nothing to balance; drop the option."
         )
     balance = BALANCES[name]
-    offset = "none" if isinstance(balance.bias, NoBias) else "scores"
+    # An offset that the system has stays: without a rule its bias is zero, and the weights' layout is the same.
+    offset = model.moe.router.offset
+    if offset == "none" and not isinstance(balance.bias, NoBias):
+        offset = "scores"
     router = dataclasses.replace(model.moe.router, offset=offset)
     return dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=router, balance=balance))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from consilium.config import io
 from consilium.config.model import Model
 from consilium.config.training import Path as PathSource
-from consilium.config.training import Training
+from consilium.config.training import AdamW, Training
 from consilium.errors import ConsiliumError
 from consilium.planner.dial import scale_to
 from consilium.recipes import catalogue
@@ -42,7 +42,13 @@ def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
 
 def _from_recipe(name: str) -> Training:
     found, size = catalogue.parse(name)
-    return Training(model=found.model(size), steps=1)
+    model = found.model(size)
+    return Training(model=model, steps=1, optimizer=AdamW(learning_rate=default_rate(model)))
+
+
+def default_rate(model: Model) -> float:
+    """0.006 at the tiny width of 192, falling with the width (as in muP, 2203.03466), in two digits."""
+    return float(f"{min(6e-3, 6e-3 * 192 / model.hidden_size):.2g}")
 
 
 def _apply(base: Training, options: Namespace) -> Training:
