@@ -48,7 +48,7 @@ def with_balance(model: Model, name: str) -> Model:
             f"--balance {name}: {model.family} is dense and has nothing to balance; drop the option."
         )
     balance = BALANCES[name]
-    # An offset that the system has stays: without a rule its bias is zero, and the weights' layout is the same.
+    # An offset that the system has stays: without a rule its bias is zero and the layout is the same.
     offset = model.moe.router.offset
     if offset == "none" and not isinstance(balance.bias, NoBias):
         offset = "scores"

@@ -29,7 +29,7 @@ def run(options: Namespace) -> int:
     record = BenchRecord(
         name=options.name,
         machine=machine(),
-        commit=_commit(),
+        commit=commit(),
         command=f"consilium {shlex.join(sys.argv[1:])}",
         date=dt.datetime.now(dt.UTC),
         figures=_measure(options.name, options.against)(),
@@ -67,7 +67,7 @@ def _table(record: BenchRecord) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of a checkout; a wheel is known by its version."""
     git = shutil.which("git")
     if git is not None:

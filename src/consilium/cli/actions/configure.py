@@ -7,8 +7,8 @@ from pathlib import Path
 
 from consilium.config import io
 from consilium.config.model import Model
-from consilium.config.training import Path as PathSource
 from consilium.config.training import AdamW, Training
+from consilium.config.training import Path as PathSource
 from consilium.errors import ConsiliumError
 from consilium.planner.dial import scale_to
 from consilium.recipes import catalogue

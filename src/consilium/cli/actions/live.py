@@ -97,7 +97,7 @@ class Page:
         bits = "" if self._bits is None else f"  held-out {self._bits:.3f} bits/byte"
         return Text(
             f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%"
-            f"  loss {event.result.loss:.3f}{bits}"
+            f"  loss {event.result.ce:.3f}{bits}"
             f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
         )
 

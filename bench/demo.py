@@ -1,0 +1,125 @@
+"""Records and a picture from finished runs: the demo, and the same run without balancing.
+
+usage: python bench/demo.py runs/demo [runs/no-balance]
+
+The runs come from ``consilium demo --compare dense`` and
+``consilium train runs/demo/config.yaml --balance none --out runs/no-balance``.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from pathlib import Path
+
+from consilium.cli.actions.bench import commit, machine
+from consilium.records.bench import BenchRecord, Figure
+from consilium.records.io import read_json, write_json
+from consilium.records.loads import LoadFile, max_over_mean
+from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
+from consilium.report.curves import balance_chart
+from consilium.report.lines import line_chart
+from consilium.report.source import read_run
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "bench" / "records"
+PICTURE = ROOT / "docs" / "pictures" / "balance.svg"
+STYLE = ROOT / "src" / "consilium" / "report" / "templates" / "report.css"
+WINDOW = 50
+
+
+def once(name: str, unit: str, value: float, against: tuple[str, float] | None = None) -> Figure:
+    """One measurement, and what it is compared with."""
+    return Figure(
+        name=name,
+        unit=unit,
+        median=value,
+        minimum=value,
+        maximum=value,
+        n=1,
+        against=None if against is None else against[0],
+        ratio=None if against is None else value / against[1],
+    )
+
+
+def bits(summary: Summary) -> list[Figure]:
+    """Held-out bits per byte, mean over the five domains."""
+    unit = "bits per byte"
+    others: list[tuple[str, BitsPerByte | None]] = [
+        ("untrained", summary.untrained),
+        ("dense twin", summary.dense and summary.dense.bits_per_byte),
+        ("byte trigram model", summary.trigram),
+        ("xz", summary.xz),
+    ]
+    found = {name: figure.macro for name, figure in others if figure is not None}
+    trained = once("trained", unit, summary.trained.macro, ("untrained", found["untrained"]))
+    return [trained, *(once(name, unit, value) for name, value in found.items())]
+
+
+def speed(summary: Summary) -> list[Figure]:
+    against = None if summary.dense is None else ("dense twin", summary.dense.tokens_per_second)
+    return [
+        once("training speed", "tokens/s", summary.tokens_per_second, against),
+        once("training time", "s", summary.seconds),
+        once("tokens", "", summary.tokens),
+    ]
+
+
+def loads(run: Path, label: str = "") -> list[Figure]:
+    """max/mean load of each layer, averaged over the last steps, and experts that got nothing in them."""
+    file = LoadFile.open(run)
+    newest = [load_LE for _, load_LE in file.read()][-WINDOW:]
+    found: list[Figure] = []
+    dead = 0
+    for i, layer in enumerate(file.header.layers):
+        ratios = [max_over_mean(load_LE[i]) for load_LE in newest]
+        mean = sum(ratios) / len(ratios)
+        found.append(once(f"{label}layer {layer}: max/mean load, mean of the last {WINDOW} steps", "", mean))
+        dead += sum(all(load_LE[i][e] == 0 for load_LE in newest) for e in range(file.header.experts))
+    return [*found, once(f"{label}dead experts in the last {WINDOW} steps", "", dead)]
+
+
+def record(name: str, command: str, figures: list[Figure]) -> None:
+    write_json(
+        RECORDS / f"{name}.json",
+        BenchRecord(
+            name=name,
+            machine=machine(),
+            commit=commit(),
+            command=command,
+            date=dt.datetime.now(dt.UTC),
+            figures=tuple(figures),
+        ),
+    )
+
+
+def picture(balanced: Path, unbalanced: Path) -> None:
+    """Both runs' curves as one SVG that stands alone."""
+    svg = line_chart(balance_chart([read_run(balanced), read_run(unbalanced)]))
+    head, _, rest = svg.partition(">")
+    style = f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    PICTURE.write_text(f"{head}>{style}{background}{rest}\n", encoding="utf-8", newline="\n")
+
+
+def main(arguments: list[str]) -> None:
+    run = Path(arguments[0])
+    summary = read_json(Summary, run / SUMMARY_FILE)
+    record("demo", "consilium demo --compare dense", bits(summary) + speed(summary) + loads(run))
+    if len(arguments) > 1:
+        other = Path(arguments[1])
+        bare = read_json(Summary, other / SUMMARY_FILE)
+        bare_bits, balanced_bits = bare.trained.macro, summary.trained.macro
+        figures = [
+            once("balanced", "bits per byte", balanced_bits, ("balance off", bare_bits)),
+            once("balance off", "bits per byte", bare_bits),
+            *loads(run, "balanced, "),
+            *loads(other, "balance off, "),
+        ]
+        record("balance", "consilium train runs/demo/config.yaml --balance none", figures)
+        picture(run, other)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
