@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import io as streams
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from runs import write_config, write_text
+from small import DEEPSEEK
+
+from consilium.cli.actions.live import Page, clock, load_bars
+from consilium.config.training import Training
+from consilium.evaluation.bits import Evaluation
+from consilium.training.events import Evaluated, Notice, Saved, Started, Stepped
+from consilium.training.step import LayerLoad, StepResult
+
+
+def step(number: int) -> Stepped:
+    load = LayerLoad(torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 2, 5]), 1.0)
+    result = StepResult(2.5, 2.25, 0.25, {}, 1.0, 1e-3, 48, {1: load}, skipped=False)
+    return Stepped(number, result, 48 * number, 1234.5, 61.0)
+
+
+def shown(console: Console) -> str:
+    config = Training(model=DEEPSEEK, steps=10)
+    with Page(console) as page:
+        page(Started(config, Path("runs/x"), 1000, 0))
+        page(Evaluated(0, Evaluation(3.5, {"code": 3.5}, 10)))
+        page(step(1))
+        page(Notice("look here"))
+        page(Saved(1, Path("runs/x/checkpoints/step-1")))
+    output = console.file
+    assert isinstance(output, streams.StringIO)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_page_shows_loss_speed_time_left_and_load(terminal: bool) -> None:
+    text = shown(Console(file=streams.StringIO(), force_terminal=terminal, width=120))
+    for part in (
+        "step     1/10",
+        "loss 2.250",
+        "held-out 3.500",
+        "1,234 tok/s",
+        "ETA 1:01",
+        "2.50",
+        "look here",
+    ):
+        assert part in text, part
+    assert ("layer 1" in text) == terminal
+
+
+def test_bars_show_idle_fair_and_crowded_experts() -> None:
+    bars = load_bars([0, 1, 1, 2])
+    assert bars[0] == "·"
+    assert bars[1] == bars[2] == "▄"
+    assert bars[3] == "█"
+    assert load_bars([0, 0]) == "··"
+
+
+def test_the_clock_counts_minutes() -> None:
+    assert (clock(0.4), clock(59.6), clock(125)) == ("0:00", "1:00", "2:05")
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path, write_text(tmp_path / "text"), steps=100_000)
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "consilium", "train", str(config), "--out", str(out)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < 2000:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"consilium train {config} --out {out} --resume" in printed
+    assert len(list((out / "checkpoints").iterdir())) == 1

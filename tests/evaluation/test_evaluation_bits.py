@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small import KINDS, lively
+
+from consilium.config.model import Model
+from consilium.config.training import Data
+from consilium.config.training import Path as PathSource
+from consilium.data.corpus import Corpus, build_corpus
+from consilium.data.tokenizer import Tokenizer
+from consilium.evaluation.bits import evaluate
+from consilium.model.decoder import Decoder
+
+TEXTS = {"plain": ["one two three", "four"], "other": ["äöü 你好 and more", "x" * 40]}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    for domain, texts in TEXTS.items():
+        (tmp_path / domain).mkdir()
+        for i, text in enumerate(texts):
+            (tmp_path / domain / f"{i}.txt").write_text(text, encoding="utf-8")
+    return build_corpus(Data(source=PathSource(path=str(tmp_path)), tokenizer="bytes"), 300)
+
+
+def spelled_out(model: Decoder, corpus: Corpus, domain: str) -> float:
+    """Bits per byte of the held-out documents, one token after another, each document after an end token."""
+    text = corpus.held_out[domain]
+    bits, size = 0.0, 0
+    for start, end in zip(text.starts_N, text.ends_N, strict=True):
+        ids = [int(token) for token in text.ids_T[start:end]]
+        logprobs_SV = torch.log_softmax(model(torch.tensor([ids])).logits[0].detach().double(), -1)
+        bits -= sum(float(logprobs_SV[i, ids[i + 1]]) for i in range(len(ids) - 1)) / math.log(2)
+        size += len(corpus.tokenizer.decode_bytes(ids))
+    return bits / size
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_bits_per_byte_are_those_of_each_document_alone(config: Model, corpus: Corpus) -> None:
+    model = lively(config).eval()
+    found = evaluate(model, corpus, sequence_length=64, batch=3)
+    assert found.domains.keys() == TEXTS.keys()
+    for domain, value in found.domains.items():
+        assert value == pytest.approx(spelled_out(model, corpus, domain), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(sum(found.domains.values()) / 2)
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_a_byte(corpus: Corpus) -> None:
+    model = lively(KINDS["dense"]).eval()
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    found = evaluate(model, corpus, sequence_length=16)
+    assert found.bits_per_byte == pytest.approx(math.log2(300), rel=1e-5)
+
+
+def test_evaluation_changes_no_state(corpus: Corpus) -> None:
+    model = lively(KINDS["deepseek"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate(model, corpus, sequence_length=16, limit_tokens=20)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_tokenizer_of_the_corpus_is_that_of_bytes(corpus: Corpus) -> None:
+    assert corpus.tokenizer.files() == Tokenizer.of_bytes().files()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from consilium.config.moe import MoE
+from consilium.config.router import Router, Sigmoid, TopK
+from consilium.errors import ConsiliumError
+from consilium.planner.dial import scale_to
+from consilium.planner.parameters import parameters
+from consilium.recipes.catalogue import names, recipe
+from consilium.recipes.variants import BALANCES, dense_twin, scaled, with_balance
+
+TINY = [f"{name}:tiny" for name in names()]
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("name", ["deepseek-v3:tiny", "mixtral:tiny"])
+def test_a_balance_changes_nothing_but_balance_and_what_it_needs(name: str, balance: str) -> None:
+    before, after = recipe(name), with_balance(recipe(name), balance)
+    assert isinstance(before.moe, MoE)
+    assert isinstance(after.moe, MoE)
+    assert after.moe.balance == BALANCES[balance]
+    assert (after.moe.router.select, after.moe.router.score) == (
+        before.moe.router.select,
+        before.moe.router.score,
+    )
+    if after.moe.balance.bias.kind != "none":
+        assert after.moe.router.offset != "none"
+    if before.moe.router.offset != "none":
+        assert after.moe.router.offset == before.moe.router.offset
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3:tiny", "deepseek-v3:1b", "deepseek-v2:lite", "mixtral:8x7b"])
+def test_the_dense_twin_has_the_active_parameters(name: str) -> None:
+    model = recipe(name)
+    twin = dense_twin(model)
+    assert twin.moe is None
+    assert parameters(twin).total == pytest.approx(parameters(model).active, rel=0.02)
+    assert dense_twin(twin) == twin
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("wanted", [4_000_000, 20_000_000, 60_000_000])
+def test_the_dial_reaches_the_wanted_size(name: str, wanted: int) -> None:
+    counts = parameters(scale_to(recipe(name), wanted))
+    assert counts.total + counts.mtp == pytest.approx(wanted, rel=0.25)
+
+
+def test_scaling_by_one_is_the_model_itself() -> None:
+    for name in TINY:
+        assert scaled(recipe(name), 1.0) == recipe(name)
+
+
+def test_scaling_keeps_experts_and_k() -> None:
+    model = scaled(recipe("deepseek-v3:tiny"), 2.0)
+    assert model.moe is not None
+    assert (model.moe.experts, model.moe.most_active) == (32, 4)
+    assert model.hidden_size == 384
+
+
+def test_a_size_below_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ConsiliumError, match="comes no nearer than"):
+        scale_to(recipe("deepseek-v3:tiny"), 10_000)
+
+
+def test_balance_needs_experts_and_a_known_name() -> None:
+    with pytest.raises(ConsiliumError, match="nothing to balance"):
+        with_balance(recipe("llama:tiny"), "switch")
+    with pytest.raises(ConsiliumError, match="Did you mean 'sequence'"):
+        with_balance(recipe("mixtral:tiny"), "sequense")
+
+
+def test_offsets_on_logits_survive_another_balance() -> None:
+    base = recipe("mixtral:tiny")
+    router = Router(score=Sigmoid(), offset="logits", select=TopK(k=2))
+    moe = MoE(experts=4, width=8, router=router)
+    changed = with_balance(type(base)(**{**vars(base), "moe": moe}), "bias")
+    assert changed.moe is not None
+    assert changed.moe.router.offset == "logits"
