@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 from runs import write_config, write_text
-from small import DEEPSEEK
 
 from consilium.cli.actions.live import Page, clock, load_bars
 from consilium.config.training import Training
 from consilium.evaluation.bits import Evaluation
 from consilium.training.events import Evaluated, Notice, Saved, Started, Stepped
 from consilium.training.step import LayerLoad, StepResult
+from small import DEEPSEEK
 
 
 def step(number: int) -> Stepped:

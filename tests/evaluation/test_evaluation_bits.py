@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import KINDS, lively
 
 from consilium.config.model import Model
 from consilium.config.training import Data
@@ -14,6 +13,7 @@ from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.evaluation.bits import evaluate
 from consilium.model.decoder import Decoder
+from small import KINDS, lively
 
 TEXTS = {"plain": ["one two three", "four"], "other": ["äöü 你好 and more", "x" * 40]}
 

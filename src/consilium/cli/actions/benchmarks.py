@@ -148,7 +148,7 @@ def transformers(shape: Shape) -> dict[str, Contestant]:
 
 
 def _gathered_bytes(shape: Shape) -> int:
-    """What batched_mm copies for one layer: the weights of every chosen expert for every token, in float32."""
+    """What batched_mm copies for one layer: weights of each chosen expert for each token, in float32."""
     moe = shape.model.moe
     return 0 if moe is None else 4 * shape.tokens * moe.most_active * 3 * moe.width * shape.model.hidden_size
 
