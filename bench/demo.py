@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from consilium.cli.actions.bench import commit, machine
@@ -69,14 +70,21 @@ def loads(run: Path, label: str = "") -> list[Figure]:
     """max/mean load of each layer, averaged over the last steps, and experts that got nothing in them."""
     file = LoadFile.open(run)
     newest = [load_LE for _, load_LE in file.read()][-WINDOW:]
-    found: list[Figure] = []
-    dead = 0
-    for i, layer in enumerate(file.header.layers):
-        ratios = [max_over_mean(load_LE[i]) for load_LE in newest]
-        mean = sum(ratios) / len(ratios)
-        found.append(once(f"{label}layer {layer}: max/mean load, mean of the last {WINDOW} steps", "", mean))
-        dead += sum(all(load_LE[i][e] == 0 for load_LE in newest) for e in range(file.header.experts))
+    by_layer = {layer: [load_LE[i] for load_LE in newest] for i, layer in enumerate(file.header.layers)}
+    found = [
+        once(f"{label}layer {layer}: max/mean load, mean of the last {WINDOW} steps", "", mean_ratio(load_SE))
+        for layer, load_SE in by_layer.items()
+    ]
+    dead = sum(dead_experts(load_SE) for load_SE in by_layer.values())
     return [*found, once(f"{label}dead experts in the last {WINDOW} steps", "", dead)]
+
+
+def mean_ratio(load_SE: Sequence[Sequence[int]]) -> float:
+    return sum(max_over_mean(load_E) for load_E in load_SE) / len(load_SE)
+
+
+def dead_experts(load_SE: Sequence[Sequence[int]]) -> int:
+    return sum(not any(counts) for counts in zip(*load_SE, strict=True))
 
 
 def record(name: str, command: str, figures: list[Figure]) -> None:

@@ -105,7 +105,7 @@ def test_the_model_of_a_checkpoint_is_read_from_its_config(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "answer"),
     [
-        (None, "cannot read"),
+        (None, "there is no"),
         (b"\xff\xfe\x00", r"config\.json"),
         (b"{", r"config\.json"),
         (b"[]", r"config\.json"),

@@ -182,8 +182,14 @@ def test_the_demo_ends_with_figures_and_trains_nothing_twice(
     ):
         assert promised in out, promised
     assert read_json(Specialisation, tmp_path / "demo" / SPECIALISATION_FILE).tokens > 0
-    metrics = (tmp_path / "demo/metrics.jsonl").stat().st_mtime_ns
+    metrics = (tmp_path / "demo/metrics.jsonl").read_bytes()
+    checkpoint = next((tmp_path / "demo/checkpoints").iterdir())
+    saved = checkpoint.stat().st_mtime_ns
+    speed = read_json(Summary, tmp_path / "demo" / SUMMARY_FILE).tokens_per_second
+    assert speed > 0
     assert "calibrated" not in said(capsys, *words)
     compared = said(capsys, *words, "--compare", "dense")
     assert "dense twin" in compared
-    assert (tmp_path / "demo/metrics.jsonl").stat().st_mtime_ns == metrics
+    assert read_json(Summary, tmp_path / "demo" / SUMMARY_FILE).tokens_per_second == speed
+    assert (tmp_path / "demo/metrics.jsonl").read_bytes() == metrics
+    assert checkpoint.stat().st_mtime_ns == saved

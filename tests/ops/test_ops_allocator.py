@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -27,9 +28,16 @@ print(kept, min(faults_of_one_block() for _ in range(3)), max(faults_of_one_bloc
 """
 
 
+def python(command: list[str]) -> str:
+    """What a new process prints that has not inherited the setting from a command run in this one."""
+    inherited = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=inherited)
+    return done.stdout
+
+
 def run(when: str) -> tuple[str, int, int]:
     command = [sys.executable, "-c", SCRIPT, when]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    printed = python(command).split()
     return printed[0], int(printed[1]), int(printed[2])
 
 
@@ -53,7 +61,4 @@ def test_elsewhere_it_is_a_no_op() -> None:
         "from consilium.ops.allocator import keep_memory;"
         "print(keep_memory(), 'THP_MEM_ALLOC_ENABLE' in os.environ)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert result.stdout.split() == ["False", "False"]
+    assert python([sys.executable, "-c", script]).split() == ["False", "False"]

@@ -10,7 +10,7 @@ from consilium.config.training import Training
 from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE, LoadFile
-from consilium.records.metrics import METRICS_FILE, append_step, truncate_metrics
+from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, truncate_metrics
 from consilium.records.run import StepRecord
 from consilium.training.step import StepResult
 
@@ -77,6 +77,11 @@ class RunFiles:
 
     def log(self, record: StepRecord) -> None:
         append_step(self._metrics, record)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether a validation after ``step`` is on record."""
+        records = read_metrics(self._metrics).records
+        return any(record.step == step and record.bits_per_byte is not None for record in records)
 
     def log_loads(self, step: int, result: StepResult) -> None:
         if self._loads is not None:

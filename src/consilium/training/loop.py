@@ -16,6 +16,7 @@ from consilium.evaluation.bits import Evaluation, evaluate
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
+from consilium.training.files import CHECKPOINTS
 from consilium.training.guard import check_patience
 from consilium.training.interrupt import polite_stop
 from consilium.training.measures import evaluation_record, layer_ratios, step_record
@@ -111,13 +112,14 @@ def _every(run: Run, emit: Callable[[Event], None]) -> None:
     step, config = run.progress.step, run.config
     if step == config.steps:
         return
-    if config.eval_every and step % config.eval_every == 0:
+    if _is_due(config, step):
         _evaluate(run, emit)
     if config.save_every and step % config.save_every == 0:
         emit(Saved(step, save_run(run)))
 
 
 def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
+    """Validate; on record once, and only where an uninterrupted run does it too."""
     evaluation = evaluate(
         run.model,
         run.corpus,
@@ -125,14 +127,22 @@ def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
         limit_tokens=run.config.eval_tokens,
         options=Options(dtype=torch_dtype(run.config.dtype)),
     )
-    run.files.log(evaluation_record(run.progress.step, run.progress.tokens, evaluation))
-    emit(Evaluated(run.progress.step, evaluation))
+    step = run.progress.step
+    if not run.files.has_evaluation(step) and (step in (0, run.config.steps) or _is_due(run.config, step)):
+        run.files.log(evaluation_record(step, run.progress.tokens, evaluation))
+    emit(Evaluated(step, evaluation))
     return evaluation
+
+
+def _is_due(config: Training, step: int) -> bool:
+    return bool(config.eval_every) and step % (config.eval_every or 1) == 0
 
 
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
     """Save first: a stop that was asked for must not lose steps to a slow validation."""
-    folder = save_run(run)
+    folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
+    if not folder.exists():
+        save_run(run)
     emit(Saved(run.progress.step, folder))
     finished = Finished(
         out=run.out,

@@ -68,6 +68,8 @@ def open_run(
     model = build(config.model, seed=config.seed)
     optimizer = build_optimizer(model, config.optimizer)
     loader = loader_of(config, corpus)
+    for text in loader.notices:
+        notice(text)
     if checkpoint is None:
         write_json(out / META_FILE, _meta(config, corpus))
         files, progress = RunFiles.start(out, config), Progress()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from consilium.evaluation.bits import Evaluation
-from consilium.records.io import write_json
+from consilium.records.io import read_json_if_present, write_json
 from consilium.records.metrics import METRICS_FILE, read_metrics
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Dense, Sample, Summary
 from consilium.training.events import Finished
@@ -21,11 +21,14 @@ def write_summary(
     sample: Sample | None = None,
 ) -> Summary:
     """Write and return the summary; the untrained figure is the one logged before the very first step."""
+    before = read_json_if_present(Summary, out / SUMMARY_FILE)
+    # A finished run that was only opened again keeps the speed it was trained with.
+    timed = before if before is not None and finished.seconds == 0 else finished
     summary = Summary(
         steps=finished.steps,
         tokens=finished.tokens,
-        seconds=finished.seconds,
-        tokens_per_second=finished.tokens_per_second,
+        seconds=timed.seconds,
+        tokens_per_second=timed.tokens_per_second,
         trained=bits(finished.last),
         untrained=_untrained(out),
         trigram=trigram,
