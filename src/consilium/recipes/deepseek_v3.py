@@ -78,7 +78,7 @@ _TINY = Model(
         router=Router(score=Sigmoid(), offset="scores", select=TopK(k=4)),
         # A few hundred steps at a high rate need a step that shrinks with the imbalance: the sign rule either
         # swings (0.01) or lags (0.001); docs/log.md has the measurements.
-        balance=Balance(losses=(SequenceLoss(coefficient=3e-3),), bias=LinearBias(rate=0.01)),
+        balance=Balance(losses=(SequenceLoss(coefficient=3e-3),), bias=LinearBias(rate=0.006)),
         shared=AlwaysOn(count=1, width=64),
     ),
     max_length=1024,
