@@ -114,7 +114,8 @@ def picture(balanced: Path, unbalanced: Path) -> None:
 def main(arguments: list[str]) -> None:
     run = Path(arguments[0])
     summary = read_json(Summary, run / SUMMARY_FILE)
-    record("demo", "consilium demo --compare dense", bits(summary) + speed(summary) + loads(run))
+    command = "consilium demo" if summary.dense is None else "consilium demo --compare dense"
+    record("demo", command, bits(summary) + speed(summary) + loads(run))
     if len(arguments) > 1:
         other = Path(arguments[1])
         bare = read_json(Summary, other / SUMMARY_FILE)
