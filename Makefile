@@ -1,6 +1,6 @@
 # make demo       set up, train a small model on text that is already here, show what its experts do
 # make test       set up, then everything that CI runs
-# make test-slow  the large-count tests
+# make test-slow  the tests behind every promise, large counts included, kept as records
 # make lint       format, lint, import contract and types only
 # make bench      the benchmarks, resumable
 # make clean      remove the environment and caches; runs/ stays
@@ -50,7 +50,7 @@ units: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest --quiet $(PYTEST)
 
 test-slow: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest --quiet -m slow --timeout 7200 $(PYTEST)
+	$(BIN)/python bench/promises.py $(if $(PYTEST),-- $(PYTEST))
 
 bench: $(VENV)/.stamp-test
 	$(BIN)/consilium bench

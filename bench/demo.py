@@ -8,13 +8,12 @@ The runs come from ``consilium demo --compare dense`` and
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from consilium.cli.actions.bench import commit, machine
-from consilium.records.bench import BenchRecord, Figure
+from consilium.cli.actions.bench import once, record
+from consilium.records.bench import Figure
 from consilium.records.io import read_json, write_json
 from consilium.records.loads import LoadFile, max_over_mean
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
@@ -27,20 +26,6 @@ RECORDS = ROOT / "bench" / "records"
 PICTURE = ROOT / "docs" / "pictures" / "balance.svg"
 STYLE = ROOT / "src" / "consilium" / "report" / "templates" / "report.css"
 WINDOW = 50
-
-
-def once(name: str, unit: str, value: float, against: tuple[str, float] | None = None) -> Figure:
-    """One measurement, and what it is compared with."""
-    return Figure(
-        name=name,
-        unit=unit,
-        median=value,
-        minimum=value,
-        maximum=value,
-        n=1,
-        against=None if against is None else against[0],
-        ratio=None if against is None else value / against[1],
-    )
 
 
 def bits(summary: Summary) -> list[Figure]:
@@ -87,18 +72,8 @@ def dead_experts(load_SE: Sequence[Sequence[int]]) -> int:
     return sum(not any(counts) for counts in zip(*load_SE, strict=True))
 
 
-def record(name: str, command: str, figures: list[Figure]) -> None:
-    write_json(
-        RECORDS / f"{name}.json",
-        BenchRecord(
-            name=name,
-            machine=machine(),
-            commit=commit(),
-            command=command,
-            date=dt.datetime.now(dt.UTC),
-            figures=tuple(figures),
-        ),
-    )
+def write(name: str, command: str, figures: list[Figure]) -> None:
+    write_json(RECORDS / f"{name}.json", record(name, command, figures))
 
 
 def picture(balanced: Path, unbalanced: Path) -> None:
@@ -115,7 +90,7 @@ def main(arguments: list[str]) -> None:
     run = Path(arguments[0])
     summary = read_json(Summary, run / SUMMARY_FILE)
     command = "consilium demo" if summary.dense is None else "consilium demo --compare dense"
-    record("demo", command, bits(summary) + speed(summary) + loads(run))
+    write("demo", command, bits(summary) + speed(summary) + loads(run))
     if len(arguments) > 1:
         other = Path(arguments[1])
         bare = read_json(Summary, other / SUMMARY_FILE)
@@ -126,7 +101,7 @@ def main(arguments: list[str]) -> None:
             *loads(run, "balanced, "),
             *loads(other, "balance off, "),
         ]
-        record("balance", "consilium train runs/demo/config.yaml --balance none", figures)
+        write("balance", "consilium train runs/demo/config.yaml --balance none", figures)
         picture(run, other)
 
 

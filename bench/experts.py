@@ -9,11 +9,9 @@ Legend: R rows, E experts, D hidden size, F width.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +21,11 @@ from typing import get_args
 
 import torch
 
+from consilium.cli.actions.bench import record
 from consilium.ops.allocator import keep_memory
 from consilium.ops.grouped import Backend, experts
-from consilium.records.bench import BenchRecord, Figure
+from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
-from consilium.training.run import cpu_name
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -110,11 +108,6 @@ def table_row(name: str, shape: Shape, times: dict[Backend, list[float]]) -> str
     return f"| {name} | {sizes} | {busiest:.1f} | {' | '.join(cells)} |"
 
 
-def commit() -> str:
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607 - the user's own git
-    return head.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,18 +124,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     times = {n: measure(SHAPES[n], getattr(torch, options.dtype), options.repeats) for n in options.shapes}
-    record = BenchRecord(
-        name=f"experts {options.dtype}, memory {'kept' if kept else 'returned'}",
-        machine=f"{cpu_name()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}",
-        commit=commit(),
-        command=shlex.join(["python", *sys.argv]),
-        date=dt.datetime.now(dt.UTC),
-        figures=tuple(figure for name, t in times.items() for figure in figures(name, t)),
+    made = record(
+        f"experts {options.dtype}, memory {'kept' if kept else 'returned'}",
+        shlex.join(["python", *sys.argv]),
+        [figure for name, t in times.items() for figure in figures(name, t)],
     )
     rows = "\n".join(table_row(name, SHAPES[name], t) for name, t in times.items())
-    print(rows if options.table else to_json(record))
+    print(rows if options.table else to_json(made))
     if options.out is not None:
-        write_json(options.out, record)
+        write_json(options.out, made)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Fill the generated blocks of the documents from bench/records/*.json.
+"""Fill the generated blocks of the documents from bench/records/*.json and from the planner.
 
-A block lies between ``<!-- generated:NAME -->`` and ``<!-- end:NAME -->``. NAME is a record's name, or
-``promises`` for the table of promises. ``--check`` changes nothing and fails when a block is out of date.
+A block lies between ``<!-- generated:NAME -->`` and ``<!-- end:NAME -->``. NAME is a record's name,
+``promises`` for the table of promises, or a block of planned.py. ``--check`` changes nothing and fails when
+a block is out of date.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from planned import BLOCKS, table
+
 from consilium.records.bench import BenchRecord, Figure
 from consilium.records.io import read_json
+from consilium.records.promise import Promise, Promises
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
+PROMISES = ROOT / "bench" / "promises.json"
 BLOCK = re.compile(r"(<!-- generated:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
 
 
@@ -23,7 +28,9 @@ BLOCK = re.compile(r"(<!-- generated:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.
 class Words:
     """The few words a generated block needs, in one language."""
 
-    columns: tuple[str, ...]
+    repeated: tuple[str, ...]
+    """Headings of a table in which something was measured more than once."""
+    single: tuple[str, ...]
     promises: tuple[str, ...]
     source: str
     unmeasured: str
@@ -31,14 +38,16 @@ class Words:
 
 
 ENGLISH = Words(
-    columns=("What", "Median", "Range", "n", "Against", "Ratio"),
+    repeated=("What", "Median (n = 1: only value)", "Range", "n", "Against", "Ratio"),
+    single=("What", "Value", "Against", "Ratio"),
     promises=("Promise", "Test", "N", "Failures", "Date"),
     source="Measured {date} on {machine}: `{command}`.",
     unmeasured="Not measured yet; `make bench` writes this record.",
     pending="not run yet",
 )
 CHINESE = Words(
-    columns=("项目", "中位数", "范围", "n", "对比对象", "比值"),
+    repeated=("项目", "中位数（n = 1 时为单次值）", "范围", "n", "对比对象", "比值"),
+    single=("项目", "数值", "对比对象", "比值"),
     promises=("承诺", "测试", "次数", "失败", "日期"),
     source="{date} 测于 {machine}：`{command}`。",
     unmeasured="尚未测量；`make bench` 会写入这份记录。",
@@ -46,70 +55,45 @@ CHINESE = Words(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """What we say, the test that would show it false, and the record of its large-count run."""
-
-    sentence: str
-    test: str
-    record: str
-
-
-PROMISES = (
-    Promise("One routing rule: every system equals its naive reference", "tests/moe", "promise-routing"),
-    Promise("One contract: cached, absorbed and batched passes agree", "tests/model", "promise-contract"),
-    Promise("Greedy output does not depend on the batch", "tests/engine", "promise-greedy"),
-    Promise("Padding, evaluation and recomputation never count as load", "tests/moe", "promise-load"),
-    Promise("A killed run resumes to the same weights, bit for bit", "tests/training", "promise-resume"),
-    Promise(
-        "A truncated or damaged checkpoint is refused, never loaded", "tests/checkpoint", "promise-checkpoint"
-    ),
-    Promise("Bad input gives one sentence and exit code 2", "tests/cli", "promise-input"),
-)
-
-
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, tuple("---" for _ in columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
-
 def number(value: float) -> str:
     """Three significant digits, thousands separated, never scientific."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def figure_row(figure: Figure) -> tuple[str, ...]:
+def figure_cells(figure: Figure, *, repeated: bool) -> tuple[str, ...]:
+    value = f"{number(figure.median)} {figure.unit}".strip()
     spread = f"{number(figure.minimum)} to {number(figure.maximum)}" if figure.n > 1 else ""
     ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-    median = f"{number(figure.median)} {figure.unit}".strip()
-    return (figure.name, median, spread, str(figure.n), figure.against or "", ratio)
+    return (figure.name, value, *((spread, str(figure.n)) if repeated else ()), figure.against or "", ratio)
 
 
 def record_block(record: BenchRecord | None, words: Words) -> str:
     if record is None:
         return f"{words.unmeasured}\n"
+    repeated = any(figure.n > 1 for figure in record.figures)
+    rows = [figure_cells(figure, repeated=repeated) for figure in record.figures]
     source = words.source.format(date=record.date.date(), machine=record.machine, command=record.command)
-    return f"{table(words.columns, [figure_row(figure) for figure in record.figures])}\n{source}\n"
+    return f"{table(words.repeated if repeated else words.single, rows)}\n{source}\n"
 
 
 def promise_row(promise: Promise, record: BenchRecord | None, words: Words) -> tuple[str, ...]:
-    test = f"`{promise.test}`"
+    tests = ", ".join(f"`{test}`" for test in promise.tests)
     if record is None:
-        return (promise.sentence, test, words.pending, "", "")
-    counts = {figure.name: figure.median for figure in record.figures}
-    return (
-        promise.sentence,
-        test,
-        number(counts["trials"]),
-        number(counts["failures"]),
-        str(record.date.date()),
-    )
+        return (promise.sentence, tests, words.pending, "", "")
+    counts = {figure.name: number(figure.median) for figure in record.figures}
+    return promise.sentence, tests, counts["trials"], counts["failures"], str(record.date.date())
+
+
+def promises_block(records: dict[str, BenchRecord], words: Words) -> str:
+    known = read_json(Promises, PROMISES).promises
+    return table(words.promises, [promise_row(one, records.get(one.record), words) for one in known])
 
 
 def block(name: str, records: dict[str, BenchRecord], words: Words) -> str:
     if name == "promises":
-        rows = [promise_row(promise, records.get(promise.record), words) for promise in PROMISES]
-        return table(words.promises, rows)
+        return promises_block(records, words)
+    if name in BLOCKS:
+        return BLOCKS[name]()
     return record_block(records.get(name), words)
 
 

@@ -24,6 +24,10 @@ CONFIGS: dict[str, GQA | MLA] = {
     "everything": GQA(
         heads=4, kv_heads=2, head_dim=6, qkv_bias=True, qk_norm="full", softcap=2.0, scale=0.7, rope=YARN
     ),
+    "half-rotated": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(fraction=0.5)),
+    "quarter-rotated": GQA(
+        heads=2, kv_heads=1, head_dim=8, qk_norm="head", rope=Rope(interleaved=True, fraction=0.25)
+    ),
     "latent": MLA(heads=3, q_rank=None, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5),
     "latent-compressed": MLA(heads=3, q_rank=7, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5, rope=YARN),
     "latent-wide-value": MLA(heads=2, q_rank=9, kv_rank=8, nope_dim=3, rope_dim=2, v_dim=9),

@@ -32,6 +32,17 @@ gqa_configs = st.builds(
     scale=st.sampled_from([None, 0.9]),
     rope=st.sampled_from([Rope(), Rope(interleaved=True, theta=100.0)]),
 )
+partly_rotated = st.builds(
+    lambda parts, fraction, interleaved: GQA(
+        heads=4,
+        kv_heads=2,
+        head_dim=8 * parts,
+        rope=Rope(theta=100.0, fraction=fraction, interleaved=interleaved),
+    ),
+    parts=st.integers(1, 2),
+    fraction=st.sampled_from([0.25, 0.5, 0.75]),
+    interleaved=st.booleans(),
+)
 
 # A norm over one value cancels its input, and its gradient is rounding: ranks start at 3.
 mla_configs = st.builds(
@@ -102,7 +113,7 @@ def test_documents_and_padding_equal_the_equations(config: GQA | MLA) -> None:
     compared(config, random_x(2, 8), sequence, valid)
 
 
-@given(config=gqa_configs, batch=st.integers(1, 3), tokens=st.integers(1, 6))
+@given(config=gqa_configs | partly_rotated, batch=st.integers(1, 3), tokens=st.integers(1, 6))
 def test_grouped_query_attention_of_any_shape(config: GQA, batch: int, tokens: int) -> None:
     compared(config, random_x(batch, tokens), None, None)
 

@@ -133,3 +133,24 @@ def test_qwen2_has_biases() -> None:
         relative_error(module(x, build_context(config, position)), theirs(attention, rotary, x, position))
         < 1e-5
     )
+
+
+def test_nemotron_rotates_half_of_each_head() -> None:
+    system = oracle("nemotron")
+    config = GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(fraction=0.5))
+    configuration = system.NemotronConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        attn_implementation="eager",
+    )
+    file = system.modeling_nemotron
+    attention, rotary = file.NemotronAttention(configuration, 0), file.NemotronRotaryEmbedding(configuration)
+    module, x, position = built(config), random_x(2, 9), counted(2, 9)
+    attention.load_state_dict(renamed(module.state_dict(), GQA_NAMES))
+    assert (
+        relative_error(module(x, build_context(config, position)), theirs(attention, rotary, x, position))
+        < 1e-5
+    )

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
-from checkpoint.models import HUGGING_FACE, answer, deepseek_v2, deepseek_v3, llama, mixtral, saved, trained
+from checkpoint.keys import NAMED, folder_with, foreign
+from checkpoint.models import HUGGING_FACE, answer, deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.hf_config import to_hugging_face
-from consilium.config.model import Model
+from consilium.checkpoint.hf_config import config_from_folder, to_hugging_face
+from consilium.data.tokenizer import Tokenizer
 from consilium.recipes.catalogue import recipe
 from support import relative_error
 
@@ -99,6 +100,18 @@ def test_we_open_what_transformers_saves_and_write_the_same_tensors(name: str, t
             {"head_dim", "max_position_embeddings", "router_aux_loss_coef"},
         ),
         ("llama", "7b", transformers.LlamaConfig, {"max_position_embeddings", "rms_norm_eps"}),
+        (
+            "qwen-moe",
+            "a2.7b",
+            transformers.Qwen2MoeConfig,
+            {"intermediate_size", "max_position_embeddings", "max_window_layers", "sliding_window"},
+        ),
+        (
+            "qwen3-moe",
+            "30b",
+            transformers.Qwen3MoeConfig,
+            {"intermediate_size", "max_position_embeddings", "norm_topk_prob", "num_hidden_layers"},
+        ),
     ],
 )
 def test_the_published_sizes_are_the_defaults_of_transformers(
@@ -112,8 +125,18 @@ def test_the_published_sizes_are_the_defaults_of_transformers(
     assert {key for key in compared if written[key] != defaults[key]} == differs
 
 
-@pytest.mark.parametrize("config", [llama(), mixtral(), deepseek_v2(), deepseek_v3()], ids=lambda c: c.family)
-def test_both_spellings_are_read_as_one(config: Model, tmp_path: Path) -> None:
+def test_the_tokenizer_has_a_class_that_every_version_knows(tmp_path: Path) -> None:
+    """Version 5 itself writes a class that earlier versions and other readers cannot load."""
+    store.save(trained(NAMED["mixtral"]), tmp_path / "model", tokenizer=Tokenizer.of_bytes())
+    keys = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert keys["tokenizer_class"] == "PreTrainedTokenizerFast"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.encode("naïve 专家") == Tokenizer.of_bytes().encode("naïve 专家")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_both_spellings_are_read_as_one(name: str, tmp_path: Path) -> None:
+    config = NAMED[name]
     keys = to_hugging_face(config, dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(keys))
     read = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -122,3 +145,17 @@ def test_both_spellings_are_read_as_one(config: Model, tmp_path: Path) -> None:
     for old, new in (("rope_theta", "rope_parameters"), ("torch_dtype", "dtype")):
         assert old in keys
         assert new in keys
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_the_number_of_experts_has_both_its_names(name: str, tmp_path: Path) -> None:
+    """Version 5 of transformers keeps one of them, other readers look for the other."""
+    config = NAMED[name]
+    assert config.moe is not None
+    keys = to_hugging_face(config, dtype="bfloat16")
+    assert keys["num_experts"] == keys["num_local_experts"] == config.moe.experts
+    for kept in ("num_experts", "num_local_experts"):
+        one = {key: value for key, value in foreign(config).items() if not key.endswith("_experts")}
+        found = config_from_folder(folder_with(one | {kept: config.moe.experts}, tmp_path))
+        assert found.moe is not None
+        assert found.moe.experts == config.moe.experts

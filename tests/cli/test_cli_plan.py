@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from consilium.cli.main import main
+from consilium.planner.laws import LAWS
 from consilium.planner.plan import plan
 from consilium.recipes.catalogue import find, names, recipe
 
@@ -97,4 +98,72 @@ def test_planning_imports_no_torch_and_no_other_recipe() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stderr.split())
     assert "consilium.recipes.deepseek_v3" in imported
-    assert not {"torch", "numpy", "rich", "yaml", "consilium.recipes.deepseek_v2"} & imported
+    heavy = {"torch", "numpy", "rich", "yaml"}
+    assert not (heavy | {"consilium.recipes.deepseek_v2", "consilium.planner.laws"}) & imported
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> set[str]:
+    """Lines for people, with single spaces, none of them wide."""
+    assert main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    assert all(line == line.rstrip() and len(line) < 100 for line in text.splitlines())
+    return {" ".join(line.split()) for line in text.splitlines()}
+
+
+def test_all_laws_are_asked_about_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    data = planned(capsys, "deepseek-v2", "--law", "--tokens", "8.1T")
+    assert data["parameters"]["total"] == plan(recipe("deepseek-v2")).parameters.total
+    assert [one["law"] for one in data["laws"]["predictions"]] == [law.name for law in LAWS]
+    clark = data["laws"]["predictions"][0]
+    assert clark["loss"] < clark["dense_loss"]
+    assert clark["dense_equivalent"] > clark["parameters"]
+    lines = shown(capsys, "deepseek-v2", "--law", "--tokens", "8.1T")
+    loss, dense = f"{clark['loss']:.3f}", f"{clark['dense_loss']:.3f}"
+    assert any(line.startswith(f"clark:s-base 20.33 B {loss} {dense}") for line in lines)
+    assert any("not between laws" in line for line in lines)
+
+
+def test_a_law_without_tokens_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "mixtral", "--law", "joint")["laws"]["unanswered"] == {"joint": "needs --tokens"}
+    assert "joint needs --tokens" in shown(capsys, "mixtral", "--law", "joint")
+
+
+def test_the_quoted_slope_can_be_asked_for_and_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--law", "clark:s-base", "--params", "21B", "--experts", "8"
+    (found,) = planned(capsys, *words)["laws"]["predictions"]
+    assert round(found["raw_slopes"]["parameters"], 4) == -0.0739
+    assert round(found["raw_slopes"]["experts"], 4) == -0.0151
+    lines = shown(capsys, *words)
+    assert "clark:s-base -0.0736 -0.0133 -0.0739 -0.0151" in lines
+    assert any("articles quote -0.025" in line for line in lines)
+
+
+def test_two_models_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    ratio = planned(capsys, "deepseek-v2", "--against", "llama:7b")["against"]["ratio"]
+    assert ratio["kv_values"] == 34_560 / 262_144
+    assert ratio["kv_bytes_by_bits"]["8"] == ratio["kv_values"] / 2
+    assert ratio["forward"] > 1
+    lines = shown(capsys, "deepseek-v2", "--against", "llama:7b")
+    assert "cached values a token 34,560 262,144 86.8 %" in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ([], "required: MODEL, or --law"),
+        (["--law"], "give a MODEL"),
+        (["--law", "deepseek-v2"], "MODEL comes first: consilium plan deepseek-v2 --law"),
+        (["mixtral", "--law", "clarc"], "Did you mean 'clark'?"),
+        (["mixtral", "--law", "--params", "1B"], "leave out MODEL"),
+        (["--experts", "8"], "required: MODEL, or --law"),
+        (["--law", "clark", "--params", "1B", "--fit", "1GiB"], "--fit and --against need a MODEL"),
+        (["mixtral", "--against", "mixtrall"], "Did you mean 'mixtral'?"),
+    ],
+)
+def test_questions_that_make_no_sense(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert answer in error
+    assert error.count("\n") == 1

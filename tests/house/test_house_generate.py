@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,19 +10,19 @@ from types import ModuleType
 import pytest
 
 from consilium.records.bench import BenchRecord, Figure
+from consilium.records.io import read_json
+from consilium.records.promise import Promise, Promises
+from house.scripts import loaded
 from house.tree import ROOT
 
 
 @pytest.fixture(scope="module")
 def generate() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs/generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with loaded("docs/generate.py") as module:
         yield module
+
+
+PROMISES = ROOT / "bench" / "promises.json"
 
 
 def record(name: str, *figures: Figure) -> BenchRecord:
@@ -53,16 +51,54 @@ def test_a_missing_record_says_so(generate: ModuleType) -> None:
     assert "尚未测量" in generate.record_block(None, generate.CHINESE)
 
 
+def test_a_table_of_single_values_has_no_column_for_spread(generate: ModuleType) -> None:
+    text = generate.record_block(record("demo", figure("bits", 1.5)), generate.ENGLISH)
+    assert text.startswith("| What | Value | Against | Ratio |\n")
+    assert "数值" in generate.record_block(record("demo", figure("bits", 1.5)), generate.CHINESE)
+
+
+def test_a_median_is_called_one_and_a_single_value_beside_it_is_told_apart(generate: ModuleType) -> None:
+    three = Figure(name="fast", unit="s", median=2, minimum=1, maximum=3, n=3)
+    text = generate.record_block(record("speed", three, figure("slow", 9, "s")), generate.ENGLISH)
+    assert "Median (n = 1: only value) | Range | n" in text
+    assert "| fast | 2 s | 1 to 3 | 3 |" in text
+    assert "| slow | 9 s |  | 1 |" in text
+
+
 def test_a_promise_shows_trials_and_failures(generate: ModuleType) -> None:
-    done = record("promise-resume", figure("trials", 50), figure("failures", 0))
-    promise = next(promise for promise in generate.PROMISES if promise.record == "promise-resume")
-    assert generate.promise_row(promise, done, generate.ENGLISH)[2:] == ("50", "0", "2026-01-02")
+    done = record("promise-x", figure("trials", 50), figure("failures", 0))
+    promise = Promise(record="promise-x", sentence="It holds", tests=("tests/a", "tests/b.py"))
+    row = generate.promise_row(promise, done, generate.ENGLISH)
+    assert row == ("It holds", "`tests/a`, `tests/b.py`", "50", "0", "2026-01-02")
+    assert generate.promise_row(promise, None, generate.ENGLISH)[2:] == ("not run yet", "", "")
 
 
-def test_every_promise_names_tests_that_exist(generate: ModuleType) -> None:
-    assert not [
-        promise.test for promise in generate.PROMISES if not any((ROOT / promise.test).rglob("test_*.py"))
-    ]
+def test_every_promise_names_tests_that_exist() -> None:
+    named = [test for promise in read_json(Promises, PROMISES).promises for test in promise.tests]
+    files = {
+        test: [ROOT / test] if test.endswith(".py") else (ROOT / test).rglob("test_*.py") for test in named
+    }
+    assert not [test for test, found in files.items() if not any(file.is_file() for file in found)]
+
+
+def test_the_arithmetic_of_deepseek_v2_gives_the_published_savings(generate: ModuleType) -> None:
+    text = generate.block("cache", {}, generate.ENGLISH)
+    assert "2 x 8 x 128 x 95 = 194,560 | 16 | 389,120" in text
+    assert "(512 + 64) x 60 = 34,560 | 16 | 69,120 | 82.2 %" in text
+    assert "(512 + 64) x 60 = 34,560 | 6 | 25,920 | 93.3 %" in text
+    assert "1 - 172.8 / 300.6 = 42.5 %" in text
+
+
+def test_the_quoted_slopes_stand_at_the_points_where_they_are(generate: ModuleType) -> None:
+    text = generate.block("clark", {}, generate.ENGLISH)
+    assert "| s-base | 21.00 B | 8 | 1.752 | -0.0739 | -0.0151 | -0.0736 | -0.0133 |" in text
+    assert "| s-base | 2.100 B | 8 | 2.075 | -0.0739 | -0.0241 |" in text
+
+
+def test_olmoe_on_the_laptop_is_the_published_one(generate: ModuleType) -> None:
+    assert "| OLMoE-1B-7B | 6,919,161,856 | 1.282 B | 12.89 GiB | yes |" in generate.block(
+        "laptop", {}, generate.ENGLISH
+    )
 
 
 def test_a_typed_number_is_replaced_and_found(

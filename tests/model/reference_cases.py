@@ -27,15 +27,17 @@ from consilium.config.feed_forward import FeedForward
 from consilium.config.io import to_data
 from consilium.config.model import MTP, Model
 from consilium.config.moe import AlwaysOn, Capacity, DeviceCapacity, MoE
-from consilium.config.router import Groups, NoNoise, Router, TopK
+from consilium.config.router import Groups, NoNoise, Router, TopK, TwoLevel
 from consilium.data.batch import Batch
 from consilium.evaluation.loss import Share, inputs_of, training_loss
+from consilium.model.block import branch_generator
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode
 from consilium.recipes.catalogue import recipe
 from reference import deepseek_v2, deepseek_v3, llama, mixtral, switch
 from small import lively
+from support import relative_error
 
 VOCABULARY = 40
 SPAN = 16
@@ -45,17 +47,17 @@ Rows = list[list[Document]]
 Reference = Callable[[Mapping[str, Tensor], Mapping[str, Any], Rows], tuple[Tensor, dict[str, Tensor]]]
 
 
-def _small(name: str, **changes: Any) -> Model:
+def small_system(name: str, **changes: Any) -> Model:
     return dataclasses.replace(recipe(name, "tiny"), vocab_size=VOCABULARY, hidden_size=24, **changes)
 
 
-def _experts(config: Model, **changes: Any) -> MoE:
+def small_experts(config: Model, **changes: Any) -> MoE:
     """The recipe's experts, fewer and smaller; balance losses are given large enough to matter."""
     assert config.moe is not None
     return dataclasses.replace(config.moe, experts=8, width=10, **changes)
 
 
-def _router(config: Model, **changes: Any) -> Router:
+def small_router(config: Model, **changes: Any) -> Router:
     assert config.moe is not None
     return dataclasses.replace(config.moe.router, **changes)
 
@@ -69,14 +71,18 @@ def _latent(multiplier: float, q_rank: int | None) -> MLA:
 
 def _deepseek_v3(**loss: Any) -> Model:
     config = recipe("deepseek-v3", "tiny")
-    moe = _experts(
+    moe = small_experts(
         config,
-        router=_router(config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="top2_sum")), scale=2.5),
+        router=small_router(
+            config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="top2_sum")), scale=2.5
+        ),
         balance=Balance(losses=(SequenceLoss(coefficient=0.5, **loss),), bias=SignBias()),
         shared=AlwaysOn(count=2, width=7),
     )
     attention, mtp = _latent(1.0, q_rank=11), MTP(depth=2, weight=0.7)
-    return _small("deepseek-v3", layers=3, attention=attention, dense=FeedForward(width=14), moe=moe, mtp=mtp)
+    return small_system(
+        "deepseek-v3", layers=3, attention=attention, dense=FeedForward(width=14), moe=moe, mtp=mtp
+    )
 
 
 def _deepseek_v2(q_rank: int | None) -> Model:
@@ -86,34 +92,40 @@ def _deepseek_v2(q_rank: int | None) -> Model:
         DeviceLoss(coefficient=0.5, devices=4, scope="sequence"),
         CommunicationLoss(coefficient=0.2, devices=4, most=2),
     )
-    moe = _experts(
+    moe = small_experts(
         config,
-        router=_router(config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="max")), scale=16.0),
+        router=small_router(
+            config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="max")), scale=16.0
+        ),
         admission=DeviceCapacity(devices=4, exempt=0.0),
         balance=Balance(losses=losses),
         shared=AlwaysOn(count=2, width=7),
     )
-    return _small(
+    return small_system(
         "deepseek-v2", layers=3, attention=_latent(0.707, q_rank), dense=FeedForward(width=14), moe=moe
     )
 
 
 def _mixtral() -> Model:
-    moe = _experts(recipe("mixtral", "tiny"), balance=Balance(losses=(SwitchLoss(coefficient=0.5),)))
+    moe = small_experts(recipe("mixtral", "tiny"), balance=Balance(losses=(SwitchLoss(coefficient=0.5),)))
     rope = Rope(theta=1e6)
-    return _small("mixtral", layers=2, attention=GQA(heads=4, kv_heads=2, head_dim=6, rope=rope), moe=moe)
+    return small_system(
+        "mixtral", layers=2, attention=GQA(heads=4, kv_heads=2, head_dim=6, rope=rope), moe=moe
+    )
 
 
 def switch_config(factor: float, **router: Any) -> Model:
     config = recipe("switch", "tiny")
-    moe = _experts(
+    moe = small_experts(
         config,
-        router=_router(config, **router),
+        router=small_router(config, **router),
         admission=Capacity(factor=factor),
         balance=Balance(losses=(SwitchLoss(coefficient=0.5),)),
     )
     dense = FeedForward(width=14, activation="geglu")
-    return _small("switch", layers=4, attention=GQA(heads=4, kv_heads=2, head_dim=6), dense=dense, moe=moe)
+    return small_system(
+        "switch", layers=4, attention=GQA(heads=4, kv_heads=2, head_dim=6), dense=dense, moe=moe
+    )
 
 
 SYSTEMS: dict[str, Model] = {
@@ -124,7 +136,7 @@ SYSTEMS: dict[str, Model] = {
     "mixtral": _mixtral(),
     "switch": switch_config(1.25, noise=NoNoise()),
     "switch-full": switch_config(0.4, noise=NoNoise()),
-    "llama": _small(
+    "llama": small_system(
         "llama", layers=2, attention=GQA(heads=4, kv_heads=4, head_dim=6), dense=FeedForward(width=14)
     ),
 }
@@ -136,6 +148,9 @@ REFERENCES: dict[str, Reference] = {
     "switch": lambda weights, hyper, rows: switch.model(weights, hyper, documents_of(rows)),
     "llama": lambda weights, hyper, rows: llama.model(weights, hyper, documents_of(rows)),
 }
+
+TOLERANCE = {torch.float64: 5e-6, torch.float32: 5e-5}
+"""Relative errors by the model's dtype; in float64, too, routers and rotary angles are float32."""
 
 LAYOUTS: dict[str, list[list[int]]] = {
     "whole rows": [[SPAN], [SPAN]],
@@ -154,15 +169,40 @@ def hyper_of(config: Model) -> dict[str, Any]:
     if config.moe is None:
         return hyper
     router = data["moe"]["router"]
-    hyper |= {"experts": config.moe.experts, "scale": router["scale"], "k": router["select"]["k"]}
-    if groups := router["select"]["groups"]:
+    select = router["select"]
+    hyper |= {"experts": config.moe.experts, "scale": router["scale"], "k": select.get("k")}
+    if isinstance(config.moe.router.select, TwoLevel):
+        hyper |= {"groups": select["groups"], "keep_groups": select["keep"]}
+    elif groups := select.get("groups"):
         hyper |= {"groups": groups["count"], "keep_groups": groups["keep"]}
         hyper |= {"devices": groups["count"], "most_devices": groups["keep"]}
     admission = data["moe"]["admission"]
-    hyper |= {"drops": True, "capacity": admission.get("factor")}
+    hyper |= {"drops": True, "capacity": admission.get("factor"), "drop_by": admission.get("by")}
+    hyper |= {"group_tokens": admission.get("group_tokens"), "choice_factor": select.get("factor")}
+    hyper |= {"noise_floor": router["noise"].get("floor")}
+    for step in router["transforms"]:
+        hyper |= {f"{step['kind']}_{name}": value for name, value in step.items()}
     for loss in data["moe"]["balance"]["losses"]:
-        hyper |= {f"{loss['kind']}_loss": loss["coefficient"], "counts": loss.get("counts")}
+        hyper |= {f"{loss['kind']}_loss": loss.get("coefficient"), "counts": loss.get("counts")}
+        hyper |= {"devices": loss["devices"]} if "devices" in loss else {}
     return hyper
+
+
+def wrong(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> dict[str, float]:
+    """The relative errors that are too large, by name; both sides have the same names."""
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], tensor) for name, tensor in expected.items()}
+    return {name: error for name, error in errors.items() if not error < tolerance}
+
+
+def single_experts(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every expert's own part of stacked gradients: one with few tokens cannot hide behind its neighbours."""
+    return {
+        f"{name}[{expert}]": gradient
+        for name, stacked in gradients.items()
+        if ".experts." in name
+        for expert, gradient in enumerate(stacked)
+    }
 
 
 def documents_of(rows: Rows) -> list[Document]:
@@ -204,6 +244,10 @@ def lively_model(config: Model, dtype: torch.dtype = torch.float64) -> Decoder:
     """Ordinary values everywhere, and selection biases of both signs, most of them below every score."""
     model = lively(config)
     generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1, generator=generator)
     for layer in model.moe_layers().values():
         if layer.balance.bias_E is not None:
             layer.balance.bias_E.normal_(-0.7, 0.1, generator=generator)
@@ -243,6 +287,24 @@ def built(model: Decoder, rows: Rows, options: Callable[[], Options] = noiseless
     return Outcome(logits_BSV[batch.valid_BS], losses, loss.total.detach(), gradients)
 
 
+def training_with_noise(seed: int = 5) -> Options:
+    return Options(mode=Mode(training=True, generator=torch.Generator().manual_seed(seed)))
+
+
+def drawn(
+    config: Model, rows: Rows, width: int, draw: Callable[[Tensor, torch.Generator], Tensor]
+) -> dict[int, Tensor]:
+    """What each block draws for its valid tokens [T, width] from a generator of its own, by layer."""
+    generator, valid_BS = training_with_noise().mode.generator, batch_of(rows).valid_BS
+    draws: dict[int, Tensor] = {}
+    for layer in range(config.layers):
+        own = branch_generator(generator)
+        assert own is not None
+        values = draw(torch.zeros(valid_BS.numel(), width), torch.Generator().manual_seed(own))
+        draws[layer] = values[valid_BS.flatten()].double()
+    return draws
+
+
 def referred(model: Decoder, rows: Rows, reference: Reference | None = None) -> Outcome:
     """What the reference says in float64 of the same documents."""
     trained = {name for name, _ in model.named_parameters()}
@@ -262,10 +324,12 @@ def referred(model: Decoder, rows: Rows, reference: Reference | None = None) -> 
 
 
 @torch.no_grad()
-def referred_logits_and_total(model: Decoder, rows: Rows, **changes: Any) -> tuple[Tensor, Tensor]:
+def referred_logits_and_total(
+    model: Decoder, rows: Rows, reference: Reference | None = None, **changes: Any
+) -> tuple[Tensor, Tensor]:
     """The same without gradients; ``changes`` replace numbers of the system."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    logits_TV, losses = _run(model.config, weights, rows, changes)
+    logits_TV, losses = _run(model.config, weights, rows, changes, reference)
     return logits_TV, torch.stack(list(losses.values())).sum()
 
 

@@ -16,24 +16,24 @@ from torch import Tensor
 
 from consilium.config.router import Jitter
 from consilium.evaluation.loss import inputs_of
-from consilium.model.block import branch_generator
 from consilium.model.types import Options
 from consilium.moe.types import Mode
 from consilium.recipes import catalogue
 from model.reference_cases import (
     LAYOUTS,
     REFERENCES,
-    SPAN,
     SYSTEMS,
     Rows,
     batch_of,
     built,
     documents_of,
+    drawn,
     lively_model,
     referred,
     referred_logits_and_total,
     rows_of,
     switch_config,
+    training_with_noise,
 )
 from reference import switch
 from support import relative_error
@@ -113,7 +113,9 @@ def test_switch_with_a_given_jitter_is_the_references() -> None:
     """The router reads jittered tokens, the experts plain ones."""
     config = switch_config(1.25, noise=Jitter(epsilon=0.5))
     model, rows = lively_model(config), rows_of(LAYOUTS["right padding"])
-    factors = jitter_of(layers=config.layers, width=config.hidden_size, epsilon=0.5, rows=rows)
+    factors = drawn(
+        config, rows, config.hidden_size, lambda zeros, own: zeros.uniform_(0.5, 1.5, generator=own)
+    )
 
     def reference(weights: Mapping[str, Tensor], hyper: Mapping[str, Any], rows: Rows) -> Any:
         return switch.model(weights, hyper, documents_of(rows), jitter=factors)
@@ -121,7 +123,7 @@ def test_switch_with_a_given_jitter_is_the_references() -> None:
     expected = referred(model, rows, reference)
     plain_TV, _ = referred_logits_and_total(model, rows)
     assert relative_error(expected.logits_TV, plain_TV) > 1e-3
-    ours = built(model, rows, lambda: training_with_noise(5))
+    ours = built(model, rows, training_with_noise)
     assert relative_error(ours.logits_TV, expected.logits_TV) < 5e-6
     assert relative_error(ours.total, expected.total) < 5e-6
     assert all(
@@ -129,26 +131,12 @@ def test_switch_with_a_given_jitter_is_the_references() -> None:
     )
 
 
-def training_with_noise(seed: int) -> Options:
-    return Options(mode=Mode(training=True, generator=torch.Generator().manual_seed(seed)))
-
-
-def jitter_of(*, layers: int, width: int, epsilon: float, rows: Rows, seed: int = 5) -> dict[int, Tensor]:
-    """The factors [T, D] that each block draws from a generator of its own."""
-    generator, valid_BS = torch.Generator().manual_seed(seed), batch_of(rows).valid_BS
-    factors: dict[int, Tensor] = {}
-    for layer in range(layers):
-        own = branch_generator(generator)
-        assert own is not None
-        drawn = torch.zeros(len(rows), SPAN, width)
-        drawn.uniform_(1 - epsilon, 1 + epsilon, generator=torch.Generator().manual_seed(own))
-        factors[layer] = drawn[valid_BS].double()
-    return factors
-
-
-def test_every_recipe_has_a_reference() -> None:
-    assert set(REFERENCES) == set(catalogue.names())
-    assert {path.stem for path in FOLDER.glob("*.py")} == {name.replace("-", "_") for name in REFERENCES}
+def test_every_recipe_has_a_reference_that_a_case_compares_with() -> None:
+    cases = [ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.glob("reference_cases*.py")]
+    nodes = [node for tree in cases for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    compared = {alias.name for node in nodes if node.module == "reference" for alias in node.names}
+    assert {path.stem for path in FOLDER.glob("*.py")} == compared
+    assert {name.replace("-", "_") for name in catalogue.names()} == compared
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ from consilium.config.router import (
     Hash,
     LearnedNoise,
     MLPGate,
+    NoGate,
     Normalised,
     Raw,
     Relu,
@@ -30,6 +31,7 @@ from consilium.config.router import (
     Threshold,
     TopK,
     TopP,
+    TwoLevel,
     Uniform,
 )
 from consilium.moe.layer import MoELayer
@@ -88,10 +90,32 @@ SYSTEMS: dict[str, MoE] = {
     "deepseek-v4 hash": moe(
         Router(score=SqrtSoftplus(), select=Hash(k=2, vocab_size=VOCABULARY), weight=Normalised(), scale=1.5)
     ),
+    "hash without a gate": moe(
+        Router(projection=NoGate(), select=Hash(k=2, vocab_size=VOCABULARY), weight=Uniform(), scale=0.5)
+    ),
+    "hierarchical": moe(
+        Router(noise=LearnedNoise(), select=TwoLevel(groups=4, keep=3, k=2), weight=SoftmaxOfSelected())
+    ),
+    "hierarchical, wide groups": moe(
+        Router(select=TwoLevel(groups=2, keep=2, k=3), weight=SoftmaxOfSelected(), scale=1.5)
+    ),
+    "latent": moe(V3, AlwaysOn(count=2, width=6), latent=5, activation="squared_relu"),
+    "latent, weights on input": moe(
+        Router(score=Sigmoid(), select=TopK(k=2), weight=Raw(), weight_on="input"), latent=7
+    ),
+    "local groups": moe(
+        Router(select=SampledSecond()), admission=Capacity(factor=0.9, scope="always", group_tokens=5)
+    ),
+    "local groups by probability": moe(
+        Router(select=TopK(k=3)),
+        admission=Capacity(factor=0.6, by="probability", scope="always", group_tokens=7),
+    ),
     "expert choice": moe(Router(select=ExpertChoice(factor=2.0), weight=Raw())),
     "relu": moe(Router(score=Relu(), select=Threshold(most=5), weight=Raw()), activation="squared_relu"),
     "top-p": moe(Router(select=TopP(p=0.5, most=4), weight=Raw()), activation="gelu"),
 }
+LOCAL = [name for name in SYSTEMS if name.startswith("local groups")]
+DROPPING = ["switch", "gshard", "by probability", *LOCAL]
 CAUSAL = [
     name
     for name, config in SYSTEMS.items()

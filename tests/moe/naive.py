@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from consilium.config.moe import Capacity, MoE
-from consilium.config.router import Hash, Router
+from consilium.config.router import Hash, Router, TwoLevel
 from consilium.moe.types import Tokens
+from moe import naive_levels
 
 State = dict[str, Tensor]
 
@@ -36,21 +37,34 @@ def run(
     values = [_values(config.router, z, s, bias) for z, s in zip(logits, scores, strict=True)]
     orders = _orders(config, values, scores, table, tokens)
     chosen = [_weights(config.router, z, s, o) for z, s, o in zip(logits, scores, orders, strict=True)]
+    if isinstance(config.router.select, TwoLevel):
+        levels = [naive_levels.weights(config.router, state, row) for row in x]
+        chosen = [w if ok else {} for w, ok in zip(levels, tokens.valid_T.tolist(), strict=True)]
+        orders = [list(w) for w in chosen]
     admitted = _admitted(config, scores, orders, tokens)
-    y = []
-    for t, row in enumerate(x):
-        out = torch.zeros_like(row)
-        for e in admitted[t]:
-            w = chosen[t][e]
-            if config.router.weight_on == "input":
-                out = out + _expert(config, state, e, w * row)
-            else:
-                out = out + w * _expert(config, state, e, row)
-        y.append(out + _shared(config, state, row))
+    y = [
+        _routed(config, state, row, {e: chosen[t][e] for e in admitted[t]}) + _shared(config, state, row)
+        for t, row in enumerate(x)
+    ]
     return Naive(y, logits, scores, chosen, admitted)
 
 
+def _routed(config: MoE, state: State, row: Tensor, used: dict[int, Tensor]) -> Tensor:
+    inner = row if config.latent is None else state["latent.down.weight"] @ row
+    out = torch.zeros_like(inner)
+    for e, w in used.items():
+        if config.router.weight_on == "input":
+            out = out + _expert(config, state, e, w * inner)
+        else:
+            out = out + w * _expert(config, state, e, inner)
+    return out if config.latent is None else state["latent.up.weight"] @ out
+
+
 def _logits(config: Router, state: State, row: Tensor) -> Tensor:
+    if config.projection.kind == "none":
+        return torch.zeros(state["experts.up"].shape[0], dtype=row.dtype)
+    if isinstance(config.select, TwoLevel):
+        return naive_levels.joint_logits(config.select, state, row)
     if config.projection.kind == "mlp":
         hidden = torch.tanh(state["router.projection.hidden.weight"] @ row)
         z = state["router.projection.output.weight"] @ hidden
@@ -108,6 +122,8 @@ def _orders(
         elif isinstance(select, Hash):
             assert table is not None
             orders.append(table[tokens.ids_T[t]].tolist())
+        elif isinstance(select, TwoLevel):
+            orders.append([])
         else:
             orders.append(_order(select, v, scores[t].tolist()))
     return orders
@@ -165,9 +181,22 @@ def _weights(config: Router, z: Tensor, s: Tensor, order: list[int]) -> dict[int
 def _admitted(config: MoE, scores: list[Tensor], orders: list[list[int]], tokens: Tokens) -> list[list[int]]:
     if not isinstance(config.admission, Capacity):
         return orders
-    limit = math.ceil(
-        config.admission.factor * int(tokens.valid_T.sum()) * config.most_active / config.experts - 1e-9
-    )
+    valid = [t for t, ok in enumerate(tokens.valid_T.tolist()) if ok]
+    size = config.admission.group_tokens or len(valid)
+    parts = [valid[start : start + size] for start in range(0, len(valid), size)]
+    admitted: list[list[int]] = [[] for _ in orders]
+    for part in parts:
+        for t, row in zip(
+            part, _within(config, [scores[t] for t in part], [orders[t] for t in part]), strict=True
+        ):
+            admitted[t] = row
+    return admitted
+
+
+def _within(config: MoE, scores: list[Tensor], orders: list[list[int]]) -> list[list[int]]:
+    """One local group of tokens."""
+    assert isinstance(config.admission, Capacity)
+    limit = math.ceil(config.admission.factor * len(orders) * config.most_active / config.experts - 1e-9)
     copies = [(rank, t, e) for t, order in enumerate(orders) for rank, e in enumerate(order)]
     copies.sort()
     if config.admission.by == "probability":

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from consilium.moe.adaptive_mixture import (
     AdaptiveMixture,
+    Unit,
     competitive_error,
     cooperative_error,
     log_likelihood_error,
 )
 from consilium.moe.types import Mode
 from moe.cases import tokens
+from reference import jacobs
 from support import relative_error
 
 CASES, EXPERTS, OUTPUTS = 5, 4, 3
+Error = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+every_error = pytest.mark.parametrize("error", [cooperative_error, competitive_error, log_likelihood_error])
 
 
 def opinions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,35 +64,128 @@ def test_cooperative_gradients_all_see_the_residual_of_the_blend() -> None:
     assert relative_error(to_outputs, -2 * prior[:, :, None] * residual[:, None]) < 1e-12
 
 
-@pytest.mark.parametrize("error", [cooperative_error, competitive_error, log_likelihood_error])
-def test_gradients_match_finite_differences(error: object) -> None:
+def test_competition_moves_the_gate_by_how_much_an_expert_beats_the_blend_of_errors() -> None:
+    logits, outputs, target = opinions()
+    (to_logits,) = torch.autograd.grad(competitive_error(logits, outputs, target) * CASES, logits)
+    prior = logits.detach().softmax(dim=1)
+    distance = (target[:, None] - outputs.detach()).square().sum(dim=2)
+    mean = (prior * distance).sum(dim=1, keepdim=True)
+    assert relative_error(to_logits, prior * (distance - mean)) < 1e-12
+
+
+@every_error
+def test_gradients_match_finite_differences(error: Error) -> None:
     logits, outputs, target = opinions(1)
     assert torch.autograd.gradcheck(lambda z, o: error(z, o, target), (logits, outputs))
 
 
+@every_error
+def test_errors_and_gradients_are_those_of_the_reference_one_case_at_a_time(error: Error) -> None:
+    logits, outputs, target = opinions(2)
+    obvious = getattr(jacobs, error.__name__.removesuffix("_error"))
+    expected = torch.stack([obvious(*case) for case in zip(logits, outputs, target, strict=True)]).mean()
+    actual = error(logits, outputs, target)
+    assert relative_error(actual, expected) < 1e-12
+    wanted = torch.autograd.grad(expected, (logits, outputs))
+    for mine, theirs in zip(torch.autograd.grad(actual, (logits, outputs)), wanted, strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 30), st.integers(1, 6))
+def test_the_three_errors_are_ordered_as_convexity_orders_them(seed: int, scale: float, experts: int) -> None:
+    """A blend is no worse than its experts on average, and a mixture no less likely than on average."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, outputs, target = (
+        scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((CASES, experts), (CASES, experts, OUTPUTS), (CASES, OUTPUTS))
+    )
+    competitive = competitive_error(logits, outputs, target)
+    nearest = (target[:, None] - outputs).square().sum(dim=2).amin(dim=1).mean()
+    room = 1e-9 * scale**2
+    assert cooperative_error(logits, outputs, target) <= competitive + room
+    assert nearest / 2 - room <= log_likelihood_error(logits, outputs, target) <= competitive / 2 + room
+
+
+@every_error
+@given(order=st.permutations(range(EXPERTS)))
+def test_no_expert_has_a_place_of_its_own(error: Error, order: list[int]) -> None:
+    logits, outputs, target = opinions(3)
+    assert relative_error(error(logits[:, order], outputs[:, order], target), error(*opinions(3))) < 1e-12
+
+
 def test_far_targets_do_not_underflow() -> None:
+    """The printed form takes the logarithm of zero; the likelihoods' ratios decide all the same."""
     logits, outputs, target = opinions()
-    loss = log_likelihood_error(logits, outputs, target + 1e3)
+    far = target + 1e3
+    assert all(jacobs.log_likelihood(*case).isinf() for case in zip(logits, outputs, far, strict=True))
+    loss = log_likelihood_error(logits, outputs, far) * CASES
+    to_logits, to_outputs = torch.autograd.grad(loss, (logits, outputs))
+    residual, prior = far[:, None] - outputs.detach(), logits.detach().softmax(dim=1)
+    posterior = (prior.log() - residual.square().sum(dim=2) / 2).softmax(dim=1)
+    assert relative_error(to_logits, prior - posterior) < 1e-12
+    assert relative_error(to_outputs, -posterior[:, :, None] * residual) < 1e-12
+
+
+def test_far_targets_have_a_whole_posterior_in_float32_too() -> None:
+    logits, outputs, target = (part.detach().float().requires_grad_() for part in opinions())
+    loss = log_likelihood_error(logits, outputs, target.detach() + 1e3) * CASES
+    (to_logits,) = torch.autograd.grad(loss, logits)
+    posterior = logits.detach().softmax(dim=1) - to_logits
     assert loss.isfinite()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (logits, outputs)))
+    assert relative_error(posterior.sum(dim=1), torch.ones(CASES)) < 1e-6
 
 
-def test_gate_and_experts_are_linear_maps_of_one_input() -> None:
-    mixture = AdaptiveMixture(3, 2, EXPERTS)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in mixture.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    x = torch.randn(7, 3, generator=generator)
+def test_a_seed_is_a_start_and_reset_returns_to_it() -> None:
+    first, second, other = (AdaptiveMixture(3, 2, EXPERTS, seed=seed) for seed in (1, 1, 2))
+    start = {name: value.clone() for name, value in first.state_dict().items()}
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in start.items())
+    assert not torch.equal(first.weight, other.weight)
+    assert not torch.equal(first.weight[0], first.weight[1])
+    assert not first.bias.any()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    first.reset(1)
+    assert all(torch.equal(value, start[name]) for name, value in first.state_dict().items())
+
+
+@every_error
+@pytest.mark.parametrize("unit", ["linear", "logistic"])
+def test_a_mixture_and_its_gradients_are_the_references(error: Error, unit: Unit) -> None:
+    """Gate and experts are maps of one input; the gate computes in float32."""
+    mixture, generator = AdaptiveMixture(3, 2, EXPERTS, unit=unit, seed=4), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mixture.bias.normal_(generator=generator)
+    x, target = torch.randn(7, 3, generator=generator), torch.randn(7, 2, generator=generator)
     said = mixture(x, tokens(7), Mode())
-    p = torch.softmax(x @ mixture.router.projection.weight.T + mixture.router.projection.bias, dim=1)
+    error(said.routing.logits_TE, said.output_TEO, target).backward()
+    twin = {name: p.detach().double().requires_grad_() for name, p in mixture.named_parameters()}
+    gate, obvious = "router.projection", getattr(jacobs, error.__name__.removesuffix("_error"))
+    losses = []
+    for x_I, target_O, p_E in zip(x.double(), target.double(), said.routing.scores_TE, strict=True):
+        logits = twin[f"{gate}.weight"] @ x_I + twin[f"{gate}.bias"]
+        outputs = torch.stack([twin["weight"][e] @ x_I + twin["bias"][e] for e in range(EXPERTS)])
+        losses.append(obvious(logits, outputs if unit == "linear" else outputs.sigmoid(), target_O))
+        assert relative_error(p_E, logits.softmax(0)) < 1e-6
+    torch.stack(losses).mean().backward()
+    for name, parameter in mixture.named_parameters():
+        mine, theirs = parameter.grad, twin[name].grad
+        assert mine is not None
+        assert theirs is not None
+        assert relative_error(mine, theirs) < 1e-5, name
+
+
+def test_the_blend_is_the_sum_of_what_experts_say_weighed_by_the_gate() -> None:
+    mixture, x = AdaptiveMixture(3, 2, EXPERTS, seed=4), torch.randn(7, 3, generator=torch.Generator())
+    said = mixture(x, tokens(7), Mode())
     blend = torch.zeros(7, 2)
     for e in range(EXPERTS):
-        blend += p[:, e, None] * (x @ mixture.weight[e].T + mixture.bias[e]).detach()
-    assert relative_error(said.routing.scores_TE, p) < 1e-6
-    assert relative_error(said.blend_TO, blend) < 1e-5
+        blend += said.routing.scores_TE[:, e, None] * said.output_TEO[:, e]
+    assert relative_error(said.blend_TO, blend) < 1e-6
+    assert torch.equal(said.routing.load_E(), torch.full((EXPERTS,), 7))
 
 
-def fit(error: object, steps: int = 150) -> tuple[float, float]:
+def fit(error: Error, steps: int = 150) -> tuple[float, float]:
     """Gate entropy and mean squared error of the blend, after training on clusters with a map each."""
     generator = torch.Generator().manual_seed(1)
     centres = torch.tensor([[4.0, 0], [-4, 0], [0, 4]])
@@ -93,9 +194,6 @@ def fit(error: object, steps: int = 150) -> tuple[float, float]:
     x = centres[which] + 0.5 * torch.randn(90, 2, generator=generator)
     target = torch.einsum("toi,ti->to", maps[which], x)
     mixture, every = AdaptiveMixture(2, 1, 3), tokens(90, sequences=1)
-    with torch.no_grad():
-        for parameter in mixture.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
     optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1)
     for _ in range(steps):
         said = mixture(x, every, Mode(training=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from consilium.config.moe import Capacity, DeviceCapacity, Dropless
 from consilium.moe.admission import admit, capacity, exempt
 from consilium.moe.types import Mode, Routing, Tokens
-from moe.cases import tokens
+from moe.cases import some_tokens, tokens
 
 TRAINING = Mode(training=True)
 
@@ -97,6 +98,49 @@ def test_probability_admits_the_highest_scores_and_ties_by_rank_and_token(
             expected[t, rank] = True
     admitted = admit(wanted, tokens(count), Capacity(factor=0.7, by="probability"), TRAINING)
     assert torch.equal(admitted.keep_TK, expected)
+
+
+@given(
+    SHAPES,
+    st.sampled_from([0.5, 1.0, 1.25]),
+    st.integers(1, 9),
+    st.sampled_from(["position", "probability"]),
+)
+def test_local_groups_admit_as_if_each_came_alone(
+    shape: tuple[int, int, int, int], factor: float, size: int, by: str
+) -> None:
+    """Runs of valid tokens; padding between them shifts nothing, and the last run may be short."""
+    count, experts, k, seed = shape
+    wanted = routing(count, experts, k, seed)
+    valid_T = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.7
+    wanted = replace(wanted, keep_TK=wanted.keep_TK & valid_T[:, None])
+    every = replace(tokens(count), valid_T=valid_T)
+    whole = Capacity(factor=factor, by=by)
+    grouped = admit(wanted, every, replace(whole, group_tokens=size), TRAINING)
+    assert not grouped.keep_TK[~valid_T].any()
+    for part_N in valid_T.nonzero()[:, 0].split(size):
+        alone = admit(rows(wanted, part_N), some_tokens(every, part_N), whole, TRAINING)
+        assert torch.equal(grouped.keep_TK[part_N], alone.keep_TK)
+
+
+def rows(routing: Routing, index_N: torch.Tensor) -> Routing:
+    parts = {field.name: getattr(routing, field.name) for field in fields(Routing)}
+    return Routing(
+        **{
+            name: value[index_N] if isinstance(value, torch.Tensor) else value
+            for name, value in parts.items()
+        }
+    )
+
+
+def test_one_group_of_all_tokens_is_no_group() -> None:
+    wanted, every = routing(30, 4, 2, seed=3, padding=5), tokens(30, padding=5)
+    plain = admit(wanted, every, Capacity(factor=0.5), TRAINING).keep_TK
+    assert not torch.equal(plain, wanted.keep_TK)
+    assert torch.equal(plain, admit(wanted, every, Capacity(factor=0.5, group_tokens=25), TRAINING).keep_TK)
+    assert not torch.equal(
+        plain, admit(wanted, every, Capacity(factor=0.5, group_tokens=7), TRAINING).keep_TK
+    )
 
 
 def test_capacity_does_not_round_a_whole_number_up() -> None:

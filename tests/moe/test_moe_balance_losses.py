@@ -35,6 +35,8 @@ from consilium.config.router import (
 from consilium.errors import ConsiliumError
 from consilium.moe import losses
 from consilium.moe.balance import Balance
+from consilium.moe.chance import chance
+from consilium.moe.gate import Level
 from consilium.moe.types import Mode, Routing, Tokens
 from moe.cases import SYSTEMS, V3, layer, moe, some_tokens, tokens, vectors
 from support import relative_error
@@ -45,7 +47,7 @@ PLAIN = Router(select=TopK(k=4))
 
 def value(loss: BalanceLoss, routing: Routing, every: Tokens, router: Router = PLAIN) -> Tensor:
     balance = Balance(BalanceConfig(losses=(loss,)), router, routing.logits_TE.shape[1])
-    report = balance(routing, routing, every, TRAINING)
+    report = balance(routing, routing, every, 0, TRAINING)
     assert set(report.losses) == {loss.kind}
     return report.losses[loss.kind]
 
@@ -212,8 +214,10 @@ def test_the_load_loss_equals_its_definition() -> None:
             z = (clean[t, e] - others[2 - 1]) / deviation[t, e]
             load[e] += 0.5 * (1 + torch.erf(z / math.sqrt(2)))
     expected = load.var(correction=0) / load.mean() ** 2
-    assert relative_error(losses.load_loss(clean, noisy, deviation, 2, valid), expected) < 1e-12
-    assert losses.load_loss(clean, noisy, deviation, 6, valid) == 0
+    assert (
+        relative_error(losses.load_loss(chance(Level(clean, noisy, deviation), 2), valid), expected) < 1e-12
+    )
+    assert losses.load_loss(chance(Level(clean, noisy, deviation), 6), valid) == 0
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -226,7 +230,8 @@ def test_the_load_loss_has_true_gradients(k: int) -> None:
 
     def of(clean: Tensor, noise: Tensor) -> Tensor:
         deviation = torch.nn.functional.softplus(noise)
-        return losses.load_loss(clean, clean + normal * deviation, deviation, k, torch.arange(7) < 6)
+        level = Level(clean, clean + normal * deviation, deviation)
+        return losses.load_loss(chance(level, k), torch.arange(7) < 6)
 
     assert torch.autograd.gradcheck(of, (clean, noise))
 

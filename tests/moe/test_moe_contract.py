@@ -13,7 +13,7 @@ from consilium.config.moe import Capacity
 from consilium.config.router import LearnedNoise, Raw, Router, SampledSecond, TopK
 from consilium.moe.adaptive_mixture import AdaptiveMixture
 from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
-from moe.cases import EXPERTS, SYSTEMS, layer, moe, tokens, vectors
+from moe.cases import DROPPING, EXPERTS, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
 
 
@@ -52,7 +52,7 @@ def test_relu_routing_uses_as_many_experts_as_are_positive() -> None:
     assert positive_T.unique().numel() > 2
 
 
-REPLAYED = [name for name in SYSTEMS if name not in {"switch", "gshard", "by probability"}]
+REPLAYED = [name for name in SYSTEMS if name not in DROPPING]
 
 
 @pytest.mark.parametrize("name", REPLAYED)

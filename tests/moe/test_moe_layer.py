@@ -11,7 +11,7 @@ from consilium.config.balance import Balance, SequenceLoss, SignBias, SwitchLoss
 from consilium.config.moe import MoE
 from consilium.config.router import Jitter, Normalised, Raw, Router, Sigmoid, SoftmaxOfSelected, TopK
 from consilium.moe.layer import MoELayer, Result
-from consilium.moe.types import Mode, Tokens
+from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
 from moe import naive
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
@@ -91,6 +91,31 @@ def test_keeping_every_expert_equals_the_dense_mixture(weight: Raw | Normalised 
     (sparse,) = torch.autograd.grad(y_TD.square().sum(), x_TD)
     (dense,) = torch.autograd.grad(dense_TD.square().sum(), x_TD)
     assert relative_error(sparse, dense) < TOLERANCE
+
+
+def test_tokens_without_experts_get_nothing_from_a_latent_space() -> None:
+    built = layer(SYSTEMS["latent, weights on input"])
+    mode = Mode(override=Override(mute_TE=torch.ones(1, EXPERTS, dtype=torch.bool)))
+    assert torch.equal(built(vectors(5), tokens(5), mode).y_TD, torch.zeros(5, HIDDEN))
+
+
+def test_rows_in_a_latent_space_are_as_narrow_as_it() -> None:
+    built, x_TD, seen = layer(SYSTEMS["latent"]), vectors(9), Widths()
+    built(x_TD, tokens(9), Mode(observer=seen))
+    assert seen.widths == [(5, 5)]
+
+
+class Widths:
+    """Notes how wide rows are on their way to the experts and back."""
+
+    def __init__(self) -> None:
+        self.widths: list[tuple[int, int]] = []
+
+    def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
+        pass
+
+    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+        self.widths.append((rows.x_RD.shape[1], output_RD.shape[1]))
 
 
 def noisy_v3() -> MoE:

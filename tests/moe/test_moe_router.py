@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import get_args
 
@@ -59,16 +60,18 @@ def same(one: Routing, other: Routing) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SYSTEMS if name not in {"hash", "deepseek-v4 hash", "relu"}]
-)
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if "hash" not in name and name != "relu"])
 def test_constant_logits_choose_the_first_experts(name: str) -> None:
     config = SYSTEMS[name].router
     built = router(config)
-    torch.nn.init.zeros_(next(built.projection.parameters()))
+    for gate in (built.projection, built.primary):
+        if gate is not None:
+            torch.nn.init.zeros_(next(gate.parameters()))
     routing = built(vectors(3), torch.zeros(EXPERTS), tokens(3), Mode())
-    k = routing.experts_TK.shape[1]
-    assert routing.experts_TK.tolist() == [list(range(k))] * 3
+    first = list(range(routing.experts_TK.shape[1]))
+    if name == "hierarchical, wide groups":
+        first = [0, 1, 2, 4, 5, 6]
+    assert routing.experts_TK.tolist() == [first] * 3
 
 
 @pytest.mark.parametrize(
@@ -169,13 +172,8 @@ def test_learned_noise_has_the_stated_deviation() -> None:
     built = Router(RouterConfig(noise=LearnedNoise(floor=0.25), select=TopK(k=2)), HIDDEN, EXPERTS)
     mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
     routing = built(vectors(4000), None, tokens(4000, sequences=1), mode)
-    assert routing.noise_TE is not None
-    assert (
-        relative_error(routing.noise_TE, torch.full((4000, EXPERTS), 0.25 + float(torch.tensor(2.0).log())))
-        < 1e-6
-    )
     assert not routing.clean_TE.any()
-    drawn = ((routing.logits_TE - routing.clean_TE) / routing.noise_TE).detach()
+    drawn = (routing.logits_TE / (0.25 + math.log(2))).detach()
     assert abs(float(drawn.mean())) < 0.02
     assert abs(float(drawn.std()) - 1) < 0.02
 
@@ -188,7 +186,8 @@ def test_a_nan_reaches_the_output(name: str) -> None:
     result = built(x_TD, tokens(8), Mode())
     assert result.y_TD[0].isnan().all()
     assert not result.y_TD[1:].isnan().any()
-    assert result.report.entropy.isnan()
+    # Without a gate there are no scores that could be NaN.
+    assert result.report.entropy.isnan() == (name != "hash without a gate")
 
 
 @pytest.mark.parametrize("kind", SCORES, ids=lambda kind: kind.kind)
@@ -218,7 +217,8 @@ def test_unused_choices_weigh_zero_with_finite_gradients(rule: Weight, kind: Sco
     logits_TE = torch.tensor([[-300.0, -200, -150, -120], [1, 2, 3, 4], [-1, -2, 1, 2]]).requires_grad_()
     used_TK = torch.tensor([[True, True], [False, False], [True, False]])
     choice = Choice(torch.tensor([[0, 1], [2, 3], [3, 0]]), used_TK, used_TK)
-    weights_TK = weigh(rule, 2.0, logits_TE, score(logits_TE, kind), choice)
+    config = RouterConfig(select=TopK(k=2), weight=rule, scale=2.0)
+    weights_TK = weigh(config, logits_TE, score(logits_TE, kind), choice)
     assert weights_TK.isfinite().all()
     assert not weights_TK[~used_TK].any()
     if weights_TK.requires_grad:

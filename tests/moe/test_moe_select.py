@@ -158,6 +158,22 @@ def test_muting_works_token_by_token_and_can_leave_nothing() -> None:
     assert relative_error(routing.weights_TK.sum(dim=1), torch.tensor([1.0, 0, 1])) < 1e-6
 
 
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_muting_opens_no_closed_group(seed: int, data: st.DataObject) -> None:
+    """Where it leaves fewer than k in the kept groups, fewer are used: none comes from elsewhere."""
+    muted = data.draw(st.lists(st.integers(0, EXPERTS - 1), max_size=5, unique=True))
+    mute_TE = torch.zeros(1, EXPERTS, dtype=torch.bool)
+    mute_TE[0, muted] = True
+    groups = Groups(count=4, keep=2, score="max")
+    config = Router(select=TopK(k=4, groups=groups), weight=Raw())
+    routing = route(config, vectors(6, seed), Mode(override=Override(mute_TE=mute_TE)))
+    open_TE = routing.scores_TE.masked_fill(mute_TE, -1)
+    best_TG = open_TE.view(6, 4, 2).amax(dim=2).sort(dim=1, descending=True, stable=True).indices[:, :2]
+    for t, best in enumerate(best_TG.tolist()):
+        inside = [e for e in range(EXPERTS) if e // 2 in best and open_TE[t, e] >= 0]
+        assert sorted(routing.experts_TK[t][routing.keep_TK[t]].tolist()) == inside
+
+
 @pytest.mark.parametrize("weight", [Normalised(), SoftmaxOfSelected(), Raw()], ids=lambda rule: rule.kind)
 def test_a_budget_of_k_routes_as_a_router_of_that_k(weight: Normalised | SoftmaxOfSelected | Raw) -> None:
     x_TD = vectors(12)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.config.attention import MLA, Rope, Yarn
+from consilium.config.attention import GQA, MLA, Rope, Yarn
 from consilium.ops.rope import frequencies, rotary_tables, rotate, rotate_naive, rotation_scale
 from support import relative_error
 
@@ -126,6 +126,36 @@ def test_scores_depend_on_the_distance_alone(*, distance: int, start: int, inter
 
     size = float(q.norm() * k.norm())
     assert abs(float(score(distance, 0) - score(start + distance, start))) < 1e-6 * size
+
+
+@given(pairs=st.integers(1, 4), rest=st.integers(1, 6), interleaved=st.booleans())
+def test_what_lies_behind_the_rotated_dimensions_stays(*, pairs: int, rest: int, interleaved: bool) -> None:
+    """The rotated part turns as a head of its own: frequencies come from its width, not from the head's."""
+    x = random_heads(2, 3, 2, 2 * pairs + rest)
+    tables = rotary_tables(Rope(theta=50.0), 2 * pairs, torch.tensor([[0, 1, 2], [7, 90, 5000]]))
+    turned = rotate(x, *tables, interleaved=interleaved)
+    assert torch.equal(
+        turned[..., : 2 * pairs], rotate(x[..., : 2 * pairs], *tables, interleaved=interleaved)
+    )
+    assert torch.equal(turned[..., 2 * pairs :], x[..., 2 * pairs :])
+    part = turned.bfloat16()
+    assert rotate(part, *tables, interleaved=interleaved).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fraction", "rotated"), [(128, 0.5, 64), (100, 0.58, 58), (80, 0.4, 32)]
+)
+def test_a_fraction_of_a_head_is_a_whole_number_of_pairs(
+    head_dim: int, fraction: float, rotated: int
+) -> None:
+    config = GQA(heads=1, kv_heads=1, head_dim=head_dim, rope=Rope(fraction=fraction))
+    assert config.rotated_dim == rotated
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.3, 1e-9])
+def test_half_pairs_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="rotary pairs need an even number above zero"):
+        GQA(heads=1, kv_heads=1, head_dim=12, rope=Rope(fraction=fraction))
 
 
 def test_position_zero_and_dtype_are_kept() -> None:

@@ -7,11 +7,24 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from consilium.config.attention import GQA, MLA, Attention
+from consilium.config.attention import GQA, MLA, Attention, Rope
 from consilium.config.feed_forward import GATED, Activation, FeedForward
 from consilium.config.model import MTP, Model
 from consilium.config.moe import AlwaysOn, MoE, NoShared, SigmoidGated
-from consilium.config.router import Hash, LearnedNoise, LinearGate, MLPGate, NoNoise, Raw, Router, TopK
+from consilium.config.router import (
+    Hash,
+    LearnedNoise,
+    LinearGate,
+    MLPGate,
+    NoGate,
+    NoNoise,
+    Raw,
+    Router,
+    SoftmaxOfSelected,
+    TopK,
+    TwoLevel,
+    Uniform,
+)
 
 activations: st.SearchStrategy[Activation] = st.sampled_from(get_args(Activation))
 small = st.integers(1, 5)
@@ -27,6 +40,11 @@ def grouped_query(draw: st.DrawFn) -> GQA:
         qkv_bias=draw(st.booleans()),
         qk_norm=draw(st.sampled_from(["none", "head", "full"])),
     )
+
+
+partly_rotated = st.builds(
+    GQA, heads=st.just(2), kv_heads=st.just(1), head_dim=st.just(8), rope=st.just(Rope(fraction=0.5))
+)
 
 
 latent = st.builds(
@@ -47,6 +65,7 @@ def experts(draw: st.DrawFn) -> MoE:
     return MoE(
         experts=count,
         width=draw(small),
+        latent=draw(st.none() | small),
         activation=draw(activations),
         router=Router(
             projection=draw(st.sampled_from([LinearGate(), LinearGate(bias=True), MLPGate()])),
@@ -58,17 +77,33 @@ def experts(draw: st.DrawFn) -> MoE:
     )
 
 
+@st.composite
+def hierarchical(draw: st.DrawFn) -> MoE:
+    groups, size = draw(small), draw(small)
+    select = TwoLevel(groups=groups, keep=draw(st.integers(1, groups)), k=draw(st.integers(1, size)))
+    noise = draw(st.sampled_from([NoNoise(), LearnedNoise()]))
+    router = Router(noise=noise, select=select, weight=SoftmaxOfSelected())
+    return MoE(experts=groups * size, width=draw(small), router=router, latent=draw(st.none() | small))
+
+
+@st.composite
+def gateless(draw: st.DrawFn) -> MoE:
+    router = Router(projection=NoGate(), select=Hash(vocab_size=7), weight=Uniform())
+    return MoE(experts=draw(small), width=draw(small), router=router)
+
+
 models: st.SearchStrategy[Model] = st.builds(
     Model,
     family=st.just("llama"),
     vocab_size=st.integers(1, 9),
     hidden_size=small,
     layers=small,
-    attention=grouped_query() | latent,
+    attention=grouped_query() | partly_rotated | latent,
     dense=st.builds(FeedForward, width=small, activation=activations),
-    moe=st.none() | experts(),
+    moe=st.none() | experts() | hierarchical() | gateless(),
     dense_first=st.integers(0, 3),
     moe_every=st.integers(1, 3),
+    norms=st.sampled_from(["before", "around"]),
     tied=st.booleans(),
     mtp=st.builds(MTP, depth=st.integers(0, 2)),
 )
@@ -105,6 +140,9 @@ def _block(model: Model, layer: int, name: str) -> Shapes:
     width = model.hidden_size
     yield f"{name}.attention_norm.weight", (width,)
     yield f"{name}.feed_forward_norm.weight", (width,)
+    if model.norms == "around":
+        yield f"{name}.attention_post_norm.weight", (width,)
+        yield f"{name}.feed_forward_post_norm.weight", (width,)
     yield from _attention(model.attention, width, f"{name}.attention")
     if model.is_moe(layer):
         assert model.moe is not None
@@ -147,15 +185,19 @@ def _network(name: str, activation: Activation, width: int, inner: int) -> Shape
 def _moe(config: MoE, width: int, name: str) -> Shapes:
     yield from _router(config, width, f"{name}.router")
     gates = 2 if config.activation in GATED else 1
-    yield f"{name}.experts.up", (config.experts, gates * config.width, width)
-    yield f"{name}.experts.down", (config.experts, width, config.width)
+    inner = config.latent or width
+    yield f"{name}.experts.up", (config.experts, gates * config.width, inner)
+    yield f"{name}.experts.down", (config.experts, inner, config.width)
+    if config.latent is not None:
+        yield f"{name}.latent.down.weight", (config.latent, width)
+        yield f"{name}.latent.up.weight", (width, config.latent)
     match config.shared:
         case NoShared():
             pass
-        case AlwaysOn(count=count, width=inner):
-            yield from _network(f"{name}.shared", config.activation, width, count * inner)
-        case SigmoidGated(width=inner):
-            yield from _network(f"{name}.shared", config.activation, width, inner)
+        case AlwaysOn(count=count, width=each):
+            yield from _network(f"{name}.shared", config.activation, width, count * each)
+        case SigmoidGated(width=each):
+            yield from _network(f"{name}.shared", config.activation, width, each)
             yield f"{name}.shared.gate.weight", (1, width)
 
 
@@ -163,6 +205,10 @@ def _router(config: MoE, width: int, name: str) -> Shapes:
     router = config.router
     if isinstance(router.noise, LearnedNoise):
         yield f"{name}.noise.weight", (config.experts, width)
+    if isinstance(router.select, TwoLevel):
+        yield f"{name}.primary.weight", (router.select.groups, width)
+        if isinstance(router.noise, LearnedNoise):
+            yield f"{name}.primary_noise.weight", (router.select.groups, width)
     match router.projection:
         case LinearGate(bias=bias):
             yield f"{name}.projection.weight", (config.experts, width)
@@ -171,3 +217,5 @@ def _router(config: MoE, width: int, name: str) -> Shapes:
         case MLPGate():
             yield f"{name}.projection.hidden.weight", (config.experts, width)
             yield f"{name}.projection.output.weight", (config.experts, config.experts)
+        case NoGate():
+            pass

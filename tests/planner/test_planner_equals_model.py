@@ -1,6 +1,9 @@
+"""Every recipe and size: the planner counts what is built, without building it."""
+
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from consilium.config.model import Model
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.parameters import parameters
+from consilium.planner.shapes import parts, shapes
 from consilium.recipes.catalogue import find, names, recipe
 from planner.planner_configs import models, tensors
 
@@ -40,8 +44,51 @@ def test_the_planner_counts_the_buffers_that_are_saved(name: str) -> None:
     assert counted == parameters(recipe(name)).buffers
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_planner_names_every_tensor_that_is_built(name: str) -> None:
+    built = {key: tuple(value.shape) for key, value in on_meta(name).named_parameters()}
+    assert dict(shapes(recipe(name))) == built
+
+
 @given(models)
 @settings(max_examples=25)
 def test_a_built_model_has_the_tensors_that_its_description_promises(config: Model) -> None:
     built = build(config, device="meta")
     assert {name: tuple(value.shape) for name, value in built.named_parameters()} == dict(tensors(config))
+
+
+@given(models)
+def test_shapes_are_those_of_an_independent_list(config: Model) -> None:
+    assert dict(shapes(config)) == dict(tensors(config))
+
+
+@given(models)
+def test_parts_tell_each_kind_of_block_once_and_leave_nothing_out(config: Model) -> None:
+    told = {(name, shape) for part in parts(config) for name, shape in part.tensors}
+    bare = {(within(name), shape) for name, shape in shapes(config)}
+    assert told == bare
+    assert len({part.name for part in parts(config)}) == len(parts(config))
+
+
+def within(name: str) -> str:
+    """The name of a tensor from its block or module on."""
+    owner, *rest = name.split(".")
+    return ".".join(rest[1:]) if owner in {"layers", "mtp"} else name
+
+
+def test_parts_are_named_after_their_layers() -> None:
+    def told(name: str) -> list[str]:
+        return [part.name for part in parts(recipe(name))]
+
+    assert told("deepseek-v3") == ["model", "layers 0-2", "layers 3-60", "mtp 0"]
+    assert told("deepseek-v2") == ["model", "layer 0", "layers 1-59"]
+    assert told("switch:base") == ["model", "layers 0, 2, ..., 22", "layers 1, 3, ..., 23"]
+    assert told("switch:tiny") == ["model", "layers 0, 2", "layers 1, 3"]
+    assert told("llama:7b") == ["model", "layers 0-31"]
+
+
+def test_the_largest_stack_of_experts_is_what_is_published() -> None:
+    """131,072 experts of about a million weights (1701.06538 table 8)."""
+    stacked = dict(shapes(recipe("shazeer:131072-h")))
+    assert stacked["layers.1.moe.experts.up"] == (131072, 1024, 512)
+    assert math.prod(stacked["layers.1.moe.experts.up"]) * 2 == 131072 * 2**20

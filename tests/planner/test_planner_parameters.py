@@ -9,7 +9,19 @@ from hypothesis import given
 from consilium.config.balance import AdaptiveLoss, Balance, SignBias
 from consilium.config.model import Model
 from consilium.config.moe import MoE
-from consilium.config.router import ExpertChoice, Hash, Router, SampledSecond, Threshold, TopK, TopP
+from consilium.config.router import (
+    ExpertChoice,
+    Hash,
+    LinearGate,
+    Raw,
+    Router,
+    SampledSecond,
+    SoftmaxOfSelected,
+    Threshold,
+    TopK,
+    TopP,
+    TwoLevel,
+)
 from consilium.planner.parameters import active_experts, parameters
 from consilium.planner.plan import plan
 from consilium.recipes.catalogue import recipe
@@ -89,7 +101,7 @@ def test_all_experts_active_means_every_parameter_is(model: Model) -> None:
     if model.moe is None:
         counts = parameters(model)
     else:
-        router = dataclasses.replace(model.moe.router, select=TopK(k=model.moe.experts))
+        router = Router(projection=LinearGate(), select=TopK(k=model.moe.experts), weight=Raw())
         moe = dataclasses.replace(model.moe, router=router)
         counts = parameters(dataclasses.replace(model, moe=moe))
     assert counts.active == counts.total
@@ -104,9 +116,11 @@ def test_each_way_to_select_has_its_number_of_active_experts() -> None:
         TopP(p=0.5, most=6): 6,
         ExpertChoice(factor=2.5): 2.5,
         ExpertChoice(factor=99.0): 8,
+        TwoLevel(groups=4, keep=3, k=2): 6,
     }
     for select, wanted in expected.items():
-        assert active_experts(MoE(experts=8, width=4, router=Router(select=select))) == wanted
+        router = Router(select=select, weight=SoftmaxOfSelected())
+        assert active_experts(MoE(experts=8, width=4, router=router)) == wanted
 
 
 def test_saved_buffers_are_counted_a_routing_layer() -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from consilium.config.moe import MoE
-from consilium.config.router import Router, Sigmoid, TopK
+from consilium.config.attention import GQA, Rope
+from consilium.config.model import Model
+from consilium.config.moe import AlwaysOn, MoE
+from consilium.config.router import Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
 from consilium.errors import ConsiliumError
 from consilium.planner.dial import scale_to
 from consilium.planner.parameters import parameters
@@ -37,6 +41,59 @@ def test_the_dense_twin_has_the_active_parameters(name: str) -> None:
     assert twin.moe is None
     assert parameters(twin).total == pytest.approx(parameters(model).active, rel=0.02)
     assert dense_twin(twin) == twin
+
+
+LATENT = MoE(
+    experts=32,
+    width=96,
+    latent=48,
+    activation="squared_relu",
+    router=Router(select=TopK(k=8)),
+    shared=AlwaysOn(width=64),
+)
+LEVELS = MoE(
+    experts=32,
+    width=64,
+    router=Router(select=TwoLevel(groups=8), weight=SoftmaxOfSelected()),
+)
+ROTATED = GQA(heads=6, kv_heads=2, head_dim=32, rope=Rope(fraction=0.5))
+
+
+def with_axes(moe: MoE) -> Model:
+    return dataclasses.replace(recipe("mixtral:tiny"), moe=moe, attention=ROTATED, norms="around")
+
+
+@pytest.mark.parametrize("moe", [LATENT, LEVELS], ids=["latent", "two levels"])
+def test_the_dense_twin_counts_a_latent_space_and_both_levels(moe: MoE) -> None:
+    model = with_axes(moe)
+    twin = dense_twin(model)
+    assert (twin.moe, twin.attention, twin.norms) == (None, ROTATED, "around")
+    assert parameters(twin).total == pytest.approx(parameters(model).active, rel=0.02)
+
+
+@pytest.mark.parametrize("moe", [LATENT, LEVELS], ids=["latent", "two levels"])
+@pytest.mark.parametrize("factor", [0.3, 0.5, 1.0, 2.0, 3.7])
+def test_scaling_keeps_levels_and_the_rotated_share_and_follows_with_the_latent(
+    moe: MoE, factor: float
+) -> None:
+    model = with_axes(moe)
+    after = scaled(model, factor)
+    assert after.moe is not None
+    assert isinstance(after.attention, GQA)
+    assert after.moe.router == moe.router
+    assert after.attention.rope == ROTATED.rope
+    if moe.latent is None:
+        assert after.moe.latent is None
+    else:
+        assert after.moe.latent == pytest.approx(moe.latent * factor, abs=4)
+    assert after != model or factor == 1.0
+
+
+def test_a_balance_that_a_router_cannot_have_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ConsiliumError, match=r"--balance bias: moe\.router: select 'two_level' has two sets"):
+        with_balance(with_axes(LEVELS), "bias")
+    with pytest.raises(ConsiliumError, match=r"--balance switch-z: moe\.balance: with moe\.router\.select"):
+        with_balance(with_axes(LEVELS), "switch-z")
 
 
 @pytest.mark.parametrize("name", TINY)

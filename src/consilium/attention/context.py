@@ -61,6 +61,6 @@ def _slot_mask(position_BS: Tensor) -> Tensor | None:
 def _rotated_width(config: GQA | MLA) -> int:
     match config:
         case GQA():
-            return config.head_dim
+            return config.rotated_dim
         case MLA():
             return config.rope_dim

@@ -1,8 +1,8 @@
 """config.json in the keys of Hugging Face and back, without torch.
 
 A configuration is written under the architecture that computes exactly what ours does, whatever its family
-is called. The key ``consilium`` beside it holds our own, so that our reload loses nothing. Systems that
-transformers lacks get ``model_type: consilium``.
+is called. The key ``consilium`` beside it holds our own, so that our reload loses nothing. Systems that no
+published code computes get ``model_type: consilium``.
 """
 
 from __future__ import annotations
@@ -10,25 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from consilium.checkpoint.hf_architecture import Architecture, architecture
+from consilium.checkpoint.hf_architecture import CLASSES, architecture
 from consilium.checkpoint.hf_read import from_hugging_face
+from consilium.checkpoint.hf_write import network
 from consilium.checkpoint.json_file import read_object
 from consilium.config.attention import GQA, MLA, Attention, Rope, Unscaled, Yarn
-from consilium.config.balance import SequenceLoss, SwitchLoss
 from consilium.config.io import from_data, to_data
 from consilium.config.model import FanIn, Model, Normal
-from consilium.config.moe import MoE
-from consilium.config.router import Normalised, TopK
 from consilium.errors import ConsiliumError
 
 OWN: Final = "consilium"
 NAME: Final = "config.json"
-_CLASSES: Final[dict[Architecture, str]] = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
 
 
 def config_from_folder(folder: Path) -> Model:
@@ -54,14 +46,12 @@ def config_from_folder(folder: Path) -> Model:
 def to_hugging_face(config: Model, *, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
     """Return the contents of config.json; ``dtype`` is that of the matrices, ``end_of_text`` a token id."""
     found = architecture(config)
+    named: dict[str, Any] = {"architectures": ["ConsiliumForCausalLM"], "model_type": OWN}
     shared = _shared(config, dtype, end_of_text)
-    match found:
-        case None:
-            specific: dict[str, Any] = {"architectures": ["ConsiliumForCausalLM"], "model_type": OWN}
-        case "llama" | "mixtral" | "deepseek_v2" | "deepseek_v3":
-            specific = {"architectures": [_CLASSES[found]], "model_type": found}
-            specific |= _attention(config.attention) | _feed_forward(config, found)
-    return specific | shared | {OWN: to_data(config)}
+    if found is not None:
+        named = {"architectures": [CLASSES[found]], "model_type": found}
+        shared |= _attention(config.attention) | network(config, found)
+    return named | shared | {OWN: to_data(config)}
 
 
 def generation_config(end_of_text: int | None) -> dict[str, Any]:
@@ -136,50 +126,3 @@ def _rope(rope: Rope) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": rope.theta, **kind},
     }
-
-
-def _feed_forward(config: Model, found: Architecture) -> dict[str, Any]:
-    dense = config.dense.width if config.dense is not None else None
-    if config.moe is None:
-        return {"intermediate_size": dense, "mlp_bias": False}
-    if found == "mixtral":
-        return _mixtral(config.moe)
-    return {"intermediate_size": dense or config.moe.width, **_deepseek(config, config.moe, found)}
-
-
-def _mixtral(moe: MoE) -> dict[str, Any]:
-    coefficients = [loss.coefficient for loss in moe.balance.losses if isinstance(loss, SwitchLoss)]
-    return {
-        "intermediate_size": moe.width,
-        "num_local_experts": moe.experts,
-        "num_experts_per_tok": moe.most_active,
-        "router_aux_loss_coef": sum(coefficients, start=0.0),
-        "router_jitter_noise": 0.0,
-        "output_router_logits": False,
-        "sliding_window": None,
-    }
-
-
-def _deepseek(config: Model, moe: MoE, found: Architecture) -> dict[str, Any]:
-    assert isinstance(moe.router.select, TopK)
-    groups = moe.router.select.groups
-    coefficients = [loss.coefficient for loss in moe.balance.losses if isinstance(loss, SequenceLoss)]
-    keys: dict[str, Any] = {
-        "n_routed_experts": moe.experts,
-        "n_shared_experts": moe.shared_width // moe.width,
-        "num_experts_per_tok": moe.most_active,
-        "moe_intermediate_size": moe.width,
-        "first_k_dense_replace": config.dense_first,
-        "moe_layer_freq": 1,
-        "n_group": groups.count if groups else 1,
-        "topk_group": groups.keep if groups else 1,
-        "norm_topk_prob": isinstance(moe.router.weight, Normalised),
-        "routed_scaling_factor": moe.router.scale,
-        "aux_loss_alpha": sum(coefficients, start=0.0),
-        "seq_aux": True,
-    }
-    if found == "deepseek_v3":
-        # Without these two, readers that know several DeepSeek models fall back to softmax.
-        keys |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        return keys | {"num_nextn_predict_layers": config.mtp.depth}
-    return keys | {"scoring_func": "softmax", "topk_method": "group_limited_greedy" if groups else "greedy"}

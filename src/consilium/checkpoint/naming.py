@@ -1,94 +1,34 @@
-"""How our tensors are called on disk in the Hugging Face layouts: a table a layout, read in both directions.
-
-A pattern's ``{i}`` is the layer and ``{e}`` the expert. A tensor of ours is made of the tensors of its row:
-stacked over ``{e}`` where that occurs, and the names of a row put together along the first axis (gate above
-up). So the parts of a tensor are views of it, which a writer writes and a reader fills.
-"""
+"""Our tensors under their names on disk, by the tables of ``consilium.recipes.layout``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from torch import Tensor
 
 from consilium.checkpoint.hf_architecture import Architecture
+from consilium.config.model import Model
+from consilium.recipes import layout, layout_fused, layout_remote
+from consilium.recipes.layout import Row, Table
 
-Row = tuple[str, ...]
-Table = Mapping[str, Row]
-
-_TRUNK: Final[Table] = {
-    "embed.weight": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
-    "layers.{i}.attention_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
-    "layers.{i}.feed_forward_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
+TABLES: Final[Mapping[Architecture, tuple[Table, ...]]] = {
+    "llama": (layout.LLAMA,),
+    "qwen2": (layout.QWEN2,),
+    "qwen3": (layout.QWEN3,),
+    "mixtral": (layout.MIXTRAL, layout_fused.MIXTRAL),
+    "qwen2_moe": (layout.QWEN2_MOE, layout_fused.QWEN2_MOE),
+    "qwen3_moe": (layout.QWEN3_MOE, layout_fused.QWEN3_MOE),
+    "olmoe": (layout.OLMOE, layout_fused.OLMOE),
+    "deepseek": (layout.DEEPSEEK,),
+    "deepseek_v2": (layout.DEEPSEEK_V2, layout_fused.DEEPSEEK_V2),
+    "deepseek_v3": (layout.DEEPSEEK_V3, layout_fused.DEEPSEEK_V3),
+    "grok-1": (layout_remote.GROK_1, layout_remote.GROK),
+    "skywork_moe": (layout_remote.SKYWORK_MOE,),
+    "llama_moe": (layout_remote.LLAMA_MOE,),
 }
-
-_DENSE: Final[Table] = {
-    "layers.{i}.feed_forward.up.weight": (
-        "model.layers.{i}.mlp.gate_proj.weight",
-        "model.layers.{i}.mlp.up_proj.weight",
-    ),
-    "layers.{i}.feed_forward.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
-}
-
-_GQA: Final[Table] = {
-    f"layers.{{i}}.attention.{x}.weight": (f"model.layers.{{i}}.self_attn.{x}_proj.weight",) for x in "qkvo"
-}
-
-_MLA: Final[Table] = {
-    f"layers.{{i}}.attention.{ours}.weight": (f"model.layers.{{i}}.self_attn.{theirs}.weight",)
-    for ours, theirs in {
-        "q": "q_proj",
-        "q_down": "q_a_proj",
-        "q_norm": "q_a_layernorm",
-        "q_up": "q_b_proj",
-        "kv_down": "kv_a_proj_with_mqa",
-        "kv_norm": "kv_a_layernorm",
-        "kv_up": "kv_b_proj",
-        "o": "o_proj",
-    }.items()
-}
-
-_DEEPSEEK_MOE: Final[Table] = {
-    "layers.{i}.moe.router.projection.weight": ("model.layers.{i}.mlp.gate.weight",),
-    "layers.{i}.moe.balance.bias_E": ("model.layers.{i}.mlp.gate.e_score_correction_bias",),
-    "layers.{i}.moe.experts.up": (
-        "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-        "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-    ),
-    "layers.{i}.moe.experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",),
-    "layers.{i}.moe.shared.up.weight": (
-        "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
-        "model.layers.{i}.mlp.shared_experts.up_proj.weight",
-    ),
-    "layers.{i}.moe.shared.down.weight": ("model.layers.{i}.mlp.shared_experts.down_proj.weight",),
-}
-
-_MIXTRAL_MOE: Final[Table] = {
-    "layers.{i}.moe.router.projection.weight": ("model.layers.{i}.block_sparse_moe.gate.weight",),
-    "layers.{i}.moe.experts.up": (
-        "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
-        "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
-    ),
-    "layers.{i}.moe.experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
-}
-
-_MTP: Final[Table] = {
-    "mtp.{i}.embed_norm.weight": ("model.layers.{i}.enorm.weight",),
-    "mtp.{i}.hidden_norm.weight": ("model.layers.{i}.hnorm.weight",),
-    "mtp.{i}.project.weight": ("model.layers.{i}.eh_proj.weight",),
-    "mtp.{i}.norm.weight": ("model.layers.{i}.shared_head.norm.weight",),
-}
-
-TABLES: Final[Mapping[Architecture, Table]] = {
-    "llama": _TRUNK | _DENSE | _GQA,
-    "mixtral": _TRUNK | _GQA | _MIXTRAL_MOE,
-    "deepseek_v2": _TRUNK | _DENSE | _MLA | _DEEPSEEK_MOE,
-    "deepseek_v3": _TRUNK | _DENSE | _MLA | _DEEPSEEK_MOE | _MTP,
-}
+"""The layouts of each architecture: the published one, which we write, and others that we read."""
 
 REDUNDANT: Final = tuple(
     re.compile(pattern)
@@ -100,21 +40,38 @@ REDUNDANT: Final = tuple(
 )
 """Tensors of published files that repeat others: rotary frequencies, and the embedding and head in a layer of
 multi-token prediction. They are neither read nor written."""
+_HEAD: Final = re.compile(r"lm_head\.weight")
 
 _NUMBERED: Final = re.compile(r"(layers|mtp)\.(\d+)\.(block\.)?(.*)", re.DOTALL)
+_PLACE: Final = re.compile(r"(?<=\.)(\d+|\{[ie]\})(?=\.|$)")
+
+
+def redundant(config: Model) -> tuple[re.Pattern[str], ...]:
+    """What a file of ``config`` may hold beside its tensors; a tied head repeats the embedding."""
+    return (*REDUNDANT, _HEAD) if config.tied else REDUNDANT
+
+
+def table_of(architecture: Architecture, names: Iterable[str]) -> Table:
+    """Return the layout that most of ``names`` on disk follow, the published one where none stands out."""
+    seen = {_PLACE.sub("*", name) for name in names}
+
+    def known(table: Table) -> int:
+        return len(seen & {_PLACE.sub("*", pattern) for row in table.values() for pattern in row})
+
+    return max(TABLES[architecture], key=known)
 
 
 def parts(
-    state: Mapping[str, Tensor], architecture: Architecture, layers: int
+    state: Mapping[str, Tensor], architecture: Architecture, layers: int, table: Table | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor on disk by its name there, as a view of our ``state``, in the order of ``state``.
 
-    Multi-token prediction module k is layer ``layers`` + k on disk.
+    ``table`` is by default the published one. Multi-token prediction module k is layer ``layers`` + k there.
     """
-    table = TABLES[architecture]
+    rows = TABLES[architecture][0] if table is None else table
     for name, tensor in state.items():
         pattern, i = _pattern(name, layers)
-        yield from _views(table[pattern], i, tensor)
+        yield from _views(rows[pattern], i, tensor)
 
 
 def _pattern(name: str, layers: int) -> tuple[str, int]:

@@ -5,10 +5,11 @@ Layout of a file: 8 bytes little-endian length, that many bytes of JSON header, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,12 +33,16 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+_READABLE: Final[Mapping[str, torch.dtype]] = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn}
+_CODES: Final = {dtype: code for code, dtype in _READABLE.items()}
 _LARGEST_HEADER: Final = 100 * 2**20
 _HEADER_BASE: Final = 2**20
 _HEADER_PER_TENSOR: Final = 512
 _PIECE: Final = 2**20
 """Bytes read at a time, so that loading needs this much beside the model."""
+
+Values = Callable[[str], Tensor]
+"""Gives a tensor by its name when it is written, so that never all of them are in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,15 @@ class Entry:
     end: int
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], *, files: Filesystem = DISK) -> None:
-    """Write ``tensors`` to ``path``, widest dtype first so that each lies at a multiple of its own size."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+def write(
+    path: Path, tensors: Mapping[str, Tensor], *, values: Values | None = None, files: Filesystem = DISK
+) -> None:
+    """Write ``tensors`` to ``path``, widest dtype first so that each lies at a multiple of its own size.
+
+    With ``values``, ``tensors`` say shapes and dtypes only and may lie on the meta device; each is asked for
+    once, in their order within a width.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -66,21 +77,30 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, files: Filesystem = DISK
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    files.write(path, _chunks(struct.pack("<Q", len(text)) + text, (tensors[name] for name in order)))
+    held = map(values or tensors.__getitem__, order)
+    files.write(path, _chunks(struct.pack("<Q", len(text)) + text, held))
 
 
 def write_sharded(
-    folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = 5 * 10**9, files: Filesystem = DISK
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    values: Values | None = None,
+    shard_bytes: int = 5 * 10**9,
+    files: Filesystem = DISK,
 ) -> None:
-    """Write ``model.safetensors``, or numbered shards of at most ``shard_bytes`` and their index."""
+    """Write ``model.safetensors``, or numbered shards of at most ``shard_bytes`` and their index.
+
+    ``values`` as in ``write``.
+    """
     shards = _assign(tensors, shard_bytes)
     if len(shards) == 1:
-        write(folder / SINGLE, tensors, files=files)
+        write(folder / SINGLE, tensors, values=values, files=files)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write(folder / file, {name: tensors[name] for name in names}, files=files)
+        write(folder / file, {name: tensors[name] for name in names}, values=values, files=files)
         weight_map |= dict.fromkeys(names, file)
     total = sum(_bytes(tensor) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -123,12 +143,9 @@ def read_into(name: str, entry: Entry, target: Tensor, *, check_finite: bool = F
         raise _bad(entry.file, f"has {name} as {_CODES[entry.dtype]} where {_CODES[target.dtype]} is needed")
     flat = target.detach().view(-1)
     done = 0
-    for piece in _pieces(name, entry):
-        if check_finite and entry.dtype.is_floating_point and not torch.isfinite(piece).all():
-            raise ConsiliumError(
-                f"{entry.file}: tensor {name} holds NaN or infinity, so the model would answer nonsense;"
-                " use an earlier checkpoint."
-            )
+    for piece in pieces(name, entry, itertools.repeat(_PIECE)):
+        if check_finite:
+            refuse_infinite(name, entry, piece)
         flat[done : done + piece.numel()].copy_(piece)
         done += piece.numel()
 
@@ -142,18 +159,31 @@ def read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _pieces(name: str, entry: Entry) -> Iterator[Tensor]:
-    width = entry.dtype.itemsize
+def pieces(name: str, entry: Entry, lengths: Iterable[int]) -> Iterator[Tensor]:
+    """Yield the values of a tensor one after the other, ``lengths`` in bytes, the last as long as is left."""
+    left = entry.end - entry.start
     try:
         with entry.file.open("rb") as file:
             file.seek(entry.start)
-            for start in range(entry.start, entry.end, _PIECE):
-                buffer = bytearray(min(_PIECE, entry.end - start))
+            for length in lengths:
+                if not left:
+                    return
+                buffer = bytearray(min(length, left))
                 if file.readinto(buffer) != len(buffer):
                     raise _bad(entry.file, f"ends inside tensor {name}")
-                yield torch.frombuffer(buffer, dtype=entry.dtype, count=len(buffer) // width)
+                left -= len(buffer)
+                yield torch.frombuffer(buffer, dtype=entry.dtype)
     except OSError as error:
         raise _bad(entry.file, f"cannot be read ({error.strerror}) at tensor {name}") from None
+
+
+def refuse_infinite(name: str, entry: Entry, values: Tensor) -> None:
+    """Raise ConsiliumError naming the tensor when ``values`` of it hold NaN or infinity."""
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        raise ConsiliumError(
+            f"{entry.file}: tensor {name} holds NaN or infinity, so the model would answer nonsense;"
+            " use an earlier checkpoint."
+        )
 
 
 def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Chunk]:
@@ -225,14 +255,14 @@ def _entry(path: Path, name: str, described: object, data: int) -> Entry:
                 raise _bad(path, f"describes tensor {name[:80]!r} with values that make no sense")
         case _:
             raise _bad(path, f"describes tensor {name[:80]!r} without dtype, shape and data_offsets")
-    if code not in DTYPES:
+    if code not in _READABLE:
         raise ConsiliumError(
             f"{path}: tensor {name[:80]} has dtype {code[:20]}, which is not read here;"
             " convert the weights to bfloat16."
         )
-    if math.prod(shape) * DTYPES[code].itemsize != end - start:
+    if math.prod(shape) * _READABLE[code].itemsize != end - start:
         raise _bad(path, f"gives tensor {name[:80]} a shape that does not fill its {end - start} bytes")
-    return Entry(path, DTYPES[code], tuple(shape), data + start, data + end)
+    return Entry(path, _READABLE[code], tuple(shape), data + start, data + end)
 
 
 def _bad(path: Path, what: str) -> ConsiliumError:

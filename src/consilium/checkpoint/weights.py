@@ -10,6 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
+from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.safetensors_io import SINGLE, Entry, read_header
 from consilium.errors import ConsiliumError
 
@@ -52,7 +53,7 @@ def find(folder: Path, *, tensors: int | None = None) -> dict[str, Entry]:
 
 
 def match(
-    found: Mapping[str, Entry],
+    found: Mapping[str, Stored],
     expected: Mapping[str, Tensor],
     folder: Path,
     *,

@@ -10,29 +10,81 @@ from types import MappingProxyType
 from consilium.cli.arguments import count, json_flag, size
 from consilium.cli.models import full_name, read_model
 from consilium.cli.table import columns, counted, operations, sized
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError
 from consilium.planner.plan import plan
 from consilium.records.plan import Plan
+
+EVERY_LAW = "all"
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="recipe name[:size], a folder, or a .yaml file of a model"
+        "model", nargs="?", metavar="MODEL", help="recipe name[:size], a folder, or a .yaml file of a model"
     )
     parser.add_argument("--fit", type=size, metavar="SIZE", help="memory to fit into, such as 24GiB")
     parser.add_argument("--tokens", type=count, metavar="N", help="training tokens to cost, such as 8.1T")
+    parser.add_argument("--against", metavar="MODEL", help="another model beside this one")
+    parser.add_argument(
+        "--law",
+        nargs="?",
+        const=EVERY_LAW,
+        metavar="NAME",
+        help="what scaling laws predict: all, or one such as clark, clark:s-base, chinchilla",
+    )
+    parser.add_argument("--params", type=count, metavar="N", help="with --law, in place of MODEL: active")
+    parser.add_argument("--experts", type=count, metavar="E", help="with --params: experts, one active")
     json_flag(parser)
 
 
 def run(options: Namespace) -> int:
-    planned = plan(read_model(options.model))
-    if options.json:
-        print(json.dumps(_data(planned, options.fit, options.tokens), indent=2))
-    else:
-        print(_text(full_name(options.model), planned, options.fit, options.tokens))
+    if options.model is None:
+        return _run_without_model(options)
+    if options.params is not None or options.experts is not None:
+        raise ConsiliumError(
+            "plan: --params and --experts ask a law about a model that does not exist; leave out MODEL,"
+            " or leave them out."
+        )
+    model = read_model(options.model)
+    planned = plan(model)
+    other = None if options.against is None else plan(read_model(options.against))
+    print(
+        json.dumps(_data(model, planned, other, options), indent=2)
+        if options.json
+        else _text(model, planned, other, options)
+    )
     return 0
 
 
-def _data(planned: Plan, fit: int | None, tokens: int | None) -> dict[str, object]:
+def _run_without_model(options: Namespace) -> int:
+    """Ask scaling laws at N and E alone."""
+    from consilium.cli import predictions
+
+    if options.law is None:
+        raise ConsiliumError(
+            "consilium plan: the following arguments are required: MODEL, or --law with --params N and"
+            " --experts E; consilium plan --help shows the arguments."
+        )
+    found = predictions.of_point(options)
+    data = {"laws": dataclasses.asdict(found)}
+    print(json.dumps(data, indent=2) if options.json else predictions.predictions_text(found).lstrip())
+    return 0
+
+
+def _data(model: Model, planned: Plan, other: Plan | None, options: Namespace) -> dict[str, object]:
+    data = _costs(planned, options.fit, options.tokens)
+    if other is not None:
+        from consilium.cli.comparison import comparison_data
+
+        data["against"] = comparison_data(planned, other)
+    if options.law is not None:
+        from consilium.cli.predictions import of_model
+
+        data["laws"] = dataclasses.asdict(of_model(model, options))
+    return data
+
+
+def _costs(planned: Plan, fit: int | None, tokens: int | None) -> dict[str, object]:
     data: dict[str, object] = dataclasses.asdict(planned)
     if fit is not None:
         data["fit"] = {
@@ -54,12 +106,21 @@ def _cached_tokens(planned: Plan, fit: int, weights: int) -> int:
     return max(0, fit - weights) // planned.kv_bytes_per_token
 
 
-def _text(name: str, planned: Plan, fit: int | None, tokens: int | None) -> str:
+def _text(model: Model, planned: Plan, other: Plan | None, options: Namespace) -> str:
+    name = full_name(options.model)
     parts = [name, _parameters(planned), _arithmetic(planned), _memory(planned)]
-    if fit is not None:
-        parts.append(_fit(planned, fit))
-    if tokens is not None:
-        parts.append(_training(planned, tokens))
+    if options.fit is not None:
+        parts.append(_fit(planned, options.fit))
+    if options.tokens is not None:
+        parts.append(_training(planned, options.tokens))
+    if other is not None:
+        from consilium.cli.comparison import comparison_text
+
+        parts.append(comparison_text(name, planned, full_name(options.against), other))
+    if options.law is not None:
+        from consilium.cli.predictions import of_model, predictions_text
+
+        parts.append(predictions_text(of_model(model, options)))
     return "\n".join(parts)
 
 

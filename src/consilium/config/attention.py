@@ -51,10 +51,15 @@ RopeScaling = Annotated[Unscaled | Yarn, Field(discriminator="kind")]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Rope:
-    """Rotary position embedding. ``interleaved`` rotates pairs (2i, 2i+1), otherwise (i, i + d/2)."""
+    """Rotary position embedding. ``interleaved`` rotates pairs (2i, 2i+1), otherwise (i, i + d/2).
+
+    ``fraction`` of each head, its first dimensions, is rotated; the rest carries no position
+    (Nemotron-4: 0.5).
+    """
 
     theta: PositiveFloat = 10_000.0
     interleaved: bool = False
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     scaling: RopeScaling = Unscaled()
 
 
@@ -78,10 +83,18 @@ class GQA:
                 f"attention: {self.heads} heads are not divisible by {self.kv_heads} kv_heads,"
                 " and every group needs the same number of heads; choose kv_heads that divides heads."
             )
-        if self.head_dim % 2:
+        # Rounded, since 100 times 0.58 is not 58 in binary.
+        rotated = round(self.head_dim * self.rope.fraction, 6)
+        if rotated % 2 or not rotated:
             raise ConsiliumError(
-                f"attention: head_dim {self.head_dim} is odd, and rotary pairs need an even one."
+                f"attention: {rotated:g} of the {self.head_dim} dimensions of a head would be rotated, and"
+                " rotary pairs need an even number above zero; change head_dim or rope.fraction."
             )
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that carry the position."""
+        return round(self.head_dim * self.rope.fraction)
 
     @property
     def softmax_scale(self) -> float:
@@ -113,6 +126,11 @@ class MLA:
         if self.rope_dim % 2:
             raise ConsiliumError(
                 f"attention: rope_dim {self.rope_dim} is odd, and rotary pairs need an even one."
+            )
+        if self.rope.fraction != 1:
+            raise ConsiliumError(
+                "attention: rope.fraction is for grouped-query attention; with latent attention rope_dim says"
+                " how many dimensions are rotated, so leave the fraction at 1."
             )
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from consilium.config.base import STRICT
+from consilium.errors import ConsiliumError
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -16,11 +17,21 @@ class SwitchLoss:
 
     Switch (2101.03961 eq. 4) at k = 1 and DeepSeekMoE's expert-level loss (2401.06066 eq. 12) at any k.
     ``counts="first"`` counts first choices only (GShard); GShard's own value is this one over E^2.
+    ``scope="global"`` takes f from the whole step, every micro-batch so far and every rank (2501.11873);
+    P stays that of the micro-batch.
     """
 
     kind: Literal["switch"] = "switch"
     coefficient: NonNegativeFloat = 1e-2
     counts: Literal["all", "first"] = "all"
+    scope: Literal["batch", "global"] = "batch"
+
+    def __post_init__(self) -> None:
+        if self.scope == "global" and self.counts == "first":
+            raise ConsiliumError(
+                "moe.balance: a switch loss of scope 'global' reads the loads of the step, which count every"
+                " choice; set counts to 'all' or scope to 'batch'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -12,6 +12,9 @@ from consilium.config.base import STRICT
 from consilium.config.feed_forward import FeedForward
 from consilium.config.moe import MoE
 from consilium.errors import ConsiliumError
+
+MOST_LAYERS: Final = 10_000
+"""Far more than any model has, so that whatever loops over layers ends soon whatever a file says."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,18 +50,24 @@ class Model:
 
     Block i (from 0) is an MoE block when i >= dense_first and (i - dense_first + 1) is a multiple of
     ``moe_every``; the other blocks use ``dense``. ``family`` names the recipe whose weight layout applies.
+
+    ``norms="around"`` norms the output of each residual branch as well as its input (Grok-1).
+    ``embedding_scale`` multiplies embeddings and ``logit_scale`` logits (Grok-1).
     """
 
     family: str
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    layers: PositiveInt
+    layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
     attention: Attention
     dense: FeedForward | None = None
     moe: MoE | None = None
     dense_first: NonNegativeInt = 0
     moe_every: PositiveInt = 1
+    norms: Literal["before", "around"] = "before"
     norm_epsilon: PositiveFloat = 1e-6
+    embedding_scale: PositiveFloat = 1.0
+    logit_scale: PositiveFloat = 1.0
     tied: bool = False
     max_length: PositiveInt = 4096
     mtp: MTP = MTP()

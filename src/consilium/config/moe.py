@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, LoadLoss, NoBias
+from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, LoadLoss, NoBias, ZLoss
 from consilium.config.base import STRICT
 from consilium.config.feed_forward import Activation
 from consilium.config.router import (
@@ -20,6 +20,7 @@ from consilium.config.router import (
     Threshold,
     TopK,
     TopP,
+    TwoLevel,
 )
 from consilium.errors import ConsiliumError
 
@@ -34,13 +35,15 @@ class Capacity:
     """At most ceil(factor * T * k / E) copies an expert, T the valid tokens of the micro-batch.
 
     ``by="position"`` keeps the first tokens, first choices before second (GShard, Switch);
-    ``by="probability"`` keeps the highest scores. ``scope`` says when the limit holds.
+    ``by="probability"`` keeps the highest scores. ``scope`` says when the limit holds. With ``group_tokens``
+    it holds in each run of that many valid tokens, T being the tokens of the run (GShard's local groups).
     """
 
     kind: Literal["capacity"] = "capacity"
     factor: PositiveFloat
     by: Literal["position", "probability"] = "position"
     scope: Literal["training", "always"] = "training"
+    group_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -86,10 +89,15 @@ Shared = Annotated[NoShared | AlwaysOn | SigmoidGated, Field(discriminator="kind
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoE:
-    """``experts`` routed experts of ``width`` behind a router, beside shared experts."""
+    """``experts`` routed experts of ``width`` behind a router, beside shared experts.
+
+    With ``latent`` the routed experts read and write vectors of that size, between one projection down and
+    one up that all of them share; router and shared experts stay on the hidden size (LatentMoE, 2601.18089).
+    """
 
     experts: PositiveInt
     width: PositiveInt
+    latent: PositiveInt | None = None
     activation: Activation = "swiglu"
     router: Router
     admission: Admission = Dropless()
@@ -104,6 +112,8 @@ class MoE:
             )
         if isinstance(self.router.select, TopK) and self.router.select.groups is not None:
             self._check_groups(self.router.select.k, self.router.select.groups)
+        if isinstance(self.router.select, TwoLevel):
+            self._check_levels(self.router.select)
         if not isinstance(self.balance.bias, NoBias) and self.router.offset == "none":
             raise ConsiliumError(
                 "moe.balance.bias moves a bias that moe.router.offset 'none' never reads;"
@@ -128,6 +138,20 @@ class MoE:
                 f" for top-{k} by {groups.score}; keep more groups or use fewer, larger ones."
             )
 
+    def _check_levels(self, levels: TwoLevel) -> None:
+        if any(isinstance(loss, ZLoss) for loss in self.balance.losses):
+            raise ConsiliumError(
+                "moe.balance: with moe.router.select 'two_level' logits are log-probabilities and the z-loss"
+                " is always zero; remove it."
+            )
+        size, rest = divmod(self.experts, levels.groups)
+        if rest or levels.keep > levels.groups or levels.k > size:
+            raise ConsiliumError(
+                f"moe.router: {levels.k} experts in each of {levels.keep} of {levels.groups} equal groups"
+                f" cannot be chosen from {self.experts} experts; choose groups that divide them and lower"
+                " keep or k."
+            )
+
     def _check_devices(self) -> None:
         counts = [
             loss.devices for loss in self.balance.losses if isinstance(loss, DeviceLoss | CommunicationLoss)
@@ -141,6 +165,10 @@ class MoE:
                     " choose a number of devices that divides the experts."
                 )
 
+    def expert_size(self, hidden_size: int) -> int:
+        """Size of the vectors that routed experts read and write."""
+        return hidden_size if self.latent is None else self.latent
+
     @property
     def most_active(self) -> int:
         """K: the most routed experts that one token may use (an average for expert choice)."""
@@ -149,10 +177,37 @@ class MoE:
                 return k
             case SampledSecond():
                 return 2
+            case TwoLevel(keep=keep, k=k):
+                return keep * k
             case Threshold(most=most) | TopP(most=most):
                 return most
             case ExpertChoice():
                 return self.experts
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's routing depends on later tokens outside training, which generation needs.
+
+        Later tokens may change but not their number: a capacity that always holds counts them.
+        """
+        drops = isinstance(self.admission, Capacity) and self.admission.scope == "always"
+        return not isinstance(self.router.select, ExpertChoice) and (not drops or self._drops_last_come)
+
+    @property
+    def causal_in_training(self) -> bool:
+        """The same in training, where limits of experts and devices drop copies."""
+        drops = not isinstance(self.admission, Dropless)
+        return not isinstance(self.router.select, ExpertChoice) and (not drops or self._drops_last_come)
+
+    @property
+    def _drops_last_come(self) -> bool:
+        """Whether a drop depends on earlier tokens alone.
+
+        By position that holds for one choice a token: with two, all first choices go before any second one
+        (GShard), so that a later token's first can take the place of an earlier token's second.
+        """
+        by_position = isinstance(self.admission, Capacity) and self.admission.by == "position"
+        return by_position and self.most_active == 1
 
     @property
     def shared_width(self) -> int:

@@ -29,7 +29,14 @@ class MLPGate:
     kind: Literal["mlp"] = "mlp"
 
 
-Projection = Annotated[LinearGate | MLPGate, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoGate:
+    """No learned gate: logits are zero, and the selector decides without them (Hash layers, 2106.04426)."""
+
+    kind: Literal["none"] = "none"
+
+
+Projection = Annotated[LinearGate | MLPGate | NoGate, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -164,7 +171,23 @@ class Hash:
     seed: int = 0
 
 
-Select = Annotated[TopK | SampledSecond | Threshold | TopP | ExpertChoice | Hash, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TwoLevel:
+    """A primary gate keeps the best ``keep`` of ``groups`` equal groups, a secondary ``k`` experts in each.
+
+    A weight is the product of a softmax over the kept groups and one over the kept experts of the group
+    (Shazeer 2017, 1701.06538 appendix B).
+    """
+
+    kind: Literal["two_level"] = "two_level"
+    groups: PositiveInt
+    keep: PositiveInt = 2
+    k: PositiveInt = 2
+
+
+Select = Annotated[
+    TopK | SampledSecond | Threshold | TopP | ExpertChoice | Hash | TwoLevel, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -232,6 +255,23 @@ class Router:
             raise ConsiliumError(
                 "moe.router: top-1 with normalised weights makes every weight 1 and gives the router no"
                 " gradient; use weight kind 'raw' (Switch) or k of at least 2."
+            )
+        if isinstance(self.projection, NoGate) and not isinstance(self.select, Hash):
+            raise ConsiliumError(
+                "moe.router: projection 'none' leaves every logit at zero, so only select kind 'hash' can use"
+                " it; choose projection 'linear'."
+            )
+        if isinstance(self.select, TwoLevel) and not (
+            isinstance(self.score, Softmax) and isinstance(self.weight, SoftmaxOfSelected)
+        ):
+            raise ConsiliumError(
+                "moe.router: select 'two_level' is defined for score 'softmax' and weight"
+                " 'softmax_of_selected'; set both."
+            )
+        if isinstance(self.select, TwoLevel) and (self.transforms or self.offset != "none"):
+            raise ConsiliumError(
+                "moe.router: select 'two_level' has two sets of logits, so transforms must be empty and"
+                " offset 'none'; remove them."
             )
         if isinstance(self.select, TopP | Threshold) and self.offset == "logits":
             raise ConsiliumError(

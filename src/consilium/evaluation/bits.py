@@ -16,7 +16,6 @@ from consilium.data.loader import held_out_batches
 from consilium.evaluation.loss import inputs_of
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
-from consilium.ops.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +44,7 @@ def evaluate(
         nats, size = 0.0, 0
         for labelled in held_out_batches(corpus, domain, sequence_length, batch, limit_tokens=limit_tokens):
             hidden = model.hidden(inputs_of(labelled.batch), options=options)
-            nll, count = linear_cross_entropy(
-                hidden.final_BSD.flatten(0, 1), model.head_weight, labelled.batch.targets_BS.flatten()
-            )
+            nll, count = model.nll(hidden.final_BSD, labelled.batch.targets_BS)
             nats += float(nll)
             tokens += int(count)
             size += int(labelled.bytes_BS.sum())

@@ -16,7 +16,6 @@ from consilium.model.decoder import Decoder
 from consilium.model.mtp import shift, shifted
 from consilium.model.types import Inputs, Options
 from consilium.moe.types import Report
-from consilium.ops.loss import linear_cross_entropy
 
 IGNORE = -1
 
@@ -56,9 +55,7 @@ def training_loss(model: Decoder, batch: Batch, share: Share, *, options: Option
     """
     inputs = inputs_of(batch)
     hidden = model.hidden(inputs, options=options)
-    nll, _ = linear_cross_entropy(
-        hidden.final_BSD.flatten(0, 1), model.head_weight, batch.targets_BS.flatten()
-    )
+    nll, _ = model.nll(hidden.final_BSD, batch.targets_BS)
     ahead, ahead_reports = _ahead(model, hidden.final_BSD, batch, share, options)
     reports = hidden.reports + ahead_reports
     balance = _sum_by_name(reports, share.micro_batches)
@@ -76,7 +73,7 @@ def _ahead(
         valid_BS = shifted(inputs, k + 1).valid_BS
         assert valid_BS is not None
         targets_BS = shift(batch.targets_BS, k + 1, IGNORE).masked_fill(~valid_BS, IGNORE)
-        nll, _ = linear_cross_entropy(output.final_BSD.flatten(0, 1), model.head_weight, targets_BS.flatten())
+        nll, _ = model.nll(output.final_BSD, targets_BS)
         total = total + nll * (model.config.mtp.weight / len(outputs) / max(share.targets, 1))
     return total, tuple(report for output in outputs for report in output.reports)
 

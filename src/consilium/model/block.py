@@ -1,4 +1,4 @@
-"""A decoder block: attention and a feed-forward network, each behind a norm and a residual.
+"""A decoder block: attention and a feed-forward network, residual branches behind a norm or between two.
 
 Legend: B sequences, S tokens, D hidden size, T = B * S flat tokens.
 """
@@ -44,14 +44,18 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
+        self.attention_post_norm = _post_norm(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.feed_forward = DenseNetwork(network, config.hidden_size)
+        self.feed_forward_post_norm = _post_norm(config)
 
     def forward(
         self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
     ) -> BlockResult:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
-        return BlockResult(x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)))
+        y_BSD = self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + self.attention_post_norm(y_BSD)
+        y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
+        return BlockResult(x_BSD + self.feed_forward_post_norm(y_BSD))
 
 
 @final
@@ -60,18 +64,31 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
+        self.attention_post_norm = _post_norm(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.moe = MoELayer(moe, config.hidden_size, layer)
+        self.feed_forward_post_norm = _post_norm(config)
 
     def forward(
         self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
     ) -> BlockResult:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        y_BSD = self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + self.attention_post_norm(y_BSD)
         result = self.moe(self.feed_forward_norm(x_BSD).flatten(0, 1), tokens, mode)
-        return BlockResult(x_BSD + result.y_TD.view_as(x_BSD), result.routing, result.report)
+        y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
+        return BlockResult(x_BSD + y_BSD, result.routing, result.report)
 
 
 Block = DenseBlock | MoEBlock
+
+
+def _post_norm(config: Model) -> nn.Module:
+    """What a branch passes on its way back to the residual stream."""
+    match config.norms:
+        case "before":
+            return nn.Identity()
+        case "around":
+            return RMSNorm(config.hidden_size, config.norm_epsilon)
 
 
 def build_block(config: Model, layer: int) -> Block:

@@ -24,6 +24,7 @@ from consilium.model.types import BlockResult, Hidden, Inputs, Options, Output
 from consilium.moe.layer import MoELayer
 from consilium.moe.types import Tokens
 from consilium.ops.linear import Linear
+from consilium.ops.loss import linear_cross_entropy
 from consilium.ops.norm import RMSNorm
 
 
@@ -60,7 +61,17 @@ class Decoder(nn.Module):
         return Output(self.logits(hidden.final_BSD), hidden.reports, hidden.routings)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        return F.linear(hidden_BSD, self.head_weight.to(hidden_BSD.dtype)).float()
+        """Float32 logits [..., V] of states [..., D] after the last norm."""
+        return F.linear(self._scaled(hidden_BSD), self.head_weight.to(hidden_BSD.dtype)).float()
+
+    def nll(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of -log softmax(logits)[target] in nats and how many targets there are (those not -1).
+
+        The logits of all tokens are never held at once.
+        """
+        return linear_cross_entropy(
+            self._scaled(hidden_BSD).flatten(0, 1), self.head_weight, targets_BS.flatten()
+        )
 
     def hidden(self, inputs: Inputs, *, cache: Cache | None = None, options: Options = Options()) -> Hidden:
         """Run the blocks and the last norm. ``cache`` holds earlier tokens of the same sequences."""
@@ -100,7 +111,13 @@ class Decoder(nn.Module):
 
     def _embed(self, ids_BS: Tensor, options: Options) -> Tensor:
         x_BSD = self.embed(ids_BS)
-        return x_BSD if options.dtype is None else x_BSD.to(options.dtype)
+        x_BSD = x_BSD if options.dtype is None else x_BSD.to(options.dtype)
+        # A factor in the dtype of the states, as Grok-1 rounds it: 78.38 is 78.5 in bfloat16.
+        return x_BSD * x_BSD.new_tensor(self.config.embedding_scale)
+
+    def _scaled(self, hidden_BSD: Tensor) -> Tensor:
+        """States whose products with the head are logits: a factor of D values instead of V."""
+        return hidden_BSD * self.config.logit_scale
 
     def _context(self, inputs: Inputs, *, cached: bool) -> Context:
         return build_context(

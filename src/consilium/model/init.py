@@ -7,21 +7,28 @@ from torch import Tensor, nn
 
 from consilium.config.model import FanIn, Init, Normal
 
-ZERO_AT_START = ("router.noise.weight",)
-"""Learned noise starts at zero so that loads start equal (Shazeer 2017, appendix A)."""
+NOISE = "router.noise.weight"
+ZERO_BESIDE_NOISE = ("noise.weight", "projection.weight", "primary.weight", "primary_noise.weight")
+"""With learned noise a linear gate is zero at the start too: loads are equal (Shazeer 2017, appendix A)."""
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, init: Init, seed: int) -> None:
     """Draw all weights from ``seed``. Deterministic for a given module tree."""
     generator = torch.Generator().manual_seed(seed)
+    zero = _zero_at_start(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-        elif name.endswith(ZERO_AT_START):
+        elif name in zero:
             parameter.zero_()
         else:
             _draw(parameter, init, generator)
+
+
+def _zero_at_start(model: nn.Module) -> set[str]:
+    noises = [name for name, _ in model.named_parameters() if name.endswith(NOISE)]
+    return {name.removesuffix("noise.weight") + part for name in noises for part in ZERO_BESIDE_NOISE}
 
 
 def _draw(parameter: Tensor, init: Init, generator: torch.Generator) -> None:

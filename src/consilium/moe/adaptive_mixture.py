@@ -2,14 +2,14 @@
 
 Legend: T cases, I inputs, O outputs, E experts.
 
-Gate and experts are linear maps of the same input. Nothing is selected: the gate is a router that keeps every
-expert, so its decisions are recorded and drawn like any other's. The paper's idea is the error function.
+Gate and experts have one layer each and read the same input. Nothing is selected: the gate is a router that
+keeps every expert, so its decisions are recorded and drawn like any other's. The paper's idea is the error.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from consilium.config.router import LinearGate, Raw, TopK
 from consilium.config.router import Router as RouterConfig
 from consilium.moe.router import Router
 from consilium.moe.types import Mode, Routing, Tokens
+
+Unit = Literal["linear", "logistic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +36,43 @@ class Opinions:
 
 @final
 class AdaptiveMixture(nn.Module):
-    """Linear experts under a softmax gate. ``weight`` [E, O, I] and ``bias`` [E, O] are the experts'."""
+    """Experts of one layer under a softmax gate. ``weight`` [E, O, I] and ``bias`` [E, O] are the experts'.
 
-    def __init__(self, inputs: int, outputs: int, experts: int) -> None:
+    ``unit`` is what an output of an expert computes: "linear" for regression, "logistic" for targets in
+    [0, 1]. Matrices are drawn from ``seed``, uniformly in [-1/2, 1/2], and biases are zero: experts that
+    started equal under a gate of zeros would stay equal.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, experts: int, *, unit: Unit = "linear", seed: int = 0
+    ) -> None:
         super().__init__()
         everyone = RouterConfig(projection=LinearGate(bias=True), select=TopK(k=experts), weight=Raw())
         self.router = Router(everyone, inputs, experts)
         self.weight = nn.Parameter(torch.zeros(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(experts, outputs))
+        self.unit: Unit = unit
+        self.reset(seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Start again from ``seed``, in place."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.uniform_(-0.5, 0.5, generator=generator)
 
     def forward(self, x_TI: Tensor, tokens: Tokens, mode: Mode) -> Opinions:
+        """What gate and experts say of cases [T, I]. The gate computes in float32, experts as ``x_TI``."""
+        drive_TEO = torch.einsum("ti,eoi->teo", x_TI, self.weight) + self.bias
         routing = self.router(x_TI, None, tokens, mode)
-        return Opinions(routing, torch.einsum("ti,eoi->teo", x_TI, self.weight) + self.bias)
+        match self.unit:
+            case "linear":
+                return Opinions(routing, drive_TEO)
+            case "logistic":
+                return Opinions(routing, drive_TEO.sigmoid())
 
 
 def cooperative_error(logits_TE: Tensor, output_TEO: Tensor, target_TO: Tensor) -> Tensor:

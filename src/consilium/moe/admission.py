@@ -1,6 +1,7 @@
 """Admission: which of the router's choices fit. Integers only, before any data moves.
 
-Legend: T tokens, E experts, K choices a token, N = K T copies listed by choice rank and then by token.
+Legend: T tokens, E experts, G local groups of tokens, K choices a token, N = K T copies listed by choice rank
+and then by token.
 
 Weights stay as they are: after a drop they are not renormalised, and the residual stream carries the token.
 """
@@ -43,16 +44,26 @@ def _narrow(routing: Routing, fits_TK: Tensor) -> Routing:
 
 
 def _within_capacity(routing: Routing, tokens: Tokens, config: Capacity) -> Tensor:
+    """Places of each expert in each local group, counted apart."""
     experts, k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
-    limit = capacity(config.factor, int(tokens.valid_T.sum()), k, experts)
-    expert_N = _by_rank(routing.experts_TK.masked_fill(~routing.keep_TK, experts))
+    group_T, count_G = _local_groups(tokens, config.group_tokens)
+    limit_G = count_G.new_tensor([capacity(config.factor, n, k, experts) for n in count_G.tolist()])
+    slot_TK = group_T[:, None] * experts + routing.experts_TK
+    slot_N = _by_rank(slot_TK.masked_fill(~routing.keep_TK, experts * limit_G.shape[0]))
     match config.by:
         case "position":
             # GShard algorithm 1: all first choices in token order, then all second choices.
-            place_N = place_within(expert_N)
+            place_N = place_within(slot_N)
         case "probability":
-            place_N = _place_by(_affinity(routing), expert_N)
-    return _by_token(place_N < limit, routing)
+            place_N = _place_by(_affinity(routing), slot_N)
+    return _by_token(place_N, routing) < limit_G[group_T][:, None]
+
+
+def _local_groups(tokens: Tokens, size: int | None) -> tuple[Tensor, Tensor]:
+    """The group of each token and the valid tokens of each group: runs of ``size`` valid tokens, or all."""
+    place_T = tokens.valid_T.cumsum(dim=0) - 1
+    group_T = place_T.clamp_min(0) // (size or max(tokens.count, 1))
+    return group_T, torch.bincount(group_T[tokens.valid_T], minlength=1)
 
 
 def _within_devices(routing: Routing, tokens: Tokens, config: DeviceCapacity) -> Tensor:

@@ -86,26 +86,28 @@ class Balance(nn.Module):
                 self.register_buffer(name, old.to(new.device))
         return self
 
-    def forward(self, routing: Routing, admitted: Routing, tokens: Tokens, mode: Mode) -> Report:
+    def forward(self, routing: Routing, admitted: Routing, tokens: Tokens, layer: int, mode: Mode) -> Report:
         """Report on the router's decision and on what admission left of it. Losses in training only.
 
-        Losses read the decision before drops, over valid tokens.
+        Losses read the decision before drops, over valid tokens; those of global scope add what ``mode`` says
+        of ``layer`` in earlier micro-batches.
         """
         losses: dict[str, Tensor] = {}
         with torch.autocast(routing.logits_TE.device.type, enabled=False):
             if mode.training:
+                earlier_E = None if mode.earlier is None else mode.earlier.get(layer)
                 for loss in self.config.losses:
-                    value = self._loss(loss, routing, tokens)
+                    value = self._loss(loss, routing, tokens, earlier_E)
                     losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
             disorder = entropy(routing.scores_TE.detach(), tokens.valid_T)
         wanted_E = routing.load_E()
         load_E = wanted_E if admitted is routing else admitted.load_E()
         return Report(losses, load_E, wanted_E, disorder, tokens.valid_T.sum())
 
-    def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens) -> Tensor:
+    def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
         match loss:
             case SwitchLoss(coefficient=coefficient):
-                return coefficient * self._switch(loss, routing, tokens)
+                return coefficient * self._switch(loss, routing, tokens, earlier_E)
             case SequenceLoss(coefficient=coefficient):
                 return coefficient * self._sequence(loss, routing, tokens)
             case DeviceLoss(coefficient=coefficient, devices=devices, scope=scope):
@@ -117,10 +119,8 @@ class Balance(nn.Module):
             case ImportanceLoss(coefficient=coefficient):
                 return coefficient * importance_loss(routing.experts_TK, routing.weights_TK, self.experts)
             case LoadLoss(coefficient=coefficient):
-                assert routing.noise_TE is not None, "the load loss needs learned noise"
-                k = routing.experts_TK.shape[1]
-                value = load_loss(routing.clean_TE, routing.logits_TE, routing.noise_TE, k, tokens.valid_T)
-                return coefficient * value
+                assert routing.chance_TE is not None, "the load loss needs learned noise"
+                return coefficient * load_loss(routing.chance_TE, tokens.valid_T)
             case ZLoss(coefficient=coefficient):
                 return coefficient * z_loss(routing.clean_TE, tokens.valid_T)
             case AdaptiveLoss():
@@ -134,14 +134,15 @@ class Balance(nn.Module):
         f_SE = load_fractions(routing.experts_TK, routing.keep_TK, self.experts, segments)
         return f_SE, segments.means(normalised(routing.scores_TE))
 
-    def _switch(self, loss: SwitchLoss, routing: Routing, tokens: Tokens) -> Tensor:
+    def _switch(self, loss: SwitchLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
         segments = whole_batch(tokens)
         match loss.counts:
             case "all":
                 experts_TK, keep_TK = routing.experts_TK, routing.keep_TK
             case "first":
                 experts_TK, keep_TK = routing.experts_TK[:, :1], routing.keep_TK[:, :1]
-        f_SE = load_fractions(experts_TK, keep_TK, self.experts, segments)
+        also_E = earlier_E if loss.scope == "global" else None
+        f_SE = load_fractions(experts_TK, keep_TK, self.experts, segments, also_E)
         return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
 
     def _sequence(self, loss: SequenceLoss, routing: Routing, tokens: Tokens) -> Tensor:

@@ -17,15 +17,16 @@ from consilium.ops.grouped import Backend, experts, experts_observed
 class Experts(nn.Module):
     """E feed-forward networks over rows sorted by expert. Configured by ``consilium.config.moe.MoE``.
 
-    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F].
-    They are created empty: the model initialises or loads them.
+    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F],
+    D being the latent size where there is one. Created empty: the model initialises or loads them.
     """
 
     def __init__(self, config: MoE, hidden_size: int, *, backend: Backend | None = None) -> None:
         super().__init__()
         up_rows = config.width * (2 if config.activation in GATED else 1)
-        self.up = nn.Parameter(torch.empty(config.experts, up_rows, hidden_size))
-        self.down = nn.Parameter(torch.empty(config.experts, hidden_size, config.width))
+        size = config.expert_size(hidden_size)
+        self.up = nn.Parameter(torch.empty(config.experts, up_rows, size))
+        self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
         self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 
@@ -38,5 +39,5 @@ class Experts(nn.Module):
         return y_RD
 
     def extra_repr(self) -> str:
-        experts_, rows, hidden = self.up.shape
-        return f"experts={experts_}, up={rows}x{hidden}, activation={self.activation}, backend={self.backend}"
+        experts_, rows, size = self.up.shape
+        return f"experts={experts_}, up={rows}x{size}, activation={self.activation}, backend={self.backend}"

@@ -1,6 +1,6 @@
 """The MoE layer: the same statements for every system.
 
-Legend: T tokens, D hidden size, R rows = kept (token, expert) pairs.
+Legend: T tokens, D hidden size, L latent size (D without one), R rows = kept (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from consilium.config.moe import MoE
 from consilium.moe.admission import admit
 from consilium.moe.balance import Balance
 from consilium.moe.experts import Experts
+from consilium.moe.latent import Latent
 from consilium.moe.router import Router
 from consilium.moe.shared import Shared
 from consilium.moe.transport import Local, Transport
@@ -38,6 +39,7 @@ class MoELayer(nn.Module):
         self.layer = layer
         self.transport: Transport = Local() if transport is None else transport
         self.router = Router(config.router, hidden_size, config.experts)
+        self.latent = Latent(config, hidden_size)
         self.experts = Experts(config, hidden_size)
         self.shared = Shared(config, hidden_size)
         self.balance = Balance(config.balance, config.router, config.experts)
@@ -46,10 +48,10 @@ class MoELayer(nn.Module):
         """Outputs [T, D] without the residual, the routing as used, and the report with its losses."""
         routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
         admitted = admit(routing, tokens, self.admission, mode)
-        rows, ticket = self.transport.dispatch(x_TD, admitted)
-        y_RD = self.experts(rows, self.layer, mode)
-        y_TD = self.shared(x_TD, self.transport.combine(y_RD, ticket))
-        report = self.balance(routing, admitted, tokens, mode)
+        rows, ticket = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
+        y_RL = self.experts(rows, self.layer, mode)
+        y_TD = self.shared(x_TD, self.latent.widen(self.transport.combine(y_RL, ticket)))
+        report = self.balance(routing, admitted, tokens, self.layer, mode)
         if mode.observer is not None:
             mode.observer.routing(self.layer, admitted, tokens)
         return Result(y_TD, admitted, report)

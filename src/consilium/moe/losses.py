@@ -74,14 +74,19 @@ def entropy(scores_TE: Tensor, valid_T: Tensor) -> Tensor:
     return entropy_T.masked_fill(~valid_T, 0).sum() / valid_T.sum().clamp_min(1)
 
 
-def load_fractions(experts_TK: Tensor, keep_TK: Tensor, experts: int, segments: Segments) -> Tensor:
+def load_fractions(
+    experts_TK: Tensor, keep_TK: Tensor, experts: int, segments: Segments, earlier_E: Tensor | None = None
+) -> Tensor:
     """Each expert's share f [S, E] of its segment's copies times E, so 1 at balance. No gradient.
 
-    With k copies for each of T tokens this is the papers' E / (k T) times the count.
+    With k copies for each of T tokens this is the papers' E / (k T) times the count. ``earlier_E`` are copies
+    of tokens elsewhere that count as well.
     """
     slot_TK = segments.index_T[:, None] * experts + experts_TK
     keep_TK = keep_TK & segments.valid_T[:, None]
     counts_SE = torch.bincount(slot_TK[keep_TK], minlength=segments.count * experts).view(-1, experts)
+    if earlier_E is not None:
+        counts_SE = counts_SE + earlier_E
     return counts_SE * (experts / counts_SE.sum(dim=1, keepdim=True).clamp_min(1))
 
 
@@ -125,18 +130,8 @@ def importance_loss(experts_TK: Tensor, weights_TK: Tensor, experts: int) -> Ten
     return squared_variation(total_E)
 
 
-def load_loss(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, k: int, valid_T: Tensor) -> Tensor:
-    """Variation of the smooth load (Shazeer 2017 equations 8 to 11); zero where k is every expert.
-
-    An expert's chance of being in the top k on a fresh draw of its own noise: its clean logit against the
-    k-th highest of the other experts' noisy ones, which is the (k+1)-th of all for those inside the top k.
-    """
-    if k >= clean_TE.shape[1]:
-        return clean_TE.new_zeros(())
-    top = noisy_TE.topk(k + 1, dim=1).values
-    inside_T1, outside_T1 = top[:, k, None], top[:, k - 1, None]
-    threshold_TE = torch.where(noisy_TE > inside_T1, inside_T1, outside_T1)
-    chance_TE = torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
+def load_loss(chance_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Variation of the smooth load, the chances summed over tokens (Shazeer 2017 equations 10 and 11)."""
     return squared_variation(chance_TE.masked_fill(~valid_T[:, None], 0).sum(dim=0))
 
 

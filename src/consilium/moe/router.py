@@ -1,70 +1,62 @@
 """The router: project, perturb, score, select, weigh. One routing rule for every published system.
 
-Legend: T tokens, D hidden size, E experts, K most experts a token may use, V vocabulary.
+Legend: T tokens, D hidden size, G groups, E experts, K most experts a token may use, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilium.config.router import Hash, Jitter, LearnedNoise, LinearGate, MLPGate, NoNoise
+from consilium.config.router import Hash, Jitter, LearnedNoise, LinearGate, MLPGate, NoGate, TwoLevel
 from consilium.config.router import Router as RouterConfig
+from consilium.moe.chance import chance, joint_chance
+from consilium.moe.gate import Gate, Level, TanhGate, ZeroGate, joint, level
 from consilium.moe.score import score, transform
-from consilium.moe.select import choose, hash_table
+from consilium.moe.select import Choice, Evidence, choose, hash_table, used_groups
 from consilium.moe.types import Mode, Routing, Tokens
 from consilium.moe.weigh import weigh
 
 
-@final
-class Gate(nn.Module):
-    """A linear map computed in float32 whatever dtype its parameters and input have.
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """What the gates say: the secondary of experts and, where there are two levels, the primary of groups."""
 
-    A gate in bfloat16 sends 3 to 13 % of tokens to other experts (megablocks and vLLM both shipped that).
-    """
+    secondary: Level
+    primary: Level | None
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+    @property
+    def clean_TE(self) -> Tensor:
+        secondary_TE = self.secondary.clean_TN
+        return secondary_TE if self.primary is None else joint(self.primary.clean_TN, secondary_TE)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight.float(), None if self.bias is None else self.bias.float())
-
-
-@final
-class TanhGate(nn.Module):
-    """tanh(x W1) W2, both without bias (LLaMA-MoE)."""
-
-    def __init__(self, inputs: int, experts: int) -> None:
-        super().__init__()
-        self.hidden = Gate(inputs, experts)
-        self.output = Gate(experts, experts)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.output(torch.tanh(self.hidden(x_TD)))
+    @property
+    def noisy_TE(self) -> Tensor:
+        secondary_TE = self.secondary.noisy_TN
+        return secondary_TE if self.primary is None else joint(self.primary.noisy_TN, secondary_TE)
 
 
 @final
 class Router(nn.Module):
     """Decides which experts each token uses and with what weight. Float32 end to end, autocast or not.
 
-    Parameters: ``projection`` (and ``noise`` where learned) start at zero, as Shazeer 2017 section 4 asks for
-    learned noise; for any other system the model initialises the projection. ``table`` is a hash router's.
+    Parameters: ``projection``, ``noise`` where learned; where there are two levels, ``primary`` and
+    ``primary_noise`` for groups. All start at zero: the model initialises or loads them. ``table`` is a hash
+    router's.
     """
 
     def __init__(self, config: RouterConfig, hidden_size: int, experts: int) -> None:
         super().__init__()
         self.config = config
-        match config.projection:
-            case LinearGate(bias=bias):
-                self.projection = Gate(hidden_size, experts, bias=bias)
-            case MLPGate():
-                self.projection = TanhGate(hidden_size, experts)
-        self.noise = Gate(hidden_size, experts) if isinstance(config.noise, LearnedNoise) else None
+        noisy = isinstance(config.noise, LearnedNoise)
+        groups = config.select.groups if isinstance(config.select, TwoLevel) else None
+        self.projection = _projection(config, hidden_size, experts)
+        self.noise = Gate(hidden_size, experts) if noisy else None
+        self.primary = Gate(hidden_size, groups) if groups else None
+        self.primary_noise = Gate(hidden_size, groups) if groups and noisy else None
         table_VK = hash_table(config.select, experts) if isinstance(config.select, Hash) else None
         self.register_buffer("table", table_VK, persistent=False)
         self.table: Tensor | None
@@ -77,12 +69,15 @@ class Router(nn.Module):
         """
         config = self.config
         with torch.autocast(x_TD.device.type, enabled=False):
-            clean_TE, noisy_TE, noise_TE = self._logits(x_TD.float(), mode)
-            logits_TE = transform(noisy_TE, config.transforms)
+            logits = self._logits(x_TD.float(), mode)
+            clean_TE, logits_TE = logits.clean_TE, transform(logits.noisy_TE, config.transforms)
             scores_TE = score(logits_TE, config.score)
             values_TE = self._selection(logits_TE, scores_TE, bias_E)
-            choice = choose(config.select, values_TE, scores_TE.detach(), self.table, tokens, mode)
-            weights_TK = weigh(config.weight, config.scale, logits_TE, scores_TE, choice)
+            primary_TG = None if logits.primary is None else logits.primary.noisy_TN.detach()
+            evidence = Evidence(values_TE, scores_TE.detach(), primary_TG, self.table)
+            choice = choose(config.select, evidence, tokens, mode)
+            weights_TK = weigh(config, logits_TE, scores_TE, choice)
+            chance_TE = _chance(config, logits, choice, tokens.valid_T)
         return Routing(
             logits_TE=logits_TE,
             scores_TE=scores_TE,
@@ -90,32 +85,21 @@ class Router(nn.Module):
             weights_TK=weights_TK,
             keep_TK=choice.keep_TK,
             clean_TE=clean_TE,
-            noise_TE=noise_TE,
+            chance_TE=chance_TE,
             weight_on_input=config.weight_on == "input",
         )
 
-    def _logits(self, x_TD: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Clean logits, noisy logits, and the standard deviation of learned noise. Noise in training only."""
-        match self.config.noise:
-            case NoNoise():
-                clean_TE = self.projection(x_TD)
-                return clean_TE, clean_TE, None
-            case Jitter(epsilon=epsilon):
-                if mode.training:
-                    factor_TD = torch.empty_like(x_TD).uniform_(
-                        1 - epsilon, 1 + epsilon, generator=mode.generator
-                    )
-                    x_TD = x_TD * factor_TD
-                clean_TE = self.projection(x_TD)
-                return clean_TE, clean_TE, None
-            case LearnedNoise(floor=floor):
-                assert self.noise is not None, "learned noise needs its matrix"
-                clean_TE = self.projection(x_TD)
-                noise_TE = F.softplus(self.noise(x_TD)) + floor
-                if not mode.training:
-                    return clean_TE, clean_TE, noise_TE
-                normal_TE = torch.empty_like(clean_TE).normal_(generator=mode.generator)
-                return clean_TE, clean_TE + normal_TE * noise_TE, noise_TE
+    def _logits(self, x_TD: Tensor, mode: Mode) -> _Logits:
+        """Clean and noisy logits. Noise in training only; jitter is one draw for both levels."""
+        noise = self.config.noise
+        if isinstance(noise, Jitter) and mode.training:
+            low, high = 1 - noise.epsilon, 1 + noise.epsilon
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=mode.generator)
+        floor = noise.floor if isinstance(noise, LearnedNoise) else 0.0
+        secondary = level(self.projection, self.noise, floor, x_TD, mode)
+        if self.primary is None:
+            return _Logits(secondary, None)
+        return _Logits(secondary, level(self.primary, self.primary_noise, floor, x_TD, mode))
 
     def _selection(self, logits_TE: Tensor, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
         """What selection compares. Not differentiated: indices have no gradient."""
@@ -128,3 +112,24 @@ class Router(nn.Module):
             case "logits":
                 assert bias_E is not None, "this router selects with a bias"
                 return score(logits_TE.detach() + bias_E, self.config.score)
+
+
+def _projection(config: RouterConfig, hidden_size: int, experts: int) -> Gate | TanhGate | ZeroGate:
+    match config.projection:
+        case LinearGate(bias=bias):
+            return Gate(hidden_size, experts, bias=bias)
+        case MLPGate():
+            return TanhGate(hidden_size, experts)
+        case NoGate():
+            return ZeroGate(experts)
+
+
+def _chance(config: RouterConfig, logits: _Logits, choice: Choice, valid_T: Tensor) -> Tensor | None:
+    """The smooth chance of each expert [T, E], where a draw of learned noise gives it one."""
+    if logits.secondary.deviation_TN is None:
+        return None
+    if logits.primary is None or not isinstance(config.select, TwoLevel):
+        return chance(logits.secondary, choice.experts_TK.shape[1])
+    used_TG = used_groups(choice, config.select.groups, logits.clean_TE.shape[1])
+    keep, k = config.select.keep, config.select.k
+    return joint_chance(logits.primary, logits.secondary, keep, k, used_TG, valid_T)

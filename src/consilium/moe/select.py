@@ -10,12 +10,22 @@ stays chosen, so that it reaches the output and the training guard instead of va
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from consilium.config.router import ExpertChoice, Groups, Hash, SampledSecond, Select, Threshold, TopK, TopP
+from consilium.config.router import (
+    ExpertChoice,
+    Groups,
+    Hash,
+    SampledSecond,
+    Select,
+    Threshold,
+    TopK,
+    TopP,
+    TwoLevel,
+)
 from consilium.moe.ordering import highest
 from consilium.moe.types import Mode, Override, Tokens
 
@@ -37,23 +47,38 @@ def most_chosen(select: Select, experts: int) -> int:
             return min(k, experts)
         case SampledSecond():
             return min(2, experts)
+        case TwoLevel(keep=keep, k=k):
+            return keep * k
         case Threshold(most=most) | TopP(most=most):
             return min(most, experts)
         case ExpertChoice():
             return experts
 
 
-def choose(
-    select: Select, values_TE: Tensor, scores_TE: Tensor, table_VK: Tensor | None, tokens: Tokens, mode: Mode
-) -> Choice:
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a selector may look at, without gradient."""
+
+    values_TE: Tensor
+    """Scores with the balance bias; -inf where an expert may not be chosen."""
+    scores_TE: Tensor
+    primary_TG: Tensor | None = None
+    """Logits of the groups, where a gate of their own chooses among them."""
+    table_VK: Tensor | None = None
+    """The experts of every token id, where routing is by hash."""
+
+
+def choose(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
     """Apply the selector or the replay in ``mode.override``, then budgets, muting and padding."""
     override = mode.override or Override()
+    values_TE = evidence.values_TE
     if override.mute_TE is not None:
         values_TE = values_TE.masked_fill(override.mute_TE, -torch.inf)
+        evidence = replace(evidence, values_TE=values_TE)
     if override.experts_TK is not None:
         choice = _replayed(override.experts_TK, override.keep_TK)
     else:
-        choice = _selected(select, values_TE, scores_TE, table_VK, tokens, mode)
+        choice = _selected(select, evidence, tokens, mode)
     allowed_TK = tokens.valid_T[:, None] & (values_TE.gather(1, choice.experts_TK) != -torch.inf)
     considered_TK = choice.considered_TK & allowed_TK
     if override.k_T is not None:
@@ -66,15 +91,15 @@ def _replayed(experts_TK: Tensor, keep_TK: Tensor | None) -> Choice:
     return Choice(experts_TK, used_TK, used_TK)
 
 
-def _selected(
-    select: Select, values_TE: Tensor, scores_TE: Tensor, table_VK: Tensor | None, tokens: Tokens, mode: Mode
-) -> Choice:
+def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
+    values_TE, scores_TE = evidence.values_TE, evidence.scores_TE
     k = most_chosen(select, values_TE.shape[1])
     match select:
         case TopK(groups=groups):
-            open_TE = values_TE if groups is None else _in_best_groups(values_TE, groups)
-            experts_TK = highest(open_TE, k)
-            return _all(experts_TK)
+            return _open(values_TE if groups is None else _in_best_groups(values_TE, groups), k)
+        case TwoLevel():
+            assert evidence.primary_TG is not None, "two levels need a gate of groups"
+            return _open(_two_level(values_TE, evidence.primary_TG, select), k)
         case SampledSecond():
             return _sampled_second(highest(values_TE, k), scores_TE, mode)
         case Threshold(minimum=minimum):
@@ -85,8 +110,8 @@ def _selected(
         case ExpertChoice(factor=factor):
             return _chosen_by_experts(values_TE, tokens.valid_T, factor)
         case Hash():
-            assert table_VK is not None, "hash routing needs its table"
-            return _all(table_VK[tokens.ids_T])
+            assert evidence.table_VK is not None, "hash routing needs its table"
+            return _all(evidence.table_VK[tokens.ids_T])
 
 
 def _all(experts_TK: Tensor) -> Choice:
@@ -97,6 +122,12 @@ def _used(experts_TK: Tensor, keep_TK: Tensor) -> Choice:
     return Choice(experts_TK, keep_TK, keep_TK)
 
 
+def _open(values_TE: Tensor, k: int) -> Choice:
+    """The k highest; where muting leaves fewer open, what is closed only fills the row."""
+    experts_TK = highest(values_TE, k)
+    return _used(experts_TK, values_TE.gather(1, experts_TK) != -torch.inf)
+
+
 def _in_best_groups(values_TE: Tensor, groups: Groups) -> Tensor:
     """Values with -inf outside the best groups (DeepSeek-V2 section 2.2.2, V3 section 2.1.2)."""
     values_TGN = values_TE.unflatten(1, (groups.count, -1))
@@ -105,10 +136,33 @@ def _in_best_groups(values_TE: Tensor, groups: Groups) -> Tensor:
             best_TG = values_TGN.amax(dim=2)
         case "top2_sum":
             best_TG = values_TGN.topk(2, dim=2).values.sum(dim=2)
-    closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(
-        1, highest(best_TG, groups.keep), value=False
+    return values_TGN.masked_fill(_outside(best_TG, groups.keep)[:, :, None], -torch.inf).flatten(1)
+
+
+def _outside(values_TX: Tensor, k: int) -> Tensor:
+    """Whether, bool [T, X], a value is outside the k highest of its row."""
+    return torch.ones_like(values_TX, dtype=torch.bool).scatter(1, highest(values_TX, k), value=False)
+
+
+def _two_level(values_TE: Tensor, primary_TG: Tensor, select: TwoLevel) -> Tensor:
+    """Values with -inf outside the best k of the best groups (Shazeer 2017, 1701.06538 appendix B).
+
+    The primary gate alone compares groups, of which those without an open expert drop out.
+    """
+    values_TGN = values_TE.unflatten(1, (select.groups, -1))
+    primary_TG = primary_TG.masked_fill((values_TGN == -torch.inf).all(dim=2), -torch.inf)
+    closed_TG = _outside(primary_TG, select.keep)
+    closed_XN = _outside(values_TGN.flatten(0, 1), select.k)
+    return values_TGN.masked_fill(closed_TG[:, :, None] | closed_XN.view_as(values_TGN), -torch.inf).flatten(
+        1
     )
-    return values_TGN.masked_fill(closed_TG[:, :, None], -torch.inf).flatten(1)
+
+
+def used_groups(choice: Choice, groups: int, experts: int) -> Tensor:
+    """Groups, as bool [T, G], of which a token uses an expert."""
+    group_TK = choice.experts_TK // (experts // groups)
+    used_TG = torch.zeros(group_TK.shape[0], groups, dtype=torch.int64, device=group_TK.device)
+    return used_TG.scatter_add(1, group_TK, choice.keep_TK.long()) > 0
 
 
 def _sampled_second(experts_TK: Tensor, scores_TE: Tensor, mode: Mode) -> Choice:

@@ -64,6 +64,8 @@ class Mode:
     generator: torch.Generator | None = None
     override: Override | None = None
     observer: Observer | None = None
+    earlier: Mapping[int, Tensor] | None = None
+    """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,15 @@ class Routing:
     keep_TK: Tensor
     """bool."""
     clean_TE: Tensor
-    """float32 logits before learned noise and transforms; jitter is already in the input."""
-    noise_TE: Tensor | None = None
-    """float32 standard deviation of the learned noise, where the system has it."""
+    """float32 logits before learned noise and transforms; jitter is already in the input.
+
+    Where two gates decide one after the other, logits are the logarithms of joint probabilities.
+    """
+    chance_TE: Tensor | None = None
+    """float32 with gradient, where noise is learned: each expert's smooth chance to be chosen.
+
+    Its sum over valid tokens is the load whose variation the load loss measures.
+    """
     weight_on_input: bool = False
 
     def load_E(self) -> Tensor:

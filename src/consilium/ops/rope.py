@@ -1,6 +1,6 @@
 """Rotary position embedding (2104.09864) and its YaRN interpolation (2309.00071) as DeepSeek uses it.
 
-Legend: B sequences, S tokens, H heads, R pairs, P = 2R rotated dimensions.
+Legend: B sequences, S tokens, H heads, R pairs, P dimensions of a head, of which the first 2R are rotated.
 """
 
 from __future__ import annotations
@@ -48,26 +48,28 @@ def rotary_tables(rope: Rope, dim: int, position: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotate(x_BSHP: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate every head's pairs in float32 and return the dtype of x.
+    """Rotate every head's pairs in float32 and return the dtype of x; dimensions from 2R on stay as they are.
 
     ``interleaved`` pairs (2i, 2i + 1), as DeepSeek's checkpoints store them; otherwise (i, i + R).
     """
     shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    a, b = x_BSHP.float().unflatten(-1, shape).unbind(pair)
+    rotated = 2 * cos_BSR.shape[-1]
+    a, b = x_BSHP[..., :rotated].float().unflatten(-1, shape).unbind(pair)
     cos, sin = cos_BSR.unsqueeze(-2), sin_BSR.unsqueeze(-2)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x_BSHP.dtype)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x_BSHP.dtype)
+    return turned if rotated == x_BSHP.shape[-1] else torch.cat((turned, x_BSHP[..., rotated:]), -1)
 
 
 def rotate_naive(x_BSHP: Tensor, rope: Rope, position_BS: Tensor) -> Tensor:
     """The slow twin of ``rotary_tables`` and ``rotate``: one complex multiplication a pair, in float64."""
-    x, pairs = x_BSHP.double(), x_BSHP.shape[-1] // 2
+    x, pairs = x_BSHP.double(), round(x_BSHP.shape[-1] * rope.fraction) // 2
     columns: dict[int, Tensor] = {}
     for i, frequency in enumerate(frequencies(rope, 2 * pairs).tolist()):
         first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + pairs)
         turn_BS1 = rotation_scale(rope) * torch.exp(1j * position_BS.double() * frequency)[..., None]
         turned_BSH = torch.complex(x[..., first], x[..., second]) * turn_BS1
         columns[first], columns[second] = turned_BSH.real, turned_BSH.imag
-    return torch.stack([columns[i] for i in range(2 * pairs)], -1)
+    return torch.stack([columns.get(i, x[..., i]) for i in range(x.shape[-1])], -1)
 
 
 def _interpolated_share(yarn: Yarn, theta: float, dim: int) -> Tensor:

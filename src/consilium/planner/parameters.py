@@ -18,12 +18,14 @@ from consilium.config.router import (
     LearnedNoise,
     LinearGate,
     MLPGate,
+    NoGate,
     NoNoise,
     Router,
     SampledSecond,
     Threshold,
     TopK,
     TopP,
+    TwoLevel,
 )
 from consilium.records.plan import Parameters
 
@@ -85,9 +87,9 @@ def mtp(model: Model) -> Count:
 
 
 def block(model: Model, layer: int) -> Count:
-    """Attention, feed-forward network or experts, and the two norms of block ``layer``."""
+    """Attention, feed-forward network or experts, and the norms of block ``layer``."""
     width = model.hidden_size
-    norms = _vector(width) * 2
+    norms = _vector(width) * (4 if model.norms == "around" else 2)
     if model.moe is not None and model.is_moe(layer):
         return norms + attention(model.attention, width) + moe(model.moe, width)
     assert model.dense is not None
@@ -134,12 +136,16 @@ def feed_forward(config: FeedForward, width: int) -> Count:
 
 
 def moe(config: MoE, width: int) -> Count:
-    """Router, routed experts of which ``active_experts`` count as active, and shared experts."""
+    """Router, routed experts of which ``active_experts`` count as active, and what every token uses.
+
+    That is the shared experts and, where routed experts work in a latent space, the two projections.
+    """
     matrices = 3 if config.activation in GATED else 2
-    expert = matrices * width * config.width
+    expert = matrices * config.expert_size(width) * config.width
     active = round(active_experts(config) * expert)
     routed = Count(config.experts * expert, active, active)
-    return _router(config.router, config.experts, width) + routed + _shared(config, matrices, width)
+    latent = _matrix(width, 2 * (config.latent or 0))
+    return _router(config.router, config.experts, width) + routed + latent + _shared(config, matrices, width)
 
 
 def active_experts(config: MoE) -> float:
@@ -149,6 +155,8 @@ def active_experts(config: MoE) -> float:
             return k
         case SampledSecond():
             return 2
+        case TwoLevel(keep=keep, k=k):
+            return keep * k
         case Threshold(most=most) | TopP(most=most):
             return most
         case ExpertChoice(factor=factor):
@@ -156,7 +164,11 @@ def active_experts(config: MoE) -> float:
 
 
 def _router(config: Router, experts: int, width: int) -> Count:
-    return _projection(config, experts, width) + _noise(config, experts, width)
+    secondary = _projection(config, experts, width) + _noise(config, experts, width)
+    if not isinstance(config.select, TwoLevel):
+        return secondary
+    groups = config.select.groups
+    return secondary + _matrix(groups, width) + _noise(config, groups, width)
 
 
 def _projection(config: Router, experts: int, width: int) -> Count:
@@ -165,14 +177,16 @@ def _projection(config: Router, experts: int, width: int) -> Count:
             return _matrix(experts, width) + (_vector(experts) if bias else Count())
         case MLPGate():
             return _matrix(experts, width) + _matrix(experts, experts)
+        case NoGate():
+            return Count()
 
 
-def _noise(config: Router, experts: int, width: int) -> Count:
+def _noise(config: Router, outputs: int, width: int) -> Count:
     match config.noise:
         case NoNoise() | Jitter():
             return Count()
         case LearnedNoise():
-            return _matrix(experts, width)
+            return _matrix(outputs, width)
 
 
 def _shared(config: MoE, matrices: int, width: int) -> Count:

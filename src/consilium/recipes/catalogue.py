@@ -12,10 +12,27 @@ from consilium.recipes.recipe import Recipe
 _MODULES = MappingProxyType(
     {
         "llama": "consilium.recipes.llama",
+        "jacobs": "consilium.recipes.jacobs",
+        "dense-moe": "consilium.recipes.dense_moe",
+        "shazeer": "consilium.recipes.shazeer",
+        "gshard": "consilium.recipes.gshard",
         "switch": "consilium.recipes.switch",
+        "hash": "consilium.recipes.hash",
+        "expert-choice": "consilium.recipes.expert_choice",
         "mixtral": "consilium.recipes.mixtral",
+        "llama-moe": "consilium.recipes.llama_moe",
+        "deepseek-moe": "consilium.recipes.deepseek_moe",
         "deepseek-v2": "consilium.recipes.deepseek_v2",
         "deepseek-v3": "consilium.recipes.deepseek_v3",
+        "qwen-moe": "consilium.recipes.qwen_moe",
+        "qwen3-moe": "consilium.recipes.qwen3_moe",
+        "olmoe": "consilium.recipes.olmoe",
+        "nemotron-moe": "consilium.recipes.nemotron_moe",
+        "latent-moe": "consilium.recipes.latent_moe",
+        "grok-1": "consilium.recipes.grok_1",
+        "skywork-moe": "consilium.recipes.skywork_moe",
+        "qwen2": "consilium.recipes.qwen2",
+        "qwen3": "consilium.recipes.qwen3",
     }
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from consilium.config.attention import MLA, Rope, Yarn
 from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, SequenceLoss
 from consilium.config.feed_forward import FeedForward
@@ -13,6 +15,26 @@ from consilium.recipes.recipe import HuggingFace, Published, Recipe
 _ROPE = Rope(
     interleaved=True, scaling=Yarn(factor=40.0, original_length=4096, mscale=0.707, mscale_all_dim=0.707)
 )
+_BALANCE = Balance(
+    losses=(
+        SequenceLoss(coefficient=0.003),
+        DeviceLoss(coefficient=0.05, devices=8, scope="sequence"),
+        CommunicationLoss(coefficient=0.02, devices=8, most=3, scope="sequence"),
+    )
+)
+
+
+def _moe(experts: int, width: int, k: int, scale: float) -> MoE:
+    groups = Groups(count=8, keep=3, score="max")
+    return MoE(
+        experts=experts,
+        width=width,
+        router=Router(select=TopK(k=k, groups=groups), weight=Raw(), scale=scale),
+        admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
+        balance=_BALANCE,
+        shared=AlwaysOn(count=2, width=width),
+    )
+
 
 _236B = Model(
     family="deepseek-v2",
@@ -22,22 +44,7 @@ _236B = Model(
     attention=MLA(heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=_ROPE),
     dense=FeedForward(width=12288),
     dense_first=1,
-    moe=MoE(
-        experts=160,
-        width=1536,
-        router=Router(
-            select=TopK(k=6, groups=Groups(count=8, keep=3, score="max")), weight=Raw(), scale=16.0
-        ),
-        admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
-        balance=Balance(
-            losses=(
-                SequenceLoss(coefficient=0.003),
-                DeviceLoss(coefficient=0.05, devices=8, scope="sequence"),
-                CommunicationLoss(coefficient=0.02, devices=8, most=3, scope="sequence"),
-            )
-        ),
-        shared=AlwaysOn(count=2, width=1536),
-    ),
+    moe=_moe(160, 1536, 6, 16.0),
     max_length=163840,
     init=Normal(std=0.006),
 )
@@ -69,20 +76,7 @@ _TINY = Model(
     attention=MLA(heads=6, q_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
     dense=FeedForward(width=512),
     dense_first=1,
-    moe=MoE(
-        experts=32,
-        width=64,
-        router=Router(select=TopK(k=4, groups=Groups(count=8, keep=3, score="max")), weight=Raw(), scale=4.0),
-        admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
-        balance=Balance(
-            losses=(
-                SequenceLoss(coefficient=0.003),
-                DeviceLoss(coefficient=0.05, devices=8, scope="sequence"),
-                CommunicationLoss(coefficient=0.02, devices=8, most=3, scope="sequence"),
-            )
-        ),
-        shared=AlwaysOn(count=2, width=64),
-    ),
+    moe=_moe(32, 64, 4, 4.0),
     max_length=1024,
 )
 
@@ -91,7 +85,12 @@ RECIPE = Recipe(
     title="DeepSeek-V2",
     year=2024,
     paper="2405.04434",
-    sizes={"236b": _236B, "lite": _LITE, "tiny": _TINY},
+    sizes={
+        "236b": _236B,
+        "236b-paper": dataclasses.replace(_236B, moe=_moe(160, 1536, 6, 1.0)),
+        "lite": _LITE,
+        "tiny": _TINY,
+    },
     published={
         "236b": Published(total="236B", active="21B"),
         "lite": Published(total="15.7B", active="2.4B", note="active leaves the input embedding out"),
@@ -104,8 +103,16 @@ RECIPE = Recipe(
         "in training a device keeps at most its fair share, best scores first; 10% of sequences are exempt",
         "2 shared experts; the first layer is dense; YaRN reaches 128K tokens",
     ),
+    equations=(
+        "scores: s = softmax(u e_i); S = the 6 best in the 3 of 8 devices of highest maximum (eq. 20-22)",
+        "output: h = u + Σ_shared FFN(u) + 16 Σ_{i in S} s_i FFN_i(u)",
+        "expert loss: 0.003 Σ_i f_i P_i over a sequence of T, f_i = E/(k T) tokens that chose i (eq. 23-25)",
+        "device loss: 0.05 Σ_d f'_d P'_d, f' mean of f, P' sum of P over a device's experts (eq. 26-28)",
+        "communication loss: 0.02 Σ_d f''_d P'_d, f''_d = D/(M T) tokens sent to device d (eq. 29-31)",
+        "attention: c = RMSNorm(W_DKV h), k = [W_UK c; RoPE(W_KR h)], v = W_UV c (eq. 9-19)",
+    ),
     deviations=(
-        "the factor 16 is in the released configuration, not in the paper's equations",
+        "the factor 16 is in the released configuration, not in the paper's equations; size 236b-paper has 1",
         "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.003",
         "the paper's scaling factors at the width bottlenecks are unspecified; released code has norms only",
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from consilium.config.attention import MLA, Rope, Yarn
 from consilium.config.balance import Balance, LinearBias, SequenceLoss, SignBias
 from consilium.config.feed_forward import FeedForward
@@ -10,37 +12,31 @@ from consilium.config.moe import AlwaysOn, MoE
 from consilium.config.router import Groups, Router, Sigmoid, TopK
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
-_YARN = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
-_BALANCE = Balance(losses=(SequenceLoss(coefficient=1e-4),), bias=SignBias(rate=1e-3))
+_ROPE = Rope(
+    interleaved=True, scaling=Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
+)
+_NODES = TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum"))
+
+
+def _moe(experts: int, width: int, shared: int, select: TopK, scale: float = 1.0) -> MoE:
+    return MoE(
+        experts=experts,
+        width=width,
+        router=Router(score=Sigmoid(), offset="scores", select=select, scale=scale),
+        balance=Balance(losses=(SequenceLoss(coefficient=1e-4),), bias=SignBias(rate=1e-3)),
+        shared=AlwaysOn(count=shared, width=width),
+    )
+
 
 _671B = Model(
     family="deepseek-v3",
     vocab_size=129280,
     hidden_size=7168,
     layers=61,
-    attention=MLA(
-        heads=128,
-        q_rank=1536,
-        kv_rank=512,
-        nope_dim=128,
-        rope_dim=64,
-        v_dim=128,
-        rope=Rope(interleaved=True, scaling=_YARN),
-    ),
+    attention=MLA(heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=_ROPE),
     dense=FeedForward(width=18432),
     dense_first=3,
-    moe=MoE(
-        experts=256,
-        width=2048,
-        router=Router(
-            score=Sigmoid(),
-            offset="scores",
-            select=TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum")),
-            scale=2.5,
-        ),
-        balance=_BALANCE,
-        shared=AlwaysOn(count=1, width=2048),
-    ),
+    moe=_moe(256, 2048, 1, _NODES, scale=2.5),
     max_length=163840,
     mtp=MTP(depth=1, weight=0.3),
     init=Normal(std=0.006),
@@ -54,13 +50,7 @@ _1B = Model(
     attention=MLA(heads=16, q_rank=512, kv_rank=256, nope_dim=64, rope_dim=32, v_dim=64),
     dense=FeedForward(width=4096),
     dense_first=1,
-    moe=MoE(
-        experts=64,
-        width=512,
-        router=Router(score=Sigmoid(), offset="scores", select=TopK(k=6)),
-        balance=_BALANCE,
-        shared=AlwaysOn(count=2, width=512),
-    ),
+    moe=_moe(64, 512, 2, TopK(k=6)),
     init=Normal(std=0.006),
 )
 
@@ -72,14 +62,11 @@ _TINY = Model(
     attention=MLA(heads=6, q_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
     dense=FeedForward(width=512),
     dense_first=1,
-    moe=MoE(
-        experts=32,
-        width=64,
-        router=Router(score=Sigmoid(), offset="scores", select=TopK(k=4)),
-        # A few hundred steps at a high rate need a step that shrinks with the imbalance: the sign rule either
-        # swings (0.01) or lags (0.001); docs/log.md has the measurements.
+    # A few hundred steps at a high rate need a step that shrinks with the imbalance: the sign rule either
+    # swings (0.01) or lags (0.001); docs/log.md has the measurements.
+    moe=dataclasses.replace(
+        _moe(32, 64, 1, TopK(k=4)),
         balance=Balance(losses=(SequenceLoss(coefficient=3e-3),), bias=LinearBias(rate=0.006)),
-        shared=AlwaysOn(count=1, width=64),
     ),
     max_length=1024,
     mtp=MTP(depth=1, weight=0.3),
@@ -90,7 +77,12 @@ RECIPE = Recipe(
     title="DeepSeek-V3",
     year=2024,
     paper="2412.19437",
-    sizes={"671b": _671B, "1b": _1B, "tiny": _TINY},
+    sizes={
+        "671b": _671B,
+        "671b-paper": dataclasses.replace(_671B, moe=_moe(256, 2048, 1, _NODES)),
+        "1b": _1B,
+        "tiny": _TINY,
+    },
     published={
         "671b": Published(
             total="671B",
@@ -107,8 +99,16 @@ RECIPE = Recipe(
         "multi-head latent attention caches 576 values a token and layer; YaRN reaches 128K tokens",
         "one multi-token prediction module with loss weight 0.3 (0.1 in the last 4.8T tokens)",
     ),
+    equations=(
+        "scores: s = sigmoid(u e_i); S = the 8 best s + b in the 4 groups of largest sum of two (eq. 15-16)",
+        "weights: g_i = 2.5 s_i / Σ_{j in S} s_j, without b (eq. 13-14)",
+        "output: h = u + FFN_shared(u) + Σ_{i in S} g_i FFN_i(u) (eq. 12)",
+        "bias, after each step: b_i += 0.001 sign(mean load - load_i)",
+        "sequence loss: 1e-4 Σ_i f_i P_i, f_i = E/(k T) tokens that chose i, P_i mean s_i / Σ s (eq. 17-20)",
+        "prediction module: h' = M [RMSNorm(embedding); RMSNorm(h)], then a block; loss 0.3 CE (eq. 21-25)",
+    ),
     deviations=(
-        "the factor 2.5 is in the released configuration, not in the paper's equations",
+        "the factor 2.5 is in the released configuration, not in the equations; size 671b-paper has 1",
         "released code scores groups with the bias added; the paper speaks of affinities",
         "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
         "the sequence-wise loss counts what was routed; the paper's formula ranks scores without the bias",

@@ -1,6 +1,8 @@
-"""Mixtral (2401.04088): eight large experts, top-2, weights normalised over the two, no token dropped."""
+"""Mixtral 8x7B and 8x22B (2401.04088): two of eight experts in every layer, no shared expert."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from consilium.config.attention import GQA, Rope
 from consilium.config.balance import Balance, SwitchLoss
@@ -9,49 +11,35 @@ from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
-_ROPE = Rope(theta=1e6)
-_ROUTER = Router(select=TopK(k=2))
-_BALANCE = Balance(losses=(SwitchLoss(coefficient=0.02),))
 
-_8X22B = Model(
-    family="mixtral",
-    vocab_size=32000,
-    hidden_size=6144,
-    layers=56,
-    attention=GQA(heads=48, kv_heads=8, head_dim=128, rope=_ROPE),
-    moe=MoE(experts=8, width=16384, router=_ROUTER, balance=_BALANCE),
-    norm_epsilon=1e-5,
-    max_length=65536,
-)
+def _size(layers: int, hidden: int, heads: int, kv_heads: int, width: int, length: int) -> Model:
+    return Model(
+        family="mixtral",
+        vocab_size=32000,
+        hidden_size=hidden,
+        layers=layers,
+        attention=GQA(heads=heads, kv_heads=kv_heads, head_dim=hidden // heads, rope=Rope(theta=1e6)),
+        moe=MoE(
+            experts=8,
+            width=width,
+            router=Router(select=TopK(k=2)),
+            balance=Balance(losses=(SwitchLoss(coefficient=0.02),)),
+        ),
+        norm_epsilon=1e-5,
+        max_length=length,
+    )
 
-_8X7B = Model(
-    family="mixtral",
-    vocab_size=32000,
-    hidden_size=4096,
-    layers=32,
-    attention=GQA(heads=32, kv_heads=8, head_dim=128, rope=_ROPE),
-    moe=MoE(experts=8, width=14336, router=_ROUTER, balance=_BALANCE),
-    norm_epsilon=1e-5,
-    max_length=32768,
-)
-
-_TINY = Model(
-    family="mixtral",
-    vocab_size=4096,
-    hidden_size=192,
-    layers=4,
-    attention=GQA(heads=6, kv_heads=2, head_dim=32, rope=_ROPE),
-    moe=MoE(experts=8, width=256, router=_ROUTER, balance=_BALANCE),
-    norm_epsilon=1e-5,
-    max_length=1024,
-)
 
 RECIPE = Recipe(
     name="mixtral",
     title="Mixtral of Experts",
     year=2024,
     paper="2401.04088",
-    sizes={"8x22b": _8X22B, "8x7b": _8X7B, "tiny": _TINY},
+    sizes={
+        "8x22b": _size(56, 6144, 48, 8, 16384, 65536),
+        "8x7b": _size(32, 4096, 32, 8, 14336, 32768),
+        "tiny": dataclasses.replace(_size(4, 192, 6, 2, 256, 1024), vocab_size=4096),
+    },
     published={
         "8x22b": Published(total="141B", active="39B", note="vocabulary of 32000; later releases have 32768"),
         "8x7b": Published(
@@ -63,6 +51,12 @@ RECIPE = Recipe(
         "softmax over all experts, the two weights divided by their sum, which is a softmax over the two",
         "grouped-query attention with 8 key and value heads, rotary base 1e6",
         "one load-balance loss; no capacity, no shared expert",
+    ),
+    equations=(
+        "router: z = x W, S = the 2 largest of 8",
+        "weights: g_i = exp(z_i) / Σ_{j in S} exp(z_j) (section 2.1)",
+        "output: y = Σ_{i in S} g_i SwiGLU_i(x)",
+        "loss, a layer: 0.02 (E/k) Σ_i f_i P_i, f_i choices of i a token, P_i mean softmax (released config)",
     ),
     deviations=(
         "the loss is a layer's own, 0.02 at balance; transformers pools all layers and has k times that",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
@@ -13,11 +13,16 @@ from consilium.errors import ConsiliumError, nearest
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Parameter counts as the authors print them, and what the print leaves open."""
+    """Parameter counts as the authors print them (empty: not printed), and what the print leaves open.
+
+    ``skeleton="other"``: published around other parts (an encoder-decoder, LSTMs, Mamba-2), so that the total
+    of our decoder of the same experts differs from the print.
+    """
 
     total: str
-    active: str
+    active: str = ""
     note: str = ""
+    skeleton: Literal["same", "other"] = "same"
 
 
 @final
@@ -38,11 +43,16 @@ class Recipe:
     title: str
     year: int
     paper: str
-    """arXiv identifier, or journal and pages."""
+    """arXiv identifier, journal and pages, or the address of the release."""
     sizes: Mapping[str, Model]
     published: Mapping[str, Published]
     choices: tuple[str, ...]
     """What the system decided, one sentence a choice."""
+    equations: tuple[str, ...]
+    """Router, weights, output and losses, each with its number in the paper where that is known.
+
+    x is a token's hidden state, E the routed experts, k those it visits, T the tokens, S the selected.
+    """
     deviations: tuple[str, ...] = ()
     """Where released code or this recipe differs from the paper."""
     hugging_face: HuggingFace | None = None

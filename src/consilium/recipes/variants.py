@@ -22,6 +22,7 @@ from consilium.config.balance import (
     ZLoss,
 )
 from consilium.config.feed_forward import FeedForward
+from consilium.config.io import changed
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, MoE, SigmoidGated
 from consilium.errors import ConsiliumError, nearest
@@ -49,24 +50,25 @@ def with_balance(model: Model, name: str) -> Model:
         )
     balance = BALANCES[name]
     # An offset that the system has stays: without a rule its bias is zero and the layout is the same.
-    offset = model.moe.router.offset
-    if offset == "none" and not isinstance(balance.bias, NoBias):
-        offset = "scores"
-    router = dataclasses.replace(model.moe.router, offset=offset)
-    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=router, balance=balance))
+    reads = model.moe.router.offset != "none" or isinstance(balance.bias, NoBias)
+    offset, where = model.moe.router.offset if reads else "scores", f"--balance {name}"
+    router = changed(model.moe.router, where=where, offset=offset)
+    return dataclasses.replace(model, moe=changed(model.moe, where=where, router=router, balance=balance))
 
 
 def dense_twin(model: Model) -> Model:
     """A dense model of the same active parameters: every block gets the mean active feed-forward width.
 
-    Everything else is unchanged, multi-token prediction included.
+    A latent space counts with its projections. All else is unchanged, multi-token prediction included.
     """
     moe = model.moe
     if moe is None:
         return model
     routed = sum(model.is_moe(i) for i in range(model.layers))
     dense = model.dense or FeedForward(width=1, activation=moe.activation)
-    active = moe.most_active * moe.width + moe.shared_width
+    size = moe.expert_size(model.hidden_size)
+    around = 2 * (moe.latent or 0) / FeedForward(width=1, activation=moe.activation).matrices
+    active = moe.most_active * moe.width * size / model.hidden_size + around + moe.shared_width
     width = (routed * active + (model.layers - routed) * dense.width) / model.layers
     return dataclasses.replace(
         model,
@@ -114,4 +116,5 @@ def _scaled_moe(moe: MoE, factor: float) -> MoE:
     shared = moe.shared
     if isinstance(shared, AlwaysOn | SigmoidGated):
         shared = dataclasses.replace(shared, width=width(shared.width))
-    return dataclasses.replace(moe, width=width(moe.width), shared=shared)
+    latent = moe.latent and width(moe.latent)
+    return dataclasses.replace(moe, width=width(moe.width), latent=latent, shared=shared)

@@ -49,3 +49,15 @@ class Plan:
     weight_bytes_by_dtype: dict[str, int]
     training_bytes: PositiveInt
     """float32 weights, gradients and both AdamW moments, MTP included; activations come on top."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Comparison:
+    """One model over another: below 1 this one needs less."""
+
+    total: float
+    active: float
+    forward: float
+    kv_values: float
+    kv_bytes_by_bits: dict[str, float]
+    """Bytes of this cache at so many bits a value, over the other's at 16."""

@@ -111,8 +111,9 @@ def save_run(run: Run) -> Path:
 def _restore(
     folder: Path, model: Decoder, optimizer: torch.optim.AdamW, corpus: Corpus, notice: Callable[[str], None]
 ) -> Progress:
-    store.load_weights(model, folder, check_finite=True)
-    state = store.load_training_state(folder)
+    # ``latest`` has just compared every file of the folder with its manifest.
+    store.load_weights(model, folder, check_finite=True, verified=True)
+    state = store.load_training_state(folder, verified=True)
     restore_moments(optimizer, model, state.tensors)
     scalars = state.scalars
     if scalars["corpus_sha256"] != corpus.sha256:

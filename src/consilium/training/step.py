@@ -72,7 +72,8 @@ def train_step(
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
     losses: list[Loss] = []
     for i, micro in enumerate(batch):
-        losses.append(training_loss(model, micro, share, options=_options(config, step, i)))
+        options = _options(config, step, i, _chosen(model, losses))
+        losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
     norm = guard.clip(model, config.optimizer.clip)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
@@ -97,12 +98,20 @@ def train_step(
     )
 
 
-def _options(config: Training, step: int, micro: int) -> Options:
+def _chosen(model: Decoder, losses: list[Loss]) -> dict[int, Tensor]:
+    """Copies that routers chose in the step so far, [E] by layer."""
+    layers = model.config.moe_layers if losses else ()
+    return {
+        k: torch.stack([loss.reports[i].wanted_E for loss in losses]).sum(0) for i, k in enumerate(layers)
+    }
+
+
+def _options(config: Training, step: int, micro: int, earlier: Mapping[int, Tensor]) -> Options:
     """Noise comes from (seed, step, micro-batch) alone, so that a resume needs no generator state."""
     digest = hashlib.sha256(f"{config.seed}/{step}/{micro}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return Options(
-        mode=Mode(training=True, generator=generator),
+        mode=Mode(training=True, generator=generator, earlier=earlier),
         dtype=torch_dtype(config.dtype),
         recompute=config.recompute,
     )

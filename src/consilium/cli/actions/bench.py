@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,18 +26,38 @@ from consilium.training.run import cpu_name
 
 def run(options: Namespace) -> int:
     keep_memory()
-    record = BenchRecord(
-        name=options.name,
+    figures = _measure(options.name, options.against)()
+    made = record(options.name, f"consilium {shlex.join(sys.argv[1:])}", figures)
+    if options.out is not None:
+        write_json(options.out, made)
+    print(to_json(made, indent=None) if options.json else _table(made))
+    return 0
+
+
+def record(name: str, command: str, figures: Sequence[Figure]) -> BenchRecord:
+    """What was measured here and now."""
+    return BenchRecord(
+        name=name,
         machine=machine(),
         commit=commit(),
-        command=f"consilium {shlex.join(sys.argv[1:])}",
+        command=command,
         date=dt.datetime.now(dt.UTC),
-        figures=_measure(options.name, options.against)(),
+        figures=tuple(figures),
     )
-    if options.out is not None:
-        write_json(options.out, record)
-    print(to_json(record, indent=None) if options.json else _table(record))
-    return 0
+
+
+def once(name: str, unit: str, value: float, against: tuple[str, float] | None = None) -> Figure:
+    """One measurement, and what it is compared with."""
+    return Figure(
+        name=name,
+        unit=unit,
+        median=value,
+        minimum=value,
+        maximum=value,
+        n=1,
+        against=None if against is None else against[0],
+        ratio=None if against is None else value / against[1],
+    )
 
 
 def machine() -> str:

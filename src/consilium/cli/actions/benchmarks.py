@@ -37,9 +37,6 @@ Contestant = Callable[[], object]
 
 MOST_GATHERED = 4 * 2**30
 
-LARGE = 512
-"""Hidden size from which a step takes seconds."""
-
 FAR_BEHIND = 4.0
 """Times the fastest, beyond which a contestant's exact figure does not matter."""
 
@@ -135,8 +132,6 @@ def transformers(shape: Shape) -> dict[str, Contestant]:
         ) from None
     ids_BS = _ids(shape)
     found: dict[str, Contestant] = {}
-    # Where bfloat16 loses, a large step in it takes minutes; train-tiny shows by how much it loses.
-    autocasts = faster_dtype() == "bfloat16" or shape.model.hidden_size < LARGE
     fits = _gathered_bytes(shape) < MOST_GATHERED
     for experts in ("grouped_mm", "batched_mm") if fits else ("grouped_mm",):
         config = library.DeepseekV3Config(**to_hugging_face(shape.model, dtype="float32"))
@@ -144,7 +139,7 @@ def transformers(shape: Shape) -> dict[str, Contestant]:
             config, attn_implementation="sdpa", experts_implementation=experts
         ).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for cast in (False, True) if autocasts else (False,):
+        for cast in (False, True):
             kind = "bf16 autocast" if cast else "fp32"
             found[f"transformers {library.__version__} {experts} {kind}"] = _theirs(
                 model, optimizer, ids_BS, cast=cast
@@ -180,13 +175,16 @@ def _ids(shape: Shape) -> torch.Tensor:
 def take_turns(contestants: Mapping[str, Contestant], repeats: int, tokens: int) -> dict[str, list[float]]:
     """Run all once to warm up, then in turn; return tokens a second of each run by contestant.
 
-    Who is far behind after the warm-up takes one turn only.
+    Who is far behind after the warm-up takes no turn: its first run, which may be minutes, is its figure.
     """
     warm = {name: _seconds(run) for name, run in contestants.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats):
+    limit = FAR_BEHIND * min(warm.values())
+    speeds: dict[str, list[float]] = {
+        name: [] if seconds < limit else [tokens / seconds] for name, seconds in warm.items()
+    }
+    for _ in range(repeats):
         for name, run in contestants.items():
-            if turn == 0 or warm[name] < FAR_BEHIND * min(warm.values()):
+            if warm[name] < limit:
                 speeds[name].append(tokens / _seconds(run))
     return speeds
 

@@ -1,8 +1,10 @@
-"""``consilium doctor``: facts about the machine, and what looks wrong."""
+"""``consilium doctor``: facts about the machine and what looks wrong, and whether every router is right."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import platform
 import shutil
@@ -14,6 +16,9 @@ from pathlib import Path
 import torch
 
 import consilium
+from consilium.analysis import conformance
+from consilium.analysis.conformance import Verdict
+from consilium.cli.table import columns
 from consilium.data.builtin import available_domains
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
@@ -24,15 +29,62 @@ from consilium.training.run import cpu_name
 LOW_DISK = 2 * 2**30
 
 
-def run(_options: Namespace) -> int:
-    lines = list(_facts())
+def machine(options: Namespace) -> int:
+    """Print facts and problems; 1 when something is wrong."""
+    facts, problems = dict(_facts()), list(_problems())
+    if options.json:
+        print(json.dumps({"facts": facts, "problems": problems}, indent=2))
+        return 1 if problems else 0
+    lines = [*facts.items(), *(("problem", problem) for problem in problems)]
+    lines.append(("verdict", "see the problems above" if problems else "ready: try consilium demo"))
     for name, text in lines:
         print(f"{name:<12} {text}")
-    problems = list(_problems())
-    for problem in problems:
-        print(f"{'problem':<12} {problem}")
-    print(f"{'verdict':<12} {'see the problems above' if problems else 'ready: try consilium demo'}")
     return 1 if problems else 0
+
+
+def routers(options: Namespace) -> int:
+    """Run the golden vectors and print a line a system; 1 when a router decides anything else."""
+    verdicts = [conformance.check(vectors) for vectors in conformance.shipped()]
+    failed = not all(verdict.passed for verdict in verdicts)
+    if options.json:
+        print(
+            json.dumps({"passed": not failed, "systems": [_data(verdict) for verdict in verdicts]}, indent=2)
+        )
+        return int(failed)
+    print(columns([_HEADINGS, *(_row(verdict) for verdict in verdicts)], right=(1, 2)))
+    for verdict in verdicts:
+        for difference in verdict.differences:
+            print(f"differs: {difference}")
+    return int(failed)
+
+
+_HEADINGS = ("system", "cases", "choices", "experts", "max |dw|", "verdict")
+
+
+def _row(verdict: Verdict) -> tuple[str, ...]:
+    """A weight error stands for experts too: it is infinite where they differ."""
+    exact = math.isfinite(verdict.weight_error)
+    return (
+        verdict.model,
+        str(verdict.cases),
+        str(verdict.choices),
+        "exact" if exact else "differ",
+        f"{verdict.weight_error:.0e}" if exact else "-",
+        "pass" if verdict.passed else "fail",
+    )
+
+
+def _data(verdict: Verdict) -> dict[str, object]:
+    exact = math.isfinite(verdict.weight_error)
+    return {
+        "system": verdict.model,
+        "passed": verdict.passed,
+        "cases": verdict.cases,
+        "choices": verdict.choices,
+        "experts_exact": exact,
+        "weight_error": verdict.weight_error if exact else None,
+        "differences": list(verdict.differences),
+    }
 
 
 def _facts() -> Iterator[tuple[str, str]]:

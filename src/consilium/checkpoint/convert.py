@@ -1,0 +1,150 @@
+"""A folder of weights to one of another dtype, a tensor at a time; its tokenizer goes along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import safetensors_io
+from consilium.checkpoint.atomic import commit_folder
+from consilium.checkpoint.files import DISK, Filesystem
+from consilium.checkpoint.hf_architecture import architecture
+from consilium.checkpoint.hf_config import NAME as CONFIG
+from consilium.checkpoint.hf_config import generation_config, to_hugging_face
+from consilium.checkpoint.json_file import read_bytes, read_object
+from consilium.checkpoint.naming import TABLES
+from consilium.checkpoint.source import Source, named
+from consilium.checkpoint.store import open_folder
+from consilium.errors import ConsiliumError
+
+Progress = Callable[[int, int], None]
+"""Hears of bytes done and bytes in all."""
+
+_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_GENERATION: Final = "generation_config.json"
+_CARRIED: Final = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files that go along as they are. Code never does."""
+
+
+def convert(
+    folder: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    progress: Progress = lambda done, total: None,
+    files: Filesystem = DISK,
+) -> None:
+    """Write the model in ``folder`` to ``destination`` in the published layout of its architecture.
+
+    ``dtype`` is by default that of the file. One tensor is in memory at a time. The new folder appears
+    complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do, and for NaN or infinity.
+    """
+    if folder.resolve() == destination.resolve():
+        raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
+    source = open_folder(folder, dtype=dtype, check_finite=True)
+    written = dict(named(source.config, source.state))
+    descriptions = _descriptions(folder, source)
+
+    def write(staged: Path) -> None:
+        for name, content in descriptions.items():
+            files.write(staged / name, [content])
+        values = _told(_values(source, written), written, progress)
+        safetensors_io.write_sharded(staged, written, values=values, files=files)
+
+    commit_folder(destination, write, files=files)
+
+
+@final
+class _Repacked:
+    """Tensors for one layout out of another: a tensor of ours is put together, then cut anew."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._ours = {
+            name: ours
+            for ours, tensor in source.state.items()
+            for name, _ in named(source.config, {ours: tensor})
+        }
+        self._ready: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._ready:
+            ours = self._ours[name]
+            self._ready = dict(named(self._source.config, {ours: self._source.read(ours)}))
+        return self._ready.pop(name)
+
+
+def _values(source: Source, written: Mapping[str, Tensor]) -> safetensors_io.Values:
+    """Where the layout stays, each tensor of the files is one of the result."""
+
+    def copied(name: str) -> Tensor:
+        values = torch.zeros_like(written[name], device="cpu")
+        source.fill_stored(name, values)
+        return values
+
+    kind = architecture(source.config)
+    stays = kind is None or source.table == TABLES[kind][0]
+    return copied if stays else _Repacked(source)
+
+
+def _told(
+    values: safetensors_io.Values, written: Mapping[str, Tensor], progress: Progress
+) -> safetensors_io.Values:
+    """``values`` that tell ``progress``."""
+    total = sum(tensor.nbytes for tensor in written.values())
+    done = 0
+
+    def told(name: str) -> Tensor:
+        nonlocal done
+        found = values(name)
+        done += found.nbytes
+        progress(done, total)
+        return found
+
+    return told
+
+
+def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
+    before = read_object(folder / CONFIG)
+    tokens = {key: before[key] for key in _TOKENS if key in before}
+    dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
+    described: dict[str, bytes] = {
+        CONFIG: _json(to_hugging_face(source.config, dtype=dtype) | tokens),
+        _GENERATION: _json(_generation(folder, tokens.get("eos_token_id"))),
+    }
+    if (folder / _TOKENIZER_CONFIG).exists():
+        described[_TOKENIZER_CONFIG] = _json(_tokenizer_config(read_object(folder / _TOKENIZER_CONFIG)))
+    carried = (name for name in _CARRIED if (folder / name).exists())
+    return described | {name: read_bytes(folder / name) for name in carried}
+
+
+def _generation(folder: Path, end: object) -> dict[str, Any]:
+    if (folder / _GENERATION).exists():
+        return read_object(folder / _GENERATION)
+    return generation_config(end if isinstance(end, int) else None)
+
+
+def _tokenizer_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Without code, and with a class that every reader has: transformers 5 writes one that only it knows."""
+    kept = {key: value for key, value in found.items() if key != "auto_map"}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return kept
+
+
+def _json(data: object) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,213 @@
+"""A folder of weights as one GGUF file, written one tensor of ours at a time; it appears whole or never."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    quant_shape_to_byte_shape,
+    quantize,
+)
+from gguf.constants import GGML_QUANT_VERSION
+
+from consilium.checkpoint.files import DISK, Filesystem, make_parents, write_failure
+from consilium.checkpoint.gguf.metadata import Value, arch_of, metadata, notices
+from consilium.checkpoint.gguf.tensors import exported, stored_as
+from consilium.checkpoint.gguf.tokenizer import Vocabulary, read_vocabulary
+from consilium.checkpoint.source import Source
+from consilium.checkpoint.store import open_folder
+from consilium.errors import ConsiliumError, nearest
+
+TYPES: Final[Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]]] = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+_FLOAT32: Final = np.dtype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """``typed`` is the fraction of all values that are of the type asked for; the others are float32."""
+
+    typed: float
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A tensor of the file before it is read. ``shape`` is that of its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(quant_shape_to_byte_shape(self.shape, self.kind))
+
+
+Plan = Mapping[str, tuple[_Planned, ...]]
+"""What becomes of each tensor of ours, in the order of the file."""
+
+
+def export(
+    folder: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    files: Filesystem = DISK,
+) -> Exported:
+    """Write the model in ``folder`` to the file ``destination``, which must not exist.
+
+    ``dtype`` is a key of TYPES, by default that of the folder. ``progress`` hears of bytes done and in all.
+    The largest tensor of the model is in memory at a time, in float32. Raises ConsiliumError where llama.cpp
+    has no architecture that computes the same, and where reading or writing fails.
+    """
+    if destination.exists():
+        raise ConsiliumError(f"{destination} is already there; remove it or give another name.")
+    source = open_folder(folder, check_finite=True)
+    dtype = dtype or str(source.state["embed.weight"].dtype).removeprefix("torch.")
+    if dtype not in TYPES:
+        raise ConsiliumError(f"a GGUF file has no type {dtype!r}.{nearest(dtype, TYPES)}")
+    kind, file_type = TYPES[dtype]
+    arch = arch_of(source.config)
+    vocabulary = read_vocabulary(folder, source.config.vocab_size)
+    plan = _plan(source, arch, kind)
+    writer = _described(source, arch, folder.resolve().name, file_type)
+    _add_vocabulary(writer, vocabulary)
+    with _whole(destination, files) as staged:
+        _stream(writer, staged, source, arch, plan, progress)
+    return _report(source, plan, kind, vocabulary)
+
+
+def _plan(source: Source, arch: MODEL_ARCH, wanted: GGMLQuantizationType) -> Plan:
+    block, _ = GGML_QUANT_SIZES[wanted]
+
+    def planned(name: str, shape: tuple[int, ...]) -> _Planned:
+        return _Planned(name, shape, stored_as(name, shape, wanted, block))
+
+    return {
+        ours: tuple(planned(name, tuple(part.shape)) for name, part in parts)
+        for ours, tensor in source.state.items()
+        if (parts := list(exported(source.config, arch, ours, tensor)))
+    }
+
+
+def _described(source: Source, arch: MODEL_ARCH, name: str, file_type: LlamaFileType) -> GGUFWriter:
+    writer = GGUFWriter(None, MODEL_ARCH_NAMES[arch])
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for key, value in metadata(source.config, arch).items():
+        _add(writer, key, value)
+    return writer
+
+
+def _add(writer: GGUFWriter, key: str, value: Value) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_eos_token_id(vocabulary.eos)
+    writer.add_add_bos_token(vocabulary.opens)
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.pad is not None:
+        writer.add_pad_token_id(vocabulary.pad)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+@contextlib.contextmanager
+def _whole(destination: Path, files: Filesystem) -> Iterator[Path]:
+    """A file beside ``destination`` that takes its name when it is complete and durable."""
+    staged = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(8)}")
+    try:
+        make_parents(destination.resolve().parent, files)
+        yield staged
+        files.sync_file(staged)
+        files.rename(staged, destination)
+        files.sync_folder(destination.resolve().parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            files.unlink(staged)
+        if isinstance(error, OSError):
+            raise write_failure(error, destination) from error
+        raise
+
+
+def _stream(
+    writer: GGUFWriter,
+    staged: Path,
+    source: Source,
+    arch: MODEL_ARCH,
+    plan: Plan,
+    progress: Callable[[int, int], None],
+) -> None:
+    rows = [planned for group in plan.values() for planned in group]
+    for planned in rows:
+        writer.add_tensor_info(planned.name, planned.shape, _FLOAT32, planned.bytes, planned.kind)
+    writer.write_header_to_file(staged)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done, total = 0, sum(planned.bytes for planned in rows)
+        for ours, group in plan.items():
+            whole = source.read(ours, torch.float32)
+            for planned, (_, part) in zip(group, exported(source.config, arch, ours, whole), strict=True):
+                writer.write_tensor_data(quantize(part.contiguous().numpy(), planned.kind))
+                done += planned.bytes
+                progress(done, total)
+    finally:
+        writer.close()
+
+
+def _report(
+    source: Source, plan: Plan, wanted: GGMLQuantizationType, vocabulary: Vocabulary | None
+) -> Exported:
+    rows = [planned for group in plan.values() for planned in group]
+    typed = sum(planned.values for planned in rows if planned.kind is wanted)
+    lost = notices(source.config)
+    if vocabulary is None:
+        lost = (
+            *lost,
+            "the folder has no tokenizer.json, so the file holds none: give token ids to its reader.",
+        )
+    return Exported(typed / sum(planned.values for planned in rows), lost)

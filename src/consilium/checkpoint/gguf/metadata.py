@@ -1,0 +1,174 @@
+"""A configuration in the keys of GGUF, for the architectures of llama.cpp that compute exactly the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, Keys, RopeScalingType
+
+from consilium.checkpoint.hf_architecture import architecture
+from consilium.config.attention import GQA, MLA, Attention, Rope, Unscaled, Yarn
+from consilium.config.model import Model
+from consilium.config.moe import MoE
+from consilium.config.router import Normalised, Raw, Sigmoid, TopK
+from consilium.errors import ConsiliumError
+
+Value = bool | int | float | str
+_LITE: Final = (26, 27)
+"""Numbers of layers from which llama.cpp concludes that a deepseek2 model has no query compression."""
+
+
+def arch_of(config: Model) -> MODEL_ARCH:
+    """Return the architecture of llama.cpp for ``config``, or raise ConsiliumError naming the obstacle."""
+    match architecture(config):
+        case "llama" | "mixtral":
+            arch = MODEL_ARCH.LLAMA
+        case "qwen3_moe":
+            arch = MODEL_ARCH.QWEN3MOE
+        case "deepseek_v2" | "deepseek_v3":
+            arch = MODEL_ARCH.DEEPSEEK2
+        case other:
+            raise _impossible(
+                f"{config.family!r} (architecture {other or 'of our own'}) is none of the architectures"
+                " written here: llama, mixtral, qwen3_moe, deepseek_v2, deepseek_v3"
+            )
+    _check(config, arch)
+    return arch
+
+
+def metadata(config: Model, arch: MODEL_ARCH) -> dict[str, Value]:
+    """Return what llama.cpp must know beside the tensors and the tokenizer."""
+    dense = config.dense.width if config.dense is not None else None
+    width = config.moe.width if config.moe is not None else None
+    keys: dict[str, Value] = {
+        Keys.LLM.VOCAB_SIZE: config.vocab_size,
+        Keys.LLM.CONTEXT_LENGTH: config.max_length,
+        Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
+        Keys.LLM.BLOCK_COUNT: config.layers,
+        Keys.LLM.FEED_FORWARD_LENGTH: dense or width or 0,
+        Keys.Attention.LAYERNORM_RMS_EPS: config.norm_epsilon,
+        **_attention(config.attention),
+        **_rope(config.attention.rope, arch),
+        **({} if config.moe is None else _moe(config, config.moe, arch)),
+    }
+    return {key.format(arch=MODEL_ARCH_NAMES[arch]): value for key, value in keys.items()}
+
+
+def notices(config: Model) -> tuple[str, ...]:
+    """Return one sentence for each thing that a reader of the file does not get or computes differently."""
+    found: list[str] = []
+    if config.mtp.depth:
+        found.append("the modules of multi-token prediction are left out: llama.cpp does not run them.")
+    if config.moe is not None and isinstance(config.moe.router.select, TopK):
+        groups = config.moe.router.select.groups
+        if groups is not None and groups.score == "max":
+            found.append(
+                "llama.cpp ranks a group of experts by its two best instead of its best,"
+                " so some tokens go to other experts there."
+            )
+    return tuple(found)
+
+
+def _attention(attention: Attention) -> dict[str, Value]:
+    match attention:
+        case GQA() as gqa:
+            return {
+                Keys.Attention.HEAD_COUNT: gqa.heads,
+                Keys.Attention.HEAD_COUNT_KV: gqa.kv_heads,
+                Keys.Attention.KEY_LENGTH: gqa.head_dim,
+                Keys.Attention.VALUE_LENGTH: gqa.head_dim,
+                Keys.Rope.DIMENSION_COUNT: gqa.head_dim,
+            }
+        case MLA() as mla:
+            # Absorbed there: one key of latent and rotary part for all heads, whose value is the latent.
+            return {
+                Keys.Attention.HEAD_COUNT: mla.heads,
+                Keys.Attention.HEAD_COUNT_KV: 1,
+                Keys.Attention.KEY_LENGTH: mla.kv_rank + mla.rope_dim,
+                Keys.Attention.VALUE_LENGTH: mla.kv_rank,
+                Keys.Attention.KEY_LENGTH_MLA: mla.nope_dim + mla.rope_dim,
+                Keys.Attention.VALUE_LENGTH_MLA: mla.v_dim,
+                Keys.Attention.KV_LORA_RANK: mla.kv_rank,
+                Keys.Attention.Q_LORA_RANK: mla.q_rank or 0,
+                Keys.Rope.DIMENSION_COUNT: mla.rope_dim,
+            }
+
+
+def _rope(rope: Rope, arch: MODEL_ARCH) -> dict[str, Value]:
+    keys: dict[str, Value] = {Keys.Rope.FREQ_BASE: rope.theta}
+    match rope.scaling:
+        case Unscaled():
+            return keys
+        case Yarn() as yarn:
+            keys |= {
+                Keys.Rope.SCALING_TYPE: RopeScalingType.YARN.value,
+                Keys.Rope.SCALING_FACTOR: yarn.factor,
+                Keys.Rope.SCALING_ORIG_CTX_LEN: yarn.original_length,
+                Keys.Rope.SCALING_YARN_BETA_FAST: yarn.beta_fast,
+                Keys.Rope.SCALING_YARN_BETA_SLOW: yarn.beta_slow,
+            }
+            if arch is MODEL_ARCH.DEEPSEEK2:
+                # Its reader divides by 0.1 again.
+                keys[Keys.Rope.SCALING_YARN_LOG_MUL] = 0.1 * yarn.mscale_all_dim
+            return keys
+
+
+def _moe(config: Model, moe: MoE, arch: MODEL_ARCH) -> dict[str, Value]:
+    keys: dict[str, Value] = {
+        Keys.LLM.EXPERT_COUNT: moe.experts,
+        Keys.LLM.EXPERT_USED_COUNT: moe.most_active,
+        Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: moe.width,
+    }
+    return keys | _deepseek(config, moe) if arch is MODEL_ARCH.DEEPSEEK2 else keys
+
+
+def _deepseek(config: Model, moe: MoE) -> dict[str, Value]:
+    router = moe.router
+    sigmoid = isinstance(router.score, Sigmoid)
+    gating = ExpertGatingFuncType.SIGMOID if sigmoid else ExpertGatingFuncType.SOFTMAX
+    assert isinstance(router.select, TopK)
+    groups = router.select.groups
+    return {
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: config.dense_first,
+        Keys.LLM.EXPERT_SHARED_COUNT: moe.shared_width // moe.width,
+        Keys.LLM.EXPERT_WEIGHTS_SCALE: router.scale,
+        Keys.LLM.EXPERT_WEIGHTS_NORM: isinstance(router.weight, Normalised),
+        Keys.LLM.EXPERT_GATING_FUNC: int(gating.value),
+        **({} if groups is None else _groups(groups.count, groups.keep)),
+    }
+
+
+def _groups(count: int, keep: int) -> dict[str, Value]:
+    return {Keys.LLM.EXPERT_GROUP_COUNT: count, Keys.LLM.EXPERT_GROUP_USED_COUNT: keep}
+
+
+def _check(config: Model, arch: MODEL_ARCH) -> None:
+    """What the architecture cannot say is refused: it would load there and answer something else."""
+    scaling = config.attention.rope.scaling
+    if isinstance(scaling, Yarn) and not _yarn_fits(scaling, arch):
+        raise _impossible(
+            f"it has no key for YaRN with mscale {scaling.mscale:g} and mscale_all_dim"
+            f" {scaling.mscale_all_dim:g}"
+        )
+    match config.attention:
+        case MLA(q_rank=int()) if config.layers in _LITE:
+            raise _impossible(f"llama.cpp takes one of {config.layers} layers to have no query compression")
+        case GQA() | MLA():
+            pass
+    if arch is MODEL_ARCH.QWEN3MOE and config.moe is not None:
+        if isinstance(config.moe.router.weight, Raw):
+            raise _impossible("llama.cpp always normalises the weights of a qwen3_moe (norm_topk_prob)")
+        if len(config.moe_layers) != config.layers:
+            raise _impossible("llama.cpp expects experts in every layer of a qwen3_moe")
+
+
+def _yarn_fits(yarn: Yarn, arch: MODEL_ARCH) -> bool:
+    """deepseek2 has one number for both multipliers, the others the plain temperature on the rotation."""
+    if arch is MODEL_ARCH.DEEPSEEK2:
+        return math.isclose(yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 0
+    return yarn.mscale == 1 and yarn.mscale_all_dim == 0
+
+
+def _impossible(why: str) -> ConsiliumError:
+    return ConsiliumError(f"this model cannot be a GGUF file: {why}; convert it --to hf instead.")

@@ -1,0 +1,139 @@
+"""The weights of a folder, checked against its configuration before any is read, then read one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import fp8, manifest, safetensors_io, weights
+from consilium.checkpoint.fp8 import Scaled, Stored
+from consilium.checkpoint.hf_architecture import architecture
+from consilium.checkpoint.hf_config import NAME as CONFIG
+from consilium.checkpoint.json_file import read_object
+from consilium.checkpoint.naming import parts, redundant, table_of
+from consilium.checkpoint.safetensors_io import Entry
+from consilium.config.model import MTP, Model
+from consilium.errors import ConsiliumError
+from consilium.model.build import DTYPES
+from consilium.planner.parameters import parameters
+from consilium.recipes.layout import Table
+
+_FEW: Final = 24
+"""More tensors than any block has beside its experts."""
+_SPARE: Final = 2**20
+"""Values that a configuration may always ask for: below this, naming the missing tensors says more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights that fit ``config``; ``state`` says our names, shapes and dtypes and may have no memory.
+
+    ``table`` is the layout that the files follow, None for our own.
+    """
+
+    config: Model
+    state: Mapping[str, Tensor]
+    found: Mapping[str, Stored]
+    table: Table | None
+    check_finite: bool
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy our tensor ``name`` into ``target``, in its dtype; ConsiliumError names a tensor at fault."""
+        for stored_name, view in named(self.config, {name: target}, self.table):
+            self.fill_stored(stored_name, view)
+
+    def fill_stored(self, name: str, target: Tensor) -> None:
+        """Copy one tensor of the files, by its name there."""
+        match self.found[name]:
+            case Entry() as entry:
+                safetensors_io.read_into(name, entry, target, check_finite=self.check_finite)
+            case Scaled() as scaled:
+                fp8.read_into(name, scaled, target, check_finite=self.check_finite)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
+        values = torch.zeros_like(self.state[name], dtype=dtype, device="cpu")
+        self.fill(name, values)
+        return values
+
+
+def fitted(
+    folder: Path,
+    config: Model,
+    found: Mapping[str, Stored],
+    state: Mapping[str, Tensor],
+    *,
+    check_finite: bool = False,
+) -> Source:
+    """Check that names and shapes ``found`` in ``folder`` are those of ``state``, a model of ``config``.
+
+    Raises ConsiliumError naming the tensor at fault.
+    """
+    kind = architecture(config)
+    table = None if kind is None else table_of(kind, found)
+    weights.match(found, dict(named(config, state, table)), folder, ignored=redundant(config))
+    return Source(config, state, found, table, check_finite)
+
+
+def named(
+    config: Model, state: Mapping[str, Tensor], table: Table | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under its name in the files as a view of ours, by default in the published layout."""
+    kind = architecture(config)
+    return iter(state.items()) if kind is None else parts(state, kind, config.layers, table)
+
+
+def find(folder: Path, config: Model, *, verified: bool = False) -> dict[str, Stored]:
+    """Return the tensors of ``folder``, which must be the ones saved where there is a manifest.
+
+    Raises ConsiliumError naming the file or tensor at fault, and where ``config`` asks for far more than the
+    folder holds. ``verified``: the caller has compared the folder with its manifest.
+    """
+    if not verified and (folder / manifest.NAME).exists():
+        names = [path.name for path in weights.weight_files(folder)]
+        manifest.verify(folder, only=(CONFIG, weights.INDEX, *names))
+    experts = 0 if config.moe is None else config.moe.experts
+    blocks = config.layers + config.mtp.depth
+    entries = weights.find(folder, tensors=2 * (_FEW * (blocks + 1) + 3 * blocks * experts))
+    # Checked before anything is built: a small file must not be able to ask for a huge model.
+    held = sum(math.prod(entry.shape) for entry in entries.values())
+    if blocks > len(entries) or _values(config) > _SPARE + 4 * held:
+        raise ConsiliumError(
+            f"{folder / CONFIG} asks for {blocks} layers of {experts} experts, far more than the"
+            f" {len(entries)} tensors of the weights beside it; use the two files of one save."
+        )
+    block = fp8.block_size(read_object(folder / CONFIG), folder / CONFIG)
+    return fp8.pair(entries, block)
+
+
+def as_stored(config: Model, found: Mapping[str, Stored]) -> Model:
+    """Return ``config`` without multi-token prediction where ``found`` has none of it.
+
+    transformers announces its modules in every DeepSeek-V3 configuration and never writes them.
+    """
+    held = any(name.startswith((f"model.layers.{config.layers}.", "mtp.")) for name in found)
+    return config if held or not config.mtp.depth else dataclasses.replace(config, mtp=MTP(depth=0))
+
+
+def stored_dtype(config: Model, found: Mapping[str, Stored]) -> str:
+    """Return the name of the dtype that the embedding is stored in, float32 where we do not compute in it."""
+    kind = architecture(config)
+    table = None if kind is None else table_of(kind, found)
+    name, _ = next(named(config, {"embed.weight": torch.empty(1)}, table))
+    match found.get(name):
+        case Entry(dtype=dtype) if (word := str(dtype).removeprefix("torch.")) in DTYPES:
+            return word
+        case Entry() | Scaled() | None:
+            return "float32"
+
+
+def _values(config: Model) -> int:
+    count = parameters(config)
+    return count.total + count.mtp

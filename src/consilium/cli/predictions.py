@@ -1,0 +1,141 @@
+"""``consilium plan --law``: what scaling laws predict, asked and told."""
+
+from __future__ import annotations
+
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from consilium.cli.table import columns, counted
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError
+from consilium.planner.laws import Law, find
+from consilium.planner.predictions import Point, point, predict
+from consilium.recipes.catalogue import names
+from consilium.records.prediction import Prediction, Predictions, Slopes
+
+_WIDTH = 96
+_UNITS = "losses are nats a token of each law's own text: compare within a row, not between laws"
+
+
+def of_model(model: Model, options: Namespace) -> Predictions:
+    """Ask the laws that ``--law`` names about ``model``."""
+    return predict(_laws(options), point(model, options.tokens))
+
+
+def of_point(options: Namespace) -> Predictions:
+    """Ask them at the N and E of ``--params`` and ``--experts``, without a model."""
+    asked = _laws(options)
+    if options.params is None:
+        raise ConsiliumError(
+            "plan: --law without a MODEL needs --params N and --experts E; give a MODEL, such as deepseek-v3,"
+            " before --law, or these two."
+        )
+    if options.fit is not None or options.against is not None:
+        raise ConsiliumError("plan: --fit and --against need a MODEL; give one or leave them out.")
+    return predict(
+        asked, Point(active=options.params, experts=float(options.experts or 1), tokens=options.tokens)
+    )
+
+
+def _laws(options: Namespace) -> tuple[Law, ...]:
+    if options.model is None and options.law.partition(":")[0] in names():
+        raise ConsiliumError(f"plan: MODEL comes first: consilium plan {options.law} --law.")
+    return find(options.law)
+
+
+def predictions_text(found: Predictions) -> str:
+    """What the laws answered, their slopes, what they count and why others are silent."""
+    parts = [f"\nscaling laws\n{_filled(_question(found))}"]
+    parts += [part for part in (_losses(found), _slopes(found), _compute(found)) if part]
+    parts.append("\nhow to read them\n" + _notes(found.predictions))
+    if found.unanswered:
+        parts.append("\nnot answered\n" + columns(list(found.unanswered.items()), indent="  "))
+    return "\n".join(parts)
+
+
+def _question(found: Predictions) -> str:
+    parts = [f"{_amount(found.active)} active", f"{found.experts:.4g} experts for each active one"]
+    if found.total is not None:
+        parts.insert(1, f"{_amount(found.total)} in all, without embeddings")
+    if found.granularity is not None:
+        parts.append(f"{found.granularity:.4g} expert widths active")
+    if found.tokens is not None:
+        parts.append(f"{_amount(found.tokens)} tokens")
+    return ", ".join(parts)
+
+
+def _losses(found: Predictions) -> str:
+    rows = [
+        (one.law, _of(one.parameters, _amount), f"{one.loss:.3f}", *_gain(one.loss, one))
+        for one in found.predictions
+        if one.loss is not None
+    ]
+    if not rows:
+        return ""
+    heading = ("law", "N", "loss", "dense, same active", "less by", "equals a dense")
+    return f"\n  {_UNITS}\n" + columns([heading, *rows], right=range(1, 6), indent="  ")
+
+
+def _gain(loss: float, one: Prediction) -> tuple[str, str, str]:
+    if one.dense_loss is None:
+        return "-", "-", "-"
+    equals = "none" if one.dense_equivalent is None else _amount(one.dense_equivalent)
+    return f"{one.dense_loss:.3f}", _percent(1 - loss / one.dense_loss), equals
+
+
+def _slopes(found: Predictions) -> str:
+    rows = [(one.law, *_pair(one.slopes), *_pair(one.raw_slopes)) for one in found.predictions if one.slopes]
+    if not rows:
+        return ""
+    heading = ("law", "d log L/d log N", "d log L/d log E", "a + c log E", "b + c log N")
+    text = "slopes: per cent of loss for 1 % more; the last two take E for its saturated form"
+    return f"\n  {text}\n" + columns([heading, *rows], right=range(1, 5), indent="  ")
+
+
+def _pair(slopes: Slopes | None) -> tuple[str, str]:
+    if slopes is None:
+        return "-", "-"
+    return _of(slopes.parameters, "{:.4f}".format), _of(slopes.experts, "{:.4f}".format)
+
+
+def _compute(found: Predictions) -> str:
+    """What laws say of the training compute; a sentence a line."""
+    lines = [
+        f"{one.law}: a dense model needs {one.leverage:.2g} times the training compute for the same loss"
+        for one in found.predictions
+        if one.leverage is not None
+    ]
+    lines += [
+        f"{one.law}: the same compute 6 N D is best spent on {_amount(best.parameters)} parameters and"
+        f" {_amount(best.tokens)} tokens (loss {best.loss:.3f})"
+        for one in found.predictions
+        if (best := one.optimum) is not None
+    ]
+    return "\n".join(["", *map(_filled, lines)]) if lines else ""
+
+
+def _notes(found: Sequence[Prediction]) -> str:
+    """Each sentence once, under all the laws that it is true of."""
+    said: dict[str, list[str]] = {}
+    for one in found:
+        for sentence in (one.counts, *one.notes):
+            said.setdefault(sentence, []).append(one.law)
+    lines = [f"{', '.join(names)}: {sentence}" for sentence, names in said.items()]
+    return "\n".join(map(_filled, lines))
+
+
+def _filled(line: str) -> str:
+    return textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _amount(value: float) -> str:
+    return counted(round(value))
+
+
+def _of(value: float | None, words: Callable[[float], str]) -> str:
+    return "-" if value is None else words(value)

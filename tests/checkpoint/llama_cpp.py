@@ -1,0 +1,46 @@
+"""A process that asks llama.cpp: ``python llama_cpp.py FILE.gguf``, requests as JSON lines on standard input.
+
+A request is ``{"prompt": [ids] or text}``; the answer ``{"tokens": n, "logprobs": [V]}`` after the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import xllamacpp  # pyright: ignore[reportMissingImports]
+
+VOCABULARY = 259
+LETTER = 68
+"""A token of one ASCII letter: sampled whatever its probability, since half a character has no answer."""
+
+
+def serve(path: str) -> None:
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx, params.n_batch, params.n_gpu_layers = 256, 64, 0
+    params.warmup = False
+    params.verbosity = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    for line in sys.stdin:
+        print("answer:", json.dumps(answer(server, json.loads(line)["prompt"])), flush=True)
+
+
+def answer(server: Any, prompt: list[int] | str) -> dict[str, Any]:
+    request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": VOCABULARY}
+    request |= {"post_sampling_probs": False, "cache_prompt": False, "logit_bias": [[LETTER, 1000.0]]}
+    reply = server.handle_completions(request)
+    top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    logprobs = {entry["id"]: entry["logprob"] for entry in top}
+    return {
+        "tokens": reply["usage"]["prompt_tokens"],
+        "logprobs": [logprobs[i] for i in range(VOCABULARY)],
+    }
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

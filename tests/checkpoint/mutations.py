@@ -1,0 +1,144 @@
+"""Folders broken in many ways, and what loading makes of each.
+
+A kind of damage changes a copy of a folder in place and returns what the error must name: a file, or a
+tensor. What cannot be known is not asked: a changed value in a file without a manifest, two tensors of one
+shape exchanged there, or a number in a foreign config.json that another model could have.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import damage_folder, damage_weights
+from checkpoint.damage_weights import FP8, SINGLE, rewrite
+from checkpoint.models import deepseek_v3, saved
+from consilium.checkpoint import safetensors_io, store
+from consilium.errors import ConsiliumError
+
+SECONDS = 2.0
+
+Damage = Callable[[Path, random.Random], str]
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Whole folders: as we save it, as a hub has it in three shards, as DeepSeek publishes 8 bits."""
+
+    folders: Mapping[str, Path]
+    states: Mapping[str, dict[str, Tensor]]
+
+
+def make_templates(parent: Path) -> Templates:
+    config = deepseek_v3(depth=1)
+    sealed = saved(parent / "sealed", config)
+    sharded, eight_bits = (saved(parent / name, config, manifest=False) for name in ("sharded", "eight_bits"))
+    tensors = safetensors_io.read(sealed / SINGLE)
+    rewrite(eight_bits / SINGLE, in_eight_bits(tensors))
+    (sharded / SINGLE).unlink()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    safetensors_io.write_sharded(sharded, tensors, shard_bytes=size // 2)
+    folders = {"sealed": sealed, "sharded": sharded, "eight_bits": eight_bits}
+    return Templates(folders, {name: store.load(path).state_dict() for name, path in folders.items()})
+
+
+def in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    changed = dict(tensors)
+    for name in [name for name in tensors if "_proj" in name]:
+        grid = [math.ceil(side / 128) for side in tensors[name].shape]
+        changed[name], changed[f"{name}_scale_inv"] = tensors[name].to(FP8), torch.rand(grid) + 0.5
+    return changed
+
+
+KINDS: Mapping[str, tuple[str, Damage]] = {
+    damage.__name__: (template, damage)
+    for template, damages in {
+        "sealed": (
+            damage_weights.flip_anywhere,
+            damage_weights.truncate,
+            damage_weights.lengthen,
+            damage_weights.remove_file,
+            damage_folder.manifest_entry,
+        ),
+        "sharded": (
+            damage_weights.flip_in_header,
+            damage_weights.exchange_files,
+            damage_weights.exchange_tensors,
+            damage_weights.drop_tensor,
+            damage_weights.add_tensor,
+            damage_weights.rename_tensor,
+            damage_weights.other_dtype,
+            damage_weights.other_shape,
+            damage_weights.other_offsets,
+            damage_weights.name_twice,
+            damage_weights.huge_header,
+            damage_folder.not_an_object,
+            damage_folder.hostile_path,
+            damage_folder.wrong_shard,
+            damage_folder.index_lacks_or_adds,
+            damage_folder.link_outside,
+            damage_folder.other_size,
+            damage_folder.drop_size,
+            damage_folder.own_key,
+        ),
+        "eight_bits": (damage_weights.factors, damage_folder.quantization),
+    }.items()
+    for damage in damages
+}
+
+
+@dataclass
+class Counts:
+    """Of every kind: folders refused in one sentence, folders that load as before, and failures."""
+
+    refused: Counter[str] = field(default_factory=Counter)
+    harmless: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    @property
+    def trials(self) -> int:
+        return self.refused.total() + self.harmless.total() + len(self.failures)
+
+
+def mutate(templates: Templates, scratch: Path, trials: int) -> Counts:
+    """Break ``trials`` folders, every kind in turn, and load each."""
+    counts = Counts()
+    kinds = list(KINDS.items())
+    for trial in range(trials):
+        kind, (template, damage) = kinds[trial % len(kinds)]
+        folder = Path(shutil.copytree(templates.folders[template], scratch / f"{trial}"))
+        named = damage(folder, random.Random(f"{kind} {trial}"))
+        start = time.perf_counter()
+        outcome = attempt(folder, named, templates.states[template])
+        seconds = time.perf_counter() - start
+        counts.slowest = max(counts.slowest, seconds)
+        if outcome not in {"refused", "harmless"} or seconds > SECONDS:
+            counts.failures.append(f"{kind} {trial}: {outcome}, {seconds:.2f} s")
+        else:
+            (counts.refused if outcome == "refused" else counts.harmless)[kind] += 1
+        shutil.rmtree(folder)
+    return counts
+
+
+def attempt(folder: Path, named: str, expected: dict[str, Tensor]) -> str:
+    """``refused`` in one sentence that says where, ``harmless``, or what went wrong."""
+    try:
+        state = store.load(folder).state_dict()
+    except ConsiliumError as error:
+        text = str(error)
+        clear = "\n" not in text and len(text) < 2000 and named in text and str(folder) in text
+        return "refused" if clear else f"unclear: {text[:300]!r} should name {named!r}"
+    except Exception as error:  # noqa: BLE001 - any other type is the failure that is looked for
+        return f"{type(error).__name__}: {error}"
+    same = state.keys() == expected.keys() and all(torch.equal(state[n], expected[n]) for n in expected)
+    return "harmless" if same else "loaded as another model"

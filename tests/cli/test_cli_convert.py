@@ -1,0 +1,157 @@
+"""``consilium convert``: what it writes opens, what it cannot write is one sentence and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from checkpoint.gguf_models import qwen3
+from checkpoint.models import switch, trained
+from consilium.checkpoint import store
+from consilium.cli.actions.convert import Shown
+from consilium.cli.main import main
+from consilium.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    store.save(trained(qwen3()), folder, tokenizer=Tokenizer.of_bytes())
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert main(["convert", *map(str, words)]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    return output.out
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert main(["convert", *map(str, words)]) == 2
+    answer = capsys.readouterr().err.strip()
+    assert answer.startswith("error: ")
+    assert "\n" not in answer
+    return answer
+
+
+def test_a_folder_of_another_dtype_opens_with_its_tokenizer(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = said(capsys, source, tmp_path / "out", "--dtype", "bfloat16")
+    assert str(tmp_path / "out") in answer
+    model = store.load(tmp_path / "out")
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(model.embed.weight, store.load(source).embed.weight.bfloat16())
+    assert Tokenizer.load(tmp_path / "out").files() == Tokenizer.of_bytes().files()
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2):
+        store.save(trained(qwen3(), seed=step), tmp_path / "run" / "checkpoints" / f"step-{step}")
+    said(capsys, tmp_path / "run", tmp_path / "out")
+    assert torch.equal(store.load(tmp_path / "out").norm.weight, trained(qwen3(), seed=2).norm.weight)
+    assert not (tmp_path / "out" / "training_state").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "q8_0", "q4_0"])
+def test_a_gguf_file_has_the_type_that_was_asked_for(
+    dtype: str | None, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [] if dtype is None else ["--dtype", dtype]
+    answer = said(capsys, source, tmp_path / "model.gguf", "--to", "gguf", *words)
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "model.gguf").tensors}
+    expected = {None: "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}[dtype]
+    assert kinds["blk.0.ffn_up_exps.weight"] == expected
+    assert ("100.0%" if dtype is None else "99.2%") in answer
+
+
+def test_a_hub_id_answers_how_to_download_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    answer = complaint(capsys, "deepseek-ai/DeepSeek-V2-Lite", tmp_path / "out")
+    assert "hf download deepseek-ai/DeepSeek-V2-Lite --local-dir DeepSeek-V2-Lite" in answer
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{out}", "--dtype", "bf16"), "unknown --dtype 'bf16'. Did you mean 'bfloat16'?"),
+        (("{out}", "--dtype", "q8_0"), "Types such as q8_0 are for --to gguf"),
+        (("{out}.gguf",), "add --to gguf"),
+        (("{out}", "--to", "gguf"), "give one that ends in .gguf"),
+        (("{out}.gguf", "--to", "gguf", "--dtype", "q8"), "no type 'q8'. Did you mean 'q8_0'?"),
+        (("{out}", "--to", "onnx"), "invalid choice: 'onnx'"),
+        (("{source}",), "is the folder to convert"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(
+    words: tuple[str, ...], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    assert message in complaint(capsys, source, *(word.format(out=out, source=source) for word in words))
+    assert not out.parent.exists()
+
+
+def test_a_destination_with_other_files_is_left_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in complaint(capsys, source, tmp_path / "out")
+    (tmp_path / "out.gguf").write_text("mine")
+    assert "is already there" in complaint(capsys, source, tmp_path / "out.gguf", "--to", "gguf")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == (tmp_path / "out.gguf").read_text() == "mine"
+
+
+def test_an_architecture_without_gguf_says_which_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.save(trained(switch()), tmp_path / "model")
+    answer = complaint(capsys, tmp_path / "model", tmp_path / "out.gguf", "--to", "gguf")
+    assert "llama, mixtral, qwen3_moe, deepseek_v2, deepseek_v3" in answer
+
+
+def test_without_the_gguf_package_the_answer_is_how_to_install_it(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['gguf'] = None; from consilium.cli.main import main;"
+        " raise SystemExit(main(['convert', sys.argv[1], sys.argv[2], '--to', 'gguf']))"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'consilium-moe[gguf]'" in done.stderr
+
+
+def clock_of(times: list[float]) -> Callable[[], float]:
+    return iter(times).__next__
+
+
+def test_progress_is_shown_from_two_seconds_on(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown(clock_of([0.0, 1.9, 2.1, 2.1, 2.2, 2.7, 2.7]))
+    for done in (10, 20, 30, 40):
+        shown(done * 10**9, 40 * 10**9)
+    shown.end()
+    assert capsys.readouterr().err == "\r 50% of 40.00 GB\r100% of 40.00 GB\n"
+
+
+def test_a_quick_conversion_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown(clock_of([0.0, 0.1]))
+    shown(1, 1)
+    shown.end()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_configuration_names_the_new_dtype(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, source, tmp_path / "out", "--dtype", "bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")

@@ -1,0 +1,137 @@
+"""A balance loss over the whole step: micro-batches know what the earlier ones chose.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from consilium.config.balance import Balance, SequenceLoss, SwitchLoss
+from consilium.config.model import Model
+from consilium.config.router import NoNoise
+from consilium.config.training import Training
+from consilium.data.batch import Batch
+from consilium.evaluation.loss import Share, inputs_of, training_loss
+from consilium.model.types import Options
+from consilium.moe.types import Mode
+from consilium.training.optimizer import build_optimizer
+from consilium.training.step import StepResult, train_step
+from small import DEEPSEEK, SWITCH, lively, random_batch
+from support import relative_error
+
+
+class Rows:
+    """Four random rows a step in equal micro-batches, the loader's rows as a function of the step."""
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        size = 4 // count
+        batch = random_batch(4, 20, seed=step)
+        part = slice(index * size, (index + 1) * size)
+        return dataclasses.replace(
+            batch, **{field.name: getattr(batch, field.name)[part] for field in dataclasses.fields(batch)}
+        )
+
+
+def balanced(config: Model, scope: str) -> Model:
+    assert config.moe is not None
+    losses = (SwitchLoss(coefficient=1.0, scope=scope), SequenceLoss(coefficient=0.1))
+    balance = Balance(losses=losses, bias=config.moe.balance.bias)
+    router = dataclasses.replace(config.moe.router, noise=NoNoise())
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance=balance, router=router))
+
+
+def stepped(config: Model, **changes: object) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    model = lively(config)
+    training = dataclasses.replace(Training(model=config, steps=20, batch=4), **changes)
+    result = train_step(model, build_optimizer(model, training.optimizer), Rows(), training, 0)
+    return result, dict(model.state_dict())
+
+
+kinds = pytest.mark.parametrize("kind", [DEEPSEEK, SWITCH], ids=["deepseek", "switch"])
+
+
+@kinds
+def test_one_micro_batch_is_the_whole_step(kind: Model) -> None:
+    (batch, weights), (whole, same) = (stepped(balanced(kind, scope)) for scope in ("batch", "global"))
+    assert batch.balance == whole.balance
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@kinds
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate: int) -> None:
+    """By hand: f from the summed counts of every layer, P from the micro-batch."""
+    config = balanced(kind, "global")
+    result, _ = stepped(config, accumulate=accumulate)
+    model = lively(config)
+    counts = {layer: torch.zeros(moe.balance.experts) for layer, moe in model.moe_layers().items()}
+    total = 0.0
+    for i in range(accumulate):
+        earlier = {layer: count.long() for layer, count in counts.items()}
+        options = Options(mode=Mode(training=True, earlier=earlier))
+        batch = Rows().micro(0, i, accumulate)
+        seen = training_loss(model, batch, Share(1, 1), options=options)
+        plain = training_loss(model, batch, Share(1, 1), options=Options(mode=Mode(training=True)))
+        for layer, report, alone in zip(counts, seen.reports, plain.reports, strict=True):
+            assert torch.equal(report.wanted_E, alone.wanted_E)
+            counts[layer] += report.wanted_E
+        total += float(seen.balance["switch"])
+    assert result.balance["switch"] == pytest.approx(total / accumulate, rel=1e-5)
+    other, _ = stepped(balanced(kind, "batch"), accumulate=accumulate)
+    assert abs(other.balance["switch"] - result.balance["switch"]) > 1e-4
+    for layer, load in result.loads.items():
+        assert torch.equal(load.wanted_E, counts[layer].long())
+
+
+@kinds
+def test_recomputation_counts_nothing_twice(kind: Model) -> None:
+    config = balanced(kind, "global")
+    kept, weights = stepped(config, accumulate=4)
+    again, same = stepped(config, accumulate=4, recompute=True)
+    assert kept.balance == again.balance
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@kinds
+def test_no_step_reads_the_one_before(kind: Model) -> None:
+    config = balanced(kind, "global")
+    training = dataclasses.replace(Training(model=config, steps=20, batch=4), accumulate=2)
+    model = lively(config)
+    optimizer = build_optimizer(model, training.optimizer)
+    train_step(model, optimizer, Rows(), training, 0)
+    fresh = lively(config)
+    fresh.load_state_dict(model.state_dict())
+    second = train_step(model, optimizer, Rows(), training, 1)
+    alone = train_step(fresh, build_optimizer(fresh, training.optimizer), Rows(), training, 1)
+    assert second.balance == alone.balance
+
+
+def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_batch() -> None:
+    """In values and gradients, against sums over experts in float64."""
+    model, batch = lively(balanced(SWITCH, "global")), random_batch(2, 20)
+    earlier_E = torch.tensor([400, 0, 7, 3])
+    mode = Mode(training=True, earlier={1: earlier_E})
+    inputs = inputs_of(batch)
+    hidden = model.hidden(inputs, options=Options(mode=mode))
+    routing, report = hidden.routings[0], hidden.reports[0]
+    count_E = (routing.experts_TK == torch.arange(4)).sum(dim=0).double() + earlier_E
+    p_E = routing.scores_TE.double().mean(dim=0)
+    expected = 4 * sum(count_E[e] / count_E.sum() * p_E[e] for e in range(4))
+    switch = report.losses["switch"]
+    assert relative_error(switch, expected) < 1e-6
+    weight = model.layers[1].moe.router.projection.weight
+    (found,) = torch.autograd.grad(switch, weight, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected, weight)
+    assert relative_error(found, wanted) < 1e-5
+    other = model.hidden(inputs, options=Options(mode=Mode(training=True)))
+    assert relative_error(other.reports[0].losses["switch"], expected) > 1e-2
+    assert torch.equal(hidden.reports[0].losses["sequence"], other.reports[0].losses["sequence"])
+
+
+def test_first_choices_of_a_whole_step_are_refused() -> None:
+    with pytest.raises(ValueError, match="reads the loads of the step, which count every choice"):
+        SwitchLoss(counts="first", scope="global")
