@@ -49,7 +49,7 @@ types: $(VENV)/.stamp-test
 units: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest --quiet $(PYTEST)
 
-test-slow: $(VENV)/.stamp-test
+test-slow: $(VENV)/.stamp-slow
 	$(BIN)/python bench/promises.py $(if $(PYTEST),-- $(PYTEST))
 
 bench: $(VENV)/.stamp-test
@@ -84,3 +84,8 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
 	@echo "Installing Consilium with its test tools"
 	@$(PIP) install --editable '.[test]'
 	@touch $(VENV)/.stamp-run $@
+
+$(VENV)/.stamp-slow: $(VENV)/.stamp-test
+	@echo "Installing what the slow tests ask as well"
+	@$(PIP) install --editable '.[test,slow]'
+	@touch $@

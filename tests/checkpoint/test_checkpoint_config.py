@@ -105,8 +105,12 @@ def test_published_systems_get_their_architecture(name: str, kind: str, tmp_path
 def test_every_size_of_a_recipe_has_the_architecture_that_the_recipe_names(system: Recipe) -> None:
     assert system.hugging_face is not None
     known = system.hugging_face
-    assert {architecture(model) for model in system.sizes.values()} == {known.model_type}
-    assert known.architecture in CLASSES.values()
+    # LLaMA-MoE's released code has no always-on expert, so its residual size is saved in our own layout.
+    published = [model for size, model in system.sizes.items() if not size.endswith("-residual")]
+    found = {architecture(model) for model in published}
+    assert found == {known.model_type}
+    assert {CLASSES[one] for one in found if one} == {known.architecture}
+    assert {id(TABLES[one][0]) for one in found if one} == {id(known.tensors)}
 
 
 def test_the_released_keys_of_deepseek_v3_are_written() -> None:

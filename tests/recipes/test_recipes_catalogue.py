@@ -205,5 +205,5 @@ def test_asking_for_one_recipe_imports_no_other() -> None:
         "print(*sorted(name for name in sys.modules if name.startswith('consilium.recipes.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    parts = ("catalogue", "deepseek_v3", "recipe")
+    parts = ("catalogue", "deepseek_v3", "layout", "recipe")
     assert done.stdout.split() == [f"consilium.recipes.{part}" for part in parts]

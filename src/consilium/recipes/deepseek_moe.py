@@ -10,7 +10,8 @@ from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model, Normal
 from consilium.config.moe import AlwaysOn, MoE
 from consilium.config.router import Raw, Router, TopK
-from consilium.recipes.recipe import Published, Recipe
+from consilium.recipes.layout import DEEPSEEK
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 _LARGE: tuple[BalanceLoss, ...] = (SwitchLoss(coefficient=0.003), DeviceLoss(coefficient=0.05, devices=4))
 
@@ -92,4 +93,5 @@ RECIPE = Recipe(
         "the dense layers of 145b (22,528) and 142b (11,264) and 2b's experts (853) are inferred from totals",
         "whether 145b dropped tokens is not stated; it drops none here",
     ),
+    hugging_face=HuggingFace("deepseek", "DeepseekForCausalLM", DEEPSEEK),
 )

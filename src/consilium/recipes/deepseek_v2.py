@@ -10,11 +10,11 @@ from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model, Normal
 from consilium.config.moe import AlwaysOn, DeviceCapacity, MoE
 from consilium.config.router import Groups, Raw, Router, TopK
+from consilium.recipes.layout import DEEPSEEK_V2
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
-_ROPE = Rope(
-    interleaved=True, scaling=Yarn(factor=40.0, original_length=4096, mscale=0.707, mscale_all_dim=0.707)
-)
+_YARN = Yarn(factor=40.0, original_length=4096, mscale=0.707, mscale_all_dim=0.707)
+_ROPE = Rope(interleaved=True, scaling=_YARN)
 _BALANCE = Balance(
     losses=(
         SequenceLoss(coefficient=0.003),
@@ -25,11 +25,11 @@ _BALANCE = Balance(
 
 
 def _moe(experts: int, width: int, k: int, scale: float) -> MoE:
-    groups = Groups(count=8, keep=3, score="max")
+    selected = TopK(k=k, groups=Groups(count=8, keep=3, score="max"))
     return MoE(
         experts=experts,
         width=width,
-        router=Router(select=TopK(k=k, groups=groups), weight=Raw(), scale=scale),
+        router=Router(select=selected, weight=Raw(), scale=scale),
         admission=DeviceCapacity(devices=8, factor=1.0, exempt=0.1),
         balance=_BALANCE,
         shared=AlwaysOn(count=2, width=width),
@@ -116,5 +116,5 @@ RECIPE = Recipe(
         "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.003",
         "the paper's scaling factors at the width bottlenecks are unspecified; released code has norms only",
     ),
-    hugging_face=HuggingFace(model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM"),
+    hugging_face=HuggingFace("deepseek_v2", "DeepseekV2ForCausalLM", DEEPSEEK_V2),
 )

@@ -10,6 +10,7 @@ from consilium.config.feed_forward import FeedForward
 from consilium.config.model import MTP, Model, Normal
 from consilium.config.moe import AlwaysOn, MoE
 from consilium.config.router import Groups, Router, Sigmoid, TopK
+from consilium.recipes.layout import DEEPSEEK_V3
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 _ROPE = Rope(
@@ -114,5 +115,5 @@ RECIPE = Recipe(
         "the sequence-wise loss counts what was routed; the paper's formula ranks scores without the bias",
         "size 1b is this project's yardstick and was never published",
     ),
-    hugging_face=HuggingFace(model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM"),
+    hugging_face=HuggingFace("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_V3),
 )

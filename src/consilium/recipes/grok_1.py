@@ -8,7 +8,8 @@ from consilium.config.attention import GQA
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Raw, Router, TopK
-from consilium.recipes.recipe import Published, Recipe
+from consilium.recipes.layout_remote import GROK_1
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
 def _size(layers: int, hidden: int, width: int, attention: GQA) -> Model:
@@ -70,4 +71,5 @@ RECIPE = Recipe(
         "the release's attention output multiplier, 1/√128, multiplies the logits: it is the softmax scale",
         "released weights are 8-bit; counts here are of parameters",
     ),
+    hugging_face=HuggingFace("grok-1", "Grok1ModelForCausalLM", GROK_1),
 )

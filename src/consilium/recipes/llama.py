@@ -7,6 +7,7 @@ import dataclasses
 from consilium.config.attention import GQA
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
+from consilium.recipes.layout import LLAMA
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -54,5 +55,5 @@ RECIPE = Recipe(
         "block: h = x + attention(RMSNorm(x)), y = h + FFN(RMSNorm(h))",
         "network: FFN(x) = W_down (silu(W_gate x) * (W_up x))",
     ),
-    hugging_face=HuggingFace(model_type="llama", architecture="LlamaForCausalLM"),
+    hugging_face=HuggingFace("llama", "LlamaForCausalLM", LLAMA),
 )

@@ -9,7 +9,8 @@ from consilium.config.balance import Balance, ImportanceLoss, LoadLoss
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, MoE
 from consilium.config.router import LearnedNoise, MLPGate, Router, SoftmaxOfSelected, TopK
-from consilium.recipes.recipe import Published, Recipe
+from consilium.recipes.layout_remote import LLAMA_MOE
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
 def _moe(experts: int, k: int, width: int) -> MoE:
@@ -86,4 +87,5 @@ RECIPE = Recipe(
         "the residual size was studied, not released; its scale 14/2 follows the rule of the others",
         "the random split, best in the paper, is a way to make the weights, not part of the configuration",
     ),
+    hugging_face=HuggingFace("llama_moe", "LlamaMoEForCausalLM", LLAMA_MOE),
 )

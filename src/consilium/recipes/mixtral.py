@@ -9,6 +9,7 @@ from consilium.config.balance import Balance, SwitchLoss
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
+from consilium.recipes.layout import MIXTRAL
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -61,5 +62,5 @@ RECIPE = Recipe(
     deviations=(
         "the loss is a layer's own, 0.02 at balance; transformers pools all layers and has k times that",
     ),
-    hugging_face=HuggingFace(model_type="mixtral", architecture="MixtralForCausalLM"),
+    hugging_face=HuggingFace("mixtral", "MixtralForCausalLM", MIXTRAL),
 )

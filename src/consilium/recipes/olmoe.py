@@ -7,6 +7,7 @@ from consilium.config.balance import Balance, SwitchLoss, ZLoss
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Raw, Router, TopK
+from consilium.recipes.layout import OLMOE
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 _BALANCE = Balance(losses=(SwitchLoss(coefficient=1e-2), ZLoss(coefficient=1e-3)))
@@ -55,5 +56,5 @@ RECIPE = Recipe(
         "the loss is 0.01 a layer at balance; transformers pools all layers and has k times that",
         "the training code of the release divides its losses differently; the coefficients are the paper's",
     ),
-    hugging_face=HuggingFace(model_type="olmoe", architecture="OlmoeForCausalLM"),
+    hugging_face=HuggingFace("olmoe", "OlmoeForCausalLM", OLMOE),
 )

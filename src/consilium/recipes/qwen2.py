@@ -7,6 +7,7 @@ import dataclasses
 from consilium.config.attention import GQA, Rope
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
+from consilium.recipes.layout import QWEN2
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -59,5 +60,5 @@ RECIPE = Recipe(
         "lengths are those of the last stage of pre-training; some released configurations allow 131,072",
         "the released 72b norms with an epsilon of 1e-5 (from memory), here 1e-6 as the other sizes",
     ),
-    hugging_face=HuggingFace(model_type="qwen2", architecture="Qwen2ForCausalLM"),
+    hugging_face=HuggingFace("qwen2", "Qwen2ForCausalLM", QWEN2),
 )

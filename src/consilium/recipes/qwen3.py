@@ -7,6 +7,7 @@ import dataclasses
 from consilium.config.attention import GQA, Rope
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
+from consilium.recipes.layout import QWEN3
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -65,5 +66,5 @@ RECIPE = Recipe(
         "network: FFN(x) = W_down (silu(W_gate x) * (W_up x))",
     ),
     deviations=("dimensions of the dense sizes are from memory; their totals agree with the published ones",),
-    hugging_face=HuggingFace(model_type="qwen3", architecture="Qwen3ForCausalLM"),
+    hugging_face=HuggingFace("qwen3", "Qwen3ForCausalLM", QWEN3),
 )

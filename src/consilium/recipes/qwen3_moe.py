@@ -9,6 +9,7 @@ from consilium.config.balance import Balance, SwitchLoss
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
+from consilium.recipes.layout import QWEN3_MOE
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -68,5 +69,5 @@ RECIPE = Recipe(
         "the loss is a layer's own; transformers pools the layers of one micro-batch",
         "the coefficient 0.001 is that of the released configuration; the report gives none",
     ),
-    hugging_face=HuggingFace(model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM"),
+    hugging_face=HuggingFace("qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE),
 )

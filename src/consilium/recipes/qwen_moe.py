@@ -9,6 +9,7 @@ from consilium.config.balance import Balance, SwitchLoss
 from consilium.config.model import Model
 from consilium.config.moe import MoE, SigmoidGated
 from consilium.config.router import Raw, Router, TopK
+from consilium.recipes.layout import QWEN2_MOE
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
@@ -65,5 +66,5 @@ RECIPE = Recipe(
         "articles speak of 8 shared experts in the 57B model; it is one network of 8 x 2560",
         "the loss is a layer's own; transformers pools all layers, where balance gives k times as much",
     ),
-    hugging_face=HuggingFace(model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM"),
+    hugging_face=HuggingFace("qwen2_moe", "Qwen2MoeForCausalLM", QWEN2_MOE),
 )

@@ -8,6 +8,7 @@ from typing import Literal, final
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
+from consilium.recipes.layout import Table
 
 
 @final
@@ -26,12 +27,17 @@ class Published:
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class HuggingFace:
-    """The architecture in transformers that opens a checkpoint of this system."""
+    """The layout in which checkpoints of this system are published.
+
+    An architecture of transformers, or the authors' own code beside it, such as Grok-1's.
+    """
 
     model_type: str
     architecture: str
+    tensors: Table
+    """Names on disk of our tensors, read in both directions."""
 
 
 @final

@@ -9,7 +9,8 @@ from consilium.config.balance import AdaptiveLoss, Balance
 from consilium.config.model import Model
 from consilium.config.moe import Capacity, MoE
 from consilium.config.router import Router, Standardise, TopK
-from consilium.recipes.recipe import Published, Recipe
+from consilium.recipes.layout_remote import SKYWORK_MOE
+from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
 def _size(layers: int, hidden: int, heads: int, width: int) -> Model:
@@ -60,4 +61,5 @@ RECIPE = Recipe(
         "capacity factor (1.25 here) and first coefficient (0.01 here) are not stated",
         "a small epsilon guards the division by the standard deviation; the lineage of the release has none",
     ),
+    hugging_face=HuggingFace("skywork_moe", "SkyworkMoeForCausalLM", SKYWORK_MOE),
 )
