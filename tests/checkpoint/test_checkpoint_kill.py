@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,9 @@ def saved_before_the_kill(root: Path, first: int, seconds: float) -> int:
     "kills", [40, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
 def test_every_kill_leaves_a_whole_checkpoint_not_older_than_the_last_report(
-    kills: int, tmp_path: Path
+    kills: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("trials", kills)
     save(tmp_path, 1)
     torch.set_num_threads(1)
     moments = random.Random(0)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,9 @@ def test_a_run_that_crashed_reaches_the_same_bits(
 
 
 @pytest.mark.timeout(400)
-def test_runs_killed_at_random_moments_reach_the_same_bits(text: Path, tmp_path: Path) -> None:
+def test_runs_killed_at_random_moments_reach_the_same_bits(
+    text: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     done = subprocess.run(
         [sys.executable, str(TESTS / "training/kills.py"), str(tmp_path), str(text), "50"],
         capture_output=True,
@@ -99,6 +102,8 @@ def test_runs_killed_at_random_moments_reach_the_same_bits(text: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    record_property("trials", result["kills"])
+    record_property("failures", result["wrong"])
     assert result["kills"] >= 50
     assert result["wrong"] == 0, result
 
