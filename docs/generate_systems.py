@@ -13,7 +13,7 @@ from pathlib import Path
 from consilium.cli.systems import BF16_BYTES, LEGEND, causality, shape_text, shared_experts
 from consilium.config.model import Model
 from consilium.planner.kv import values_per_token
-from consilium.planner.parameters import active_experts, parameters
+from consilium.planner.parameters import parameters
 from consilium.planner.shapes import parts
 from consilium.recipes import catalogue
 from consilium.recipes.recipe import Published, Recipe
@@ -59,7 +59,7 @@ def block(language: str, lines: Iterable[str]) -> str:
 def size_row(name: str, model: Model) -> tuple[str, ...]:
     """Cells below ``SIZES``, after the name."""
     moe, counts = model.moe, parameters(model)
-    sparse = (str(moe.experts), f"{active_experts(moe):g}", str(shared_experts(moe))) if moe else ("", "", "")
+    sparse = (str(moe.experts), f"{moe.active_experts:g}", str(shared_experts(moe))) if moe else ("", "", "")
     whole = counts.total, counts.active, counts.active_without_input_embedding
     cache = BF16_BYTES * values_per_token(model)
     return name, *sparse, *(f"{count:,}" for count in (*whole, cache)), causality(moe)

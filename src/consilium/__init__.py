@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consilium.checkpoint.store import load, save
+    from consilium.config.training import Training
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
     from consilium.errors import ConsiliumError
@@ -26,6 +27,7 @@ __all__ = [
     "ConsiliumError",
     "Engine",
     "Tokenizer",
+    "Training",
     "__version__",
     "build",
     "evaluate",
@@ -41,6 +43,7 @@ _HOME = {
     "ConsiliumError": "consilium.errors",
     "Engine": "consilium.engine.engine",
     "Tokenizer": "consilium.data.tokenizer",
+    "Training": "consilium.config.training",
     "build": "consilium.model.build",
     "evaluate": "consilium.evaluation.bits",
     "load": "consilium.checkpoint.store",

@@ -144,6 +144,17 @@ def test_many_passes_equal_one(sizes: list[int], seed: int) -> None:
     assert counter.result(domain.names, syntax.names) == specialise(layers, domain, syntax)
 
 
+@pytest.mark.parametrize("experts", [2**15, 2**15 + 1, 131_072])
+def test_the_last_of_many_experts_is_counted_as_itself(experts: int) -> None:
+    counter = SpecialisationCounter()
+    label_T = torch.zeros(1, dtype=torch.int64)
+    counter.label(label_T, label_T)
+    chosen = Choices(torch.tensor([[experts - 1]]), torch.ones(1, 1, dtype=torch.bool), experts)
+    counter.routing(0, routing(chosen), flat(1))
+    (layer,) = counter.result(("a",), ("x",)).layers
+    assert layer.domain.counts_EL[-1] == (1,)
+
+
 def test_the_result_counts_tokens_with_a_domain() -> None:
     domain = Labels(("a",), torch.tensor([0, UNLABELLED, 0]))
     assert specialise({}, domain, domain).tokens == 2

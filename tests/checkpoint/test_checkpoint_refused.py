@@ -54,7 +54,7 @@ from consilium.errors import ConsiliumError
         dataclasses.replace(deepseek_v3(), moe_every=2),
         with_moe(mixtral(), activation="gelu"),
         with_moe(mixtral(), admission=Capacity(factor=1.0, scope="always")),
-        with_moe(mixtral(), balance=Balance(losses=(AdaptiveLoss(),))),
+        with_moe(mixtral(), admission=Capacity(factor=1.0), balance=Balance(losses=(AdaptiveLoss(),))),
         with_moe(deepseek_v3(), shared=SigmoidGated(width=10)),
         altered(mixtral(), **BEYOND_ALL),
         altered(mixtral(), transforms=(Softcap(cap=3.0),)),

@@ -3,19 +3,25 @@ from __future__ import annotations
 import codecs
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from consilium.config.model import Model
+from consilium.config.moe import Capacity
+from consilium.config.router import ExpertChoice, Raw, Router
 from consilium.engine.engine import Engine
 from consilium.engine.request import Sampling
 from consilium.errors import ConsiliumError
+from consilium.model.build import build
 from consilium.model.decoder import Decoder
-from consilium.model.types import Inputs
-from small import DENSE, KINDS, lively
+from consilium.model.types import Hidden, Inputs
+from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 prompts_of_ids = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=30), min_size=1, max_size=4)
@@ -93,6 +99,89 @@ def test_a_row_draws_from_its_own_seed() -> None:
     alone = [piece.token for piece in engine.generate([[9, 8]], max_tokens=12, sampling=sampling)]
     company = engine.generate([[1], [9, 8], [2, 2, 2]], max_tokens=12, sampling=sampling)
     assert [piece.token for piece in company if piece.request == 1] == alone
+
+
+def test_equal_prompts_give_different_samples_which_the_seed_repeats() -> None:
+    engine = Engine(lively(DENSE))
+
+    def samples(prompts: list[list[int]], seed: int = 0) -> list[list[int]]:
+        return engine.complete(prompts, max_tokens=12, temperature=1.0, seed=seed)
+
+    three = samples([[1, 2, 3]] * 3)
+    assert len({tuple(sample) for sample in three}) == 3
+    assert samples([[1, 2, 3], [4], [1, 2, 3], [4, 4], [1, 2, 3]])[::2] == three
+    assert samples([[1, 2, 3]] * 3) == three
+    assert not {tuple(sample) for sample in samples([[1, 2, 3]] * 3, seed=1)} & {tuple(s) for s in three}
+
+
+def test_one_text_is_one_prompt() -> None:
+    engine = Engine(lively(DENSE), Bytes())
+    assert engine.complete("hello", max_tokens=3) == engine.complete(["hello"], max_tokens=3)
+
+
+def test_one_stop_text_is_one_stop() -> None:
+    engine = Engine(lively(DENSE), Bytes())
+    text = bytes(token for token in engine.complete([[1, 2, 3]], max_tokens=20)[0] if token < 128).decode()
+    unseen = next(chr(code) for code in range(33, 128) if chr(code) not in text)
+    stop = f"{text[0]}{unseen}"
+    assert len(engine.complete([[1, 2, 3]], max_tokens=20, stop=stop)[0]) == 20
+    assert len(engine.complete([[1, 2, 3]], max_tokens=20, stop=text[0])[0]) < 20
+
+
+def test_the_engine_computes_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes nothing on the default device, where on meta there would be no values."""
+    engine, hidden = Engine(lively(DEEPSEEK)), Decoder.hidden
+
+    def on_cpu(model: Decoder, inputs: Inputs, **rest: Any) -> Hidden:
+        with torch.device("cpu"):
+            return hidden(model, inputs, **rest)
+
+    monkeypatch.setattr(Decoder, "hidden", on_cpu)
+    wanted = engine.complete([[1, 2], [3]], max_tokens=4, temperature=1.0)
+    with torch.device("meta"):
+        assert engine.complete([[1, 2], [3]], max_tokens=4, temperature=1.0) == wanted
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ConsiliumError, match="meta device has no weights"):
+        Engine(build(DENSE, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": Router(select=ExpertChoice(), weight=Raw())},
+        {"admission": Capacity(factor=1.0, scope="always")},
+        {"admission": Capacity(factor=1.0, by="probability", scope="always")},
+    ],
+    ids=["expert choice", "capacity always", "capacity always by probability"],
+)
+def test_models_whose_routing_depends_on_company_are_refused(changes: dict[str, object]) -> None:
+    assert SWITCH.moe is not None
+    moe = dataclasses.replace(SWITCH.moe, **changes)
+    with pytest.raises(ConsiliumError, match="depend on the batch"):
+        Engine(build(dataclasses.replace(SWITCH, moe=moe)))
+
+
+class Loads:
+    """Notes the kept copies of every expert in every layer of every pass."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
+        self.seen.append(routing.load_E())
+
+    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+        pass
+
+
+def test_a_muted_expert_is_muted_in_every_step() -> None:
+    mute_1E = torch.tensor([[True, False, False, True]])
+    override, loads = {layer: Override(mute_TE=mute_1E) for layer in SWITCH.moe_layers}, Loads()
+    Engine(lively(SWITCH), mode=Mode(override=override, observer=loads)).complete([[1, 2, 3]], max_tokens=4)
+    assert len(loads.seen) == 4 * len(SWITCH.moe_layers)
+    assert not torch.stack(loads.seen)[:, [0, 3]].any()
 
 
 def test_the_end_token_ends_the_text_without_being_shown() -> None:

@@ -33,6 +33,14 @@ def test_temperature_one_draws_the_softmax() -> None:
     assert found == pytest.approx(wanted, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300, 1e-30, 1e-6])
+def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
+    assert draw([3.0, -5.0, 80.0, 79.0], Sampling(temperature=temperature), 20) == [0, 0, 1, 0]
+    tied = draw([-7.0, -7.0, -9.0], Sampling(temperature=temperature), 400)
+    assert tied[2] == 0
+    assert tied[:2] == pytest.approx([0.5, 0.5], abs=0.1)
+
+
 def test_top_k_keeps_exactly_k_and_ties_rank_by_index() -> None:
     found = draw([1.0, 1.0, 1.0, 0.0], Sampling(temperature=1.0, top_k=2))
     assert found[2:] == [0.0, 0.0]

@@ -15,6 +15,7 @@ PUBLIC = [
     "ConsiliumError",
     "Engine",
     "Tokenizer",
+    "Training",
     "__version__",
     "build",
     "evaluate",

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.config.moe import Capacity, DeviceCapacity, Dropless
-from consilium.moe.admission import admit, capacity, exempt
+from consilium.moe.admission import admit, exempt
+from consilium.moe.ordering import capacity
 from consilium.moe.types import Mode, Routing, Tokens
 from moe.cases import some_tokens, tokens
 

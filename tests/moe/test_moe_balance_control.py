@@ -10,6 +10,7 @@ from torch import nn
 
 from consilium.config.balance import AdaptiveLoss, BiasRule, LinearBias, NoBias, SignBias
 from consilium.config.balance import Balance as BalanceConfig
+from consilium.config.moe import Capacity
 from consilium.config.router import Router, Sigmoid, TopK
 from consilium.moe.balance import Balance
 from consilium.moe.types import Mode
@@ -68,7 +69,9 @@ def test_the_coefficient_follows_the_drop_rate_with_momentum_and_saturates() -> 
 
 def test_the_adaptive_loss_uses_the_coefficient_of_the_moment() -> None:
     config = moe(
-        Router(select=TopK(k=2)), balance=BalanceConfig(losses=(AdaptiveLoss(start=0.01, momentum=0.5),))
+        Router(select=TopK(k=2)),
+        admission=Capacity(factor=1.0),
+        balance=BalanceConfig(losses=(AdaptiveLoss(start=0.01, momentum=0.5),)),
     )
     built, mode = layer(config), Mode(training=True)
     first = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
@@ -104,7 +107,8 @@ def test_no_rule_leaves_a_loaded_bias_alone() -> None:
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_control_state_keeps_its_exact_values_when_the_model_is_cast(cast: torch.dtype) -> None:
     """In bfloat16 2.02 + 0.001 is 2.0156: the bias would be rounded and then never move again."""
-    config = moe(V3, balance=BalanceConfig(losses=(AdaptiveLoss(start=0.00123),), bias=SignBias()))
+    balance = BalanceConfig(losses=(AdaptiveLoss(start=0.00123),), bias=SignBias())
+    config = moe(V3, admission=Capacity(factor=1.0), balance=balance)
     model = nn.Sequential(layer(config))
     state = model[0].balance
     state.bias_E.copy_(torch.linspace(-2.02, 2.02, EXPERTS))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from consilium.config.balance import Balance, SwitchLoss
-from consilium.config.moe import Capacity
+from consilium.config.balance import (
+    Balance,
+    CommunicationLoss,
+    ImportanceLoss,
+    SequenceLoss,
+    SwitchLoss,
+)
+from consilium.config.moe import Capacity, DeviceCapacity
 from consilium.config.router import LearnedNoise, Raw, Router, SampledSecond, TopK
+from consilium.errors import ConsiliumError
 from consilium.moe.adaptive_mixture import AdaptiveMixture
 from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
 from moe.cases import DROPPING, EXPERTS, SYSTEMS, layer, moe, tokens, vectors
@@ -52,19 +59,90 @@ def test_relu_routing_uses_as_many_experts_as_are_positive() -> None:
     assert positive_T.unique().numel() > 2
 
 
-REPLAYED = [name for name in SYSTEMS if name not in DROPPING]
+LOSSES = (
+    SwitchLoss(coefficient=1.0),
+    SequenceLoss(coefficient=1.0),
+    CommunicationLoss(devices=4, most=2, coefficient=1.0),
+    ImportanceLoss(coefficient=1.0),
+)
+TIGHT = [Capacity(factor=0.5), DeviceCapacity(devices=4, factor=0.5, exempt=0.3)]
 
 
-@pytest.mark.parametrize("name", REPLAYED)
-def test_replay_of_a_decision_repeats_outputs_and_gradients(name: str) -> None:
-    built, every, x_TD = layer(SYSTEMS[name]), tokens(20, padding=3), vectors(20).requires_grad_()
-    first = built(x_TD, every, Mode())
-    recorded = Override(experts_TK=first.routing.experts_TK, keep_TK=first.routing.keep_TK)
-    again = built(x_TD, every, Mode(override=recorded))
+def noisy(seed: int, override: Override | None = None) -> Mode:
+    return Mode(training=True, generator=torch.Generator().manual_seed(seed), override=override)
+
+
+@pytest.mark.parametrize("admission", [None, *TIGHT], ids=["own admission", "capacity", "devices"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_replay_of_a_decision_repeats_outputs_losses_and_gradients(
+    name: str, admission: Capacity | DeviceCapacity | None
+) -> None:
+    """In training too, after drops: weights were normalised and losses counted before them."""
+    config = SYSTEMS[name]
+    config = replace(
+        config,
+        admission=admission or config.admission,
+        balance=replace(config.balance, losses=LOSSES),
+    )
+    built, every, x_TD = layer(config), tokens(40, sequences=6, padding=3), vectors(40).requires_grad_()
+    first = built(x_TD, every, noisy(4))
+    again = built(x_TD, every, noisy(4, first.routing.replay()))
+    if name != "expert choice" and (name in DROPPING or admission is not None):
+        assert int(first.report.dropped) > 0
     assert torch.equal(again.y_TD, first.y_TD)
     assert torch.equal(again.report.load_E, first.report.load_E)
-    one, two = (torch.autograd.grad(r.y_TD.square().sum(), [x_TD, built.experts.up]) for r in (first, again))
+    assert torch.equal(again.report.wanted_E, first.report.wanted_E)
+    assert again.report.losses == first.report.losses
+    one, two = (
+        torch.autograd.grad(r.y_TD.square().sum() + sum(r.report.losses.values()), [x_TD, built.experts.up])
+        for r in (first, again)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_replay_of_its_replay_is_the_same() -> None:
+    config = replace(SYSTEMS["gshard"], admission=TIGHT[0])
+    built, every, x_TD = layer(config), tokens(40), vectors(40)
+    first = built(x_TD, every, noisy(4)).routing
+    again = built(x_TD, every, noisy(5, first.replay())).routing
+    for name in (part.name for part in fields(Override)):
+        one, two = (getattr(routing.replay(), name) for routing in (first, again))
+        assert one is two or torch.equal(one, two), name
+
+
+def test_muting_narrows_a_replay() -> None:
+    built, every, x_TD = layer(SYSTEMS["gshard"]), tokens(40), vectors(40)
+    first = built(x_TD, every, noisy(4)).routing
+    mute_TE = torch.zeros(1, EXPERTS, dtype=torch.bool)
+    mute_TE[0, 3] = True
+    again = built(x_TD, every, noisy(4, replace(first.replay(), mute_TE=mute_TE))).routing
+    assert torch.equal(again.keep_TK, first.keep_TK & (first.experts_TK != 3))
+
+
+T = 10
+WRONG = {
+    "k_T": Override(k_T=torch.ones(T - 1, dtype=torch.int64)),
+    "mute_TE": Override(mute_TE=torch.zeros(T + 1, EXPERTS, dtype=torch.bool)),
+    "experts_TK": Override(experts_TK=torch.zeros(1, 3, dtype=torch.int64)),
+    "keep_TK": Override(keep_TK=torch.ones(T, 3, dtype=torch.bool)),
+    "wanted_TK": Override(
+        experts_TK=torch.zeros(T, 3, dtype=torch.int64), wanted_TK=torch.ones(T, 2, dtype=torch.bool)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_override_of_another_length_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(ConsiliumError, match=rf"override\.{name} "):
+        layer(SYSTEMS["deepseek-v3"])(vectors(T), tokens(T), Mode(override=WRONG[name]))
+
+
+def test_one_budget_stands_for_all_tokens() -> None:
+    built, every, x_TD = layer(SYSTEMS["qwen2-moe"]), tokens(T), vectors(T)
+    one, many = (
+        built(x_TD, every, Mode(override=Override(k_T=torch.full((count,), 2)))).y_TD for count in (1, T)
+    )
+    assert torch.equal(one, many)
 
 
 def test_replay_recomputes_weights_from_the_live_scores_with_gradient() -> None:

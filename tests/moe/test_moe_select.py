@@ -26,7 +26,7 @@ from consilium.config.router import (
     Uniform,
 )
 from consilium.moe.ordering import highest, place_within
-from consilium.moe.select import hash_table
+from consilium.moe.select import Evidence, choose, hash_table
 from consilium.moe.types import Mode, Override, Routing
 from moe.cases import CAUSAL, EXPERTS, SYSTEMS, layer, moe, some_tokens, tokens, vectors
 from support import relative_error
@@ -95,6 +95,14 @@ def test_every_expert_chooses_the_same_number_of_valid_tokens(factor: float, pad
     valid = 21 - padding
     assert routing.load_E().tolist() == [min(valid, math.ceil(factor * valid / EXPERTS))] * EXPERTS
     assert not routing.keep_TK[valid:].any()
+
+
+def test_an_expert_chooses_no_token_more_for_a_rounding_error() -> None:
+    """1.1 * 100 / 11 is 10, but its float is a little more."""
+    values_TE = vectors(100, hidden=11)
+    evidence = Evidence(values_TE, values_TE)
+    choice = choose(ExpertChoice(factor=1.1), evidence, tokens(100), Mode())
+    assert choice.keep_TK.sum() == 10 * 11
 
 
 def test_the_second_expert_is_used_with_probability_twice_its_gate() -> None:

@@ -61,7 +61,7 @@ latent = st.builds(
 @st.composite
 def experts(draw: st.DrawFn) -> MoE:
     count = draw(small)
-    selects = TopK(k=draw(st.integers(1, count))), Hash(k=draw(st.integers(1, count)), vocab_size=7)
+    selects = TopK(k=draw(st.integers(1, count))), Hash(k=draw(st.integers(1, count)), vocab_size=9)
     return MoE(
         experts=count,
         width=draw(small),
@@ -79,8 +79,9 @@ def experts(draw: st.DrawFn) -> MoE:
 
 @st.composite
 def hierarchical(draw: st.DrawFn) -> MoE:
-    groups, size = draw(small), draw(small)
-    select = TwoLevel(groups=groups, keep=draw(st.integers(1, groups)), k=draw(st.integers(1, size)))
+    groups, size = draw(small), 1 + draw(small)
+    keep = draw(st.integers(1, groups))
+    select = TwoLevel(groups=groups, keep=keep, k=draw(st.integers(1 if keep > 1 else 2, size)))
     noise = draw(st.sampled_from([NoNoise(), LearnedNoise()]))
     router = Router(noise=noise, select=select, weight=SoftmaxOfSelected())
     return MoE(experts=groups * size, width=draw(small), router=router, latent=draw(st.none() | small))
@@ -88,7 +89,7 @@ def hierarchical(draw: st.DrawFn) -> MoE:
 
 @st.composite
 def gateless(draw: st.DrawFn) -> MoE:
-    router = Router(projection=NoGate(), select=Hash(vocab_size=7), weight=Uniform())
+    router = Router(projection=NoGate(), select=Hash(vocab_size=9), weight=Uniform())
     return MoE(experts=draw(small), width=draw(small), router=router)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,6 +37,42 @@ def only(name: str) -> Law:
 def predicted(name: str, at: Point) -> Prediction:
     (found,) = predict(find(name), at).predictions
     return found
+
+
+# The figures that the papers print, entered a second time
+
+PRINTED = {
+    "clark:s-base": "a -.082  b -.108  c .009  d 1.104  start 1.847  most 314.478",
+    "clark:rl-r": "a -.083  b -.126  c .012  d 1.111  start 1.880  most 469.982",
+    "clark:hash": "a -.087  b -.136  c .012  d 1.157  start 4.175  most 477.741",
+    "joint": "a 35.91  alpha -.1889  delta -.2285  gamma .0098  b 35.98  beta -.1775  omega .5529"
+    "  zeta -.0259  c 1.3637  start 2.0732  most 290.4521",
+    "krajewski": "a 18.1  alpha .115  b 30.8  beta .147  g 2.1  gamma .58  c .47"
+    "  dense.a 16.3  dense.alpha .126  dense.b 26.7  dense.beta .127  dense.e .47",
+    "abnar": "a 16612.50  alpha .5962  b 5455.67  beta .3954  c .4598  lam -.1666  d 17.26"
+    "  delta .1603  gamma .1595  e .94",
+    "ling": "a 1.23  d -7.61e-2  gamma 1.67e-2  beta -1.17e-1  start 1.63e-2  most 5.28e16",
+    "kaplan:n": "exponent .076  constant 8.8e13",
+    "kaplan:d": "exponent .095  constant 5.4e13",
+    "kaplan:nd": "alpha_n .076  alpha_d .103  n_c 6.4e13  d_c 1.8e13",
+    "chinchilla": "e 1.69  a 406.4  b 410.7  alpha .34  beta .28",
+}
+
+
+def numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        match value:
+            case dict():
+                yield from numbers(value, "" if name == "saturation" else f"{name}.")
+            case float():
+                yield prefix + name, value
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_constants_are_those_that_the_papers_print(law: Law) -> None:
+    words = PRINTED[law.name].split()
+    expected = {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert dict(numbers(asdict(law.formula))) == expected
 
 
 # Clark et al., 2202.01169
@@ -145,6 +184,13 @@ def test_kaplan_with_unlimited_text_is_the_power_of_size_alone() -> None:
     assert math.isclose(elasticity(size.loss, 1e9), -0.076, rel_tol=1e-7)
     assert math.isclose(joint.loss(1e9, 1e30), (joint.n_c / 1e9) ** joint.alpha_n, rel_tol=1e-9)
     assert math.isclose(joint.loss(1e30, 1e10), (joint.d_c / 1e10) ** joint.alpha_d, rel_tol=1e-4)
+
+
+def test_a_sum_of_kaplans_two_terms_worked_by_hand() -> None:
+    """N = 10^9, D = 10^10: (64000^0.737864 + 1800)^0.103, that is (3518.1 + 1800)^0.103."""
+    form = only("kaplan:nd").formula
+    assert isinstance(form, Kaplan)
+    assert form.loss(1e9, 1e10) == pytest.approx((3518.1 + 1800) ** 0.103, rel=1e-6)
 
 
 @given(compute=st.floats(1e17, 1e27), away=st.floats(0.2, 5))

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from consilium.config.balance import AdaptiveLoss, Balance, SignBias
 from consilium.config.model import Model
-from consilium.config.moe import MoE
+from consilium.config.moe import Capacity, MoE
 from consilium.config.router import (
     ExpertChoice,
     Hash,
@@ -22,7 +22,7 @@ from consilium.config.router import (
     TopP,
     TwoLevel,
 )
-from consilium.planner.parameters import active_experts, parameters
+from consilium.planner.parameters import parameters
 from consilium.planner.plan import plan
 from consilium.recipes.catalogue import recipe
 from planner.planner_configs import active, models, tensors
@@ -120,7 +120,7 @@ def test_each_way_to_select_has_its_number_of_active_experts() -> None:
     }
     for select, wanted in expected.items():
         router = Router(select=select, weight=SoftmaxOfSelected())
-        assert active_experts(MoE(experts=8, width=4, router=router)) == wanted
+        assert MoE(experts=8, width=4, router=router).active_experts == wanted
 
 
 def test_saved_buffers_are_counted_a_routing_layer() -> None:
@@ -128,7 +128,8 @@ def test_saved_buffers_are_counted_a_routing_layer() -> None:
     assert model.moe is not None
     routed = sum(model.is_moe(layer) for layer in range(model.layers))
     balance = Balance(losses=(AdaptiveLoss(),), bias=SignBias())
-    changed = dataclasses.replace(model, moe=dataclasses.replace(model.moe, balance=balance))
+    moe = dataclasses.replace(model.moe, admission=Capacity(factor=1.0), balance=balance)
+    changed = dataclasses.replace(model, moe=moe)
     assert parameters(model).buffers == routed * 32
     assert parameters(changed).buffers == routed * (32 + 1)
     assert parameters(recipe("mixtral:tiny")).buffers == 0

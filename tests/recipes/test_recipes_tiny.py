@@ -10,6 +10,7 @@ import torch
 from consilium.config.training import AdamW, Training
 from consilium.data.batch import Batch
 from consilium.engine.engine import Engine
+from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs
@@ -45,6 +46,10 @@ def test_it_trains_and_generates(name: str) -> None:
     assert abs(first.ce / math.log(4096) - 1) < 0.25
     assert last.ce < first.ce
     assert all(bool(torch.isfinite(value).all()) for value in model.parameters())
+    if name in NON_CAUSAL:
+        with pytest.raises(ConsiliumError, match="depend on the batch"):
+            Engine(model)
+        return
     made = Engine(model).complete([[1, 2, 3], [5, 6, 7, 8]], max_tokens=5, temperature=0)
     assert [len(tokens) for tokens in made] == [5, 5]
     assert all(0 <= token < 4096 for tokens in made for token in tokens)

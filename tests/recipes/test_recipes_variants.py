@@ -6,13 +6,14 @@ import pytest
 
 from consilium.config.attention import GQA, Rope
 from consilium.config.model import Model
-from consilium.config.moe import AlwaysOn, MoE
-from consilium.config.router import Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
+from consilium.config.moe import AlwaysOn, Capacity, Dropless, MoE
+from consilium.config.router import Raw, Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
 from consilium.errors import ConsiliumError
 from consilium.planner.dial import scale_to
 from consilium.planner.parameters import parameters
-from consilium.recipes.catalogue import names, recipe
-from consilium.recipes.variants import BALANCES, dense_twin, scaled, with_balance
+from consilium.recipes.catalogue import names, recipe, systems
+from consilium.recipes.scaling import scaled
+from consilium.recipes.variants import BALANCES, dense_twin, with_balance
 
 TINY = [f"{name}:tiny" for name in names()]
 
@@ -34,13 +35,20 @@ def test_a_balance_changes_nothing_but_balance_and_what_it_needs(name: str, bala
         assert after.moe.router.offset == before.moe.router.offset
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3:tiny", "deepseek-v3:1b", "deepseek-v2:lite", "mixtral:8x7b"])
+@pytest.mark.parametrize("name", [f"{one.name}:{size}" for one in systems() for size in one.sizes])
 def test_the_dense_twin_has_the_active_parameters(name: str) -> None:
     model = recipe(name)
     twin = dense_twin(model)
     assert twin.moe is None
-    assert parameters(twin).total == pytest.approx(parameters(model).active, rel=0.02)
+    assert parameters(twin).total == pytest.approx(parameters(model).active, rel=0.003)
     assert dense_twin(twin) == twin
+
+
+def test_the_dense_twin_of_expert_choice_has_what_a_token_uses_on_average() -> None:
+    model = recipe("expert-choice:tiny")
+    assert model.moe is not None
+    few = dataclasses.replace(model.moe, router=Router(select=TopK(k=2), weight=Raw()))
+    assert dense_twin(model) == dense_twin(dataclasses.replace(model, moe=few))
 
 
 LATENT = MoE(
@@ -94,6 +102,32 @@ def test_a_balance_that_a_router_cannot_have_is_refused_in_one_sentence() -> Non
         with_balance(with_axes(LEVELS), "bias")
     with pytest.raises(ConsiliumError, match=r"--balance switch-z: moe\.balance: with moe\.router\.select"):
         with_balance(with_axes(LEVELS), "switch-z")
+
+
+def test_a_balance_that_reads_drops_brings_a_capacity_only_where_there_is_none() -> None:
+    dropless, dropping = recipe("mixtral:tiny").moe, recipe("gshard:tiny").moe
+    assert dropless is not None
+    assert dropping is not None
+    assert dropless.admission == Dropless()
+    for name, wanted in (("mixtral:tiny", Capacity(factor=1.25)), ("gshard:tiny", dropping.admission)):
+        after = with_balance(recipe(name), "adaptive").moe
+        assert after is not None
+        assert after.admission == wanted
+
+
+@pytest.mark.parametrize("name", ["hash:tiny", "expert-choice:tiny"])
+@pytest.mark.parametrize("balance", ["bias", "bias-linear"])
+def test_a_bias_is_refused_where_loads_are_fixed_without_it(name: str, balance: str) -> None:
+    with pytest.raises(
+        ConsiliumError, match=f"^--balance {balance}: moe.router: select .* nothing to balance"
+    ):
+        with_balance(recipe(name), balance)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scaling_down_keeps_a_layer_of_experts(name: str) -> None:
+    model = recipe(name)
+    assert bool(scaled(model, 0.02).moe_layers) == bool(model.moe_layers)
 
 
 @pytest.mark.parametrize("name", TINY)

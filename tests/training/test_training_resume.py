@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import consilium
 from consilium.checkpoint import atomic, store
 from consilium.config.model import Model
 from consilium.config.training import Data, Training
@@ -52,6 +53,12 @@ def crash_after(step: int) -> Listener:
             raise Crash
 
     return listen
+
+
+def test_a_run_folder_may_be_a_path_or_a_str(text: Path, tmp_path: Path) -> None:
+    finished = consilium.train(configuration(text, steps=1), str(tmp_path / "run"))
+    assert finished.checkpoint == tmp_path / "run" / "checkpoints" / "step-1"
+    assert finished.checkpoint.is_dir()
 
 
 def final_state(out: Path) -> dict[str, torch.Tensor]:

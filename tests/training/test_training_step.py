@@ -6,15 +6,20 @@ import math
 import pytest
 import torch
 
+from consilium.config.balance import AdaptiveLoss, Balance, LinearBias
 from consilium.config.model import Model
-from consilium.config.training import Training
+from consilium.config.moe import Capacity
+from consilium.config.router import Jitter, LearnedNoise, Noise
+from consilium.config.training import AdamW, Training
 from consilium.data.batch import Batch
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
+from consilium.moe.types import Routing
 from consilium.training.guard import PATIENCE, check_patience, clip
-from consilium.training.optimizer import build_optimizer, moments, restore_moments
+from consilium.training.optimizer import build_optimizer, moments, restore_moments, set_rate
 from consilium.training.step import StepResult, train_step
 from small import DEEPSEEK, SWITCH, lively, random_batch
+from support import relative_error
 
 
 class Rows:
@@ -65,6 +70,64 @@ def test_the_bias_moves_once_a_step_against_the_load_of_all_micro_batches() -> N
     assert main == 2 * 2 * 80
 
 
+def with_moe(model: Model, *, router: dict[str, object], **changes: object) -> Model:
+    assert model.moe is not None
+    inner = dataclasses.replace(model.moe.router, **router)
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=inner, **changes))
+
+
+def test_balance_moves_by_what_admission_kept_and_by_the_share_it_dropped() -> None:
+    adaptive, bias = AdaptiveLoss(start=0.5, most=1.0, slope=0.3, momentum=0.75), LinearBias(rate=0.1)
+    config = with_moe(
+        SWITCH,
+        router={"offset": "scores"},
+        admission=Capacity(factor=0.6),
+        balance=Balance(losses=(adaptive,), bias=bias),
+    )
+    model = lively(config)
+    before = {layer: moe.balance.bias_E.double() for layer, moe in model.moe_layers().items()}
+    [result] = run(model, settings(config, accumulate=2), 1)
+    for layer, load in result.loads.items():
+        kept_E, wanted = load.load_E.double(), int(load.wanted_E.sum())
+        assert 0 < kept_E.sum() < wanted == 80
+        balance = model.moe_layers()[layer].balance
+        moved_E = -0.1 * (4 * kept_E - kept_E.sum()) / kept_E.sum()
+        assert relative_error(balance.bias_E.double() - before[layer], moved_E) < 1e-5
+        coefficient = 0.75 * 0.5 + 0.25 * 0.3 * (1 - float(kept_E.sum()) / wanted)
+        assert float(balance.coefficient) == pytest.approx(coefficient, rel=1e-6)
+
+
+class SameRows:
+    """Every micro-batch of every step has the same rows."""
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        return random_batch(2, 20)
+
+
+def logits_by_micro_batch(config: Training, step: int) -> list[torch.Tensor]:
+    """Router logits of the first MoE layer in each micro-batch of a step from the same weights."""
+    model, seen = lively(config.model), list[torch.Tensor]()
+
+    def see(_module: torch.nn.Module, _inputs: object, routing: Routing) -> None:
+        seen.append(routing.logits_TE.detach())
+
+    next(iter(model.moe_layers().values())).router.register_forward_hook(see)
+    train_step(model, build_optimizer(model, config.optimizer), SameRows(), config, step)
+    return seen
+
+
+@pytest.mark.parametrize("noise", [Jitter(epsilon=0.1), LearnedNoise()], ids=repr)
+def test_noise_is_drawn_anew_for_each_seed_step_and_micro_batch_and_for_nothing_else(noise: Noise) -> None:
+    config = settings(with_moe(SWITCH, router={"noise": noise}), accumulate=2)
+    first, again = logits_by_micro_batch(config, 0), logits_by_micro_batch(config, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    others = logits_by_micro_batch(config, 1) + logits_by_micro_batch(dataclasses.replace(config, seed=1), 0)
+    draws = first + others
+    assert len(draws) == 6
+    for i, draw in enumerate(draws):
+        assert not any(torch.equal(draw, other) for other in draws[:i])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_with_a_bad_weight_changes_nothing_and_says_so(value: float) -> None:
     model = lively(DEEPSEEK)
@@ -102,6 +165,27 @@ def test_only_matrices_decay() -> None:
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decaying) == (parameter.ndim >= 2), name
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_steps_of_adamw_are_those_worked_out_in_float64() -> None:
+    config = AdamW(learning_rate=1.0, beta1=0.7, beta2=0.6, epsilon=0.05, decay=0.3)
+    model, generator = torch.nn.Linear(3, 2), torch.Generator().manual_seed(0)
+    optimizer = build_optimizer(model, config)
+    expected = {p: p.detach().double() for p in model.parameters()}
+    first, second = ({p: torch.zeros_like(w) for p, w in expected.items()} for _ in range(2))
+    for step, rate in enumerate((0.1, 0.2, 0.05), start=1):
+        for p in model.parameters():
+            p.grad = 0.1 * torch.randn(p.shape, generator=generator)
+            g = p.grad.double()
+            first[p] = 0.7 * first[p] + 0.3 * g
+            second[p] = 0.6 * second[p] + 0.4 * g * g
+            size = (second[p] / (1 - 0.6**step)).sqrt() + 0.05
+            decay = 0.3 if p.ndim == 2 else 0.0
+            expected[p] -= rate * (decay * expected[p] + first[p] / (1 - 0.7**step) / size)
+        set_rate(optimizer, rate)
+        optimizer.step()
+    for p, wanted in expected.items():
+        assert relative_error(p, wanted) < 1e-6
 
 
 def test_moments_come_back_as_they_were() -> None:

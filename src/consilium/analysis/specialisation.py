@@ -98,7 +98,8 @@ def specialise(
 class SpecialisationCounter:
     """An Observer: call ``label`` before each pass and pass it down in ``Mode``; then ask for ``result``.
 
-    Keeps int16 expert ids and a bool of every copy: 3 bytes a layer, token and choice, on the CPU.
+    Keeps expert ids and a bool of every copy: 3 bytes a layer, token and choice (5 above 32,768 experts),
+    on the CPU.
     """
 
     def __init__(self) -> None:
@@ -117,8 +118,10 @@ class SpecialisationCounter:
         assert len(seen) < len(self._domains), "label() must be called before each pass"
         expected = self._domains[len(seen)].shape[0]
         assert tokens.count == expected, f"{tokens.count} tokens routed, {expected} labelled"
-        experts_TK = routing.experts_TK.detach().to("cpu", torch.int16)
-        seen.append(Choices(experts_TK, routing.keep_TK.detach().cpu(), routing.logits_TE.shape[1]))
+        experts = routing.logits_TE.shape[1]
+        narrow = torch.int16 if experts <= 2**15 else torch.int32
+        experts_TK = routing.experts_TK.detach().to("cpu", narrow)
+        seen.append(Choices(experts_TK, routing.keep_TK.detach().cpu(), experts))
 
     def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
         """Not needed here."""

@@ -12,7 +12,7 @@ from consilium.cli.table import columns, counted
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, MoE, NoShared, SigmoidGated
 from consilium.planner.kv import values_per_token
-from consilium.planner.parameters import active_experts, parameters
+from consilium.planner.parameters import parameters
 from consilium.planner.shapes import parts
 from consilium.recipes import catalogue
 from consilium.recipes.recipe import Recipe
@@ -76,7 +76,7 @@ def _shape(model: Model) -> dict[str, object]:
         "hidden_size": model.hidden_size,
         "experts": moe.experts if moe else 0,
         "top_k": moe.most_active if moe else 0,
-        "active_experts": active_experts(moe) if moe else 0,
+        "active_experts": moe.active_experts if moe else 0,
         "shared": shared_experts(moe),
         "causal": moe is None or moe.causal,
         "causal_in_training": moe is None or moe.causal_in_training,
@@ -107,7 +107,7 @@ _HEADINGS = ("layers", "hidden", "experts", "top-k", "shared", "total", "active"
 
 def _cells(model: Model) -> tuple[str, ...]:
     moe, counts = model.moe, parameters(model)
-    sparse = (moe.experts, active_experts(moe), shared_experts(moe)) if moe else (0, 0, 0)
+    sparse = (moe.experts, moe.active_experts, shared_experts(moe)) if moe else (0, 0, 0)
     numbers = (f"{number:g}" if number else "-" for number in (model.layers, model.hidden_size, *sparse))
     return *numbers, counted(counts.total), counted(counts.active)
 

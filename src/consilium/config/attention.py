@@ -6,20 +6,19 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 from consilium.errors import ConsiliumError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Unscaled:
     """Rotary frequencies as trained."""
 
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Yarn:
     """YaRN (2309.00071) as DeepSeek-V2 and V3 use it, with both mscale corrections."""
 
@@ -49,7 +48,7 @@ class Yarn:
 RopeScaling = Annotated[Unscaled | Yarn, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Rope:
     """Rotary position embedding. ``interleaved`` rotates pairs (2i, 2i+1), otherwise (i, i + d/2).
 
@@ -63,7 +62,7 @@ class Rope:
     scaling: RopeScaling = Unscaled()
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class GQA:
     """Grouped-query attention; ``kv_heads == heads`` is multi-head, ``kv_heads == 1`` multi-query."""
 
@@ -106,7 +105,7 @@ class GQA:
         return 2 * self.kv_heads * self.head_dim
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1).
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 from consilium.errors import ConsiliumError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SwitchLoss:
     """coefficient * E/k * sum f_i P_i over the micro-batch: equals the coefficient at perfect balance.
 
@@ -34,7 +33,7 @@ class SwitchLoss:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SequenceLoss:
     """The same product in each sequence, averaged over sequences (DeepSeek-V2 eq. 23, V3 eq. 17)."""
 
@@ -43,7 +42,7 @@ class SequenceLoss:
     counts: Literal["routed", "scores"] = "routed"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class DeviceLoss:
     """Mean f times summed P of each device's experts (DeepSeekMoE eq. 15, DeepSeek-V2 eq. 26)."""
 
@@ -53,7 +52,7 @@ class DeviceLoss:
     scope: Literal["batch", "sequence"] = "batch"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class CommunicationLoss:
     """Tokens sent to each device, at most ``most`` a token, times its summed P (DeepSeek-V2 eq. 29)."""
 
@@ -63,8 +62,15 @@ class CommunicationLoss:
     most: PositiveInt
     scope: Literal["batch", "sequence"] = "sequence"
 
+    def __post_init__(self) -> None:
+        if self.most > self.devices:
+            raise ConsiliumError(
+                f"moe.balance: a communication loss of at most {self.most} devices a token has only"
+                f" {self.devices} devices; lower most."
+            )
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+
+@configuration
 class ImportanceLoss:
     """Squared coefficient of variation of summed weights (Shazeer 2017 eq. 7)."""
 
@@ -72,18 +78,18 @@ class ImportanceLoss:
     coefficient: NonNegativeFloat = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class LoadLoss:
-    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017 eq.
+    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017 eq. 11).
 
-    11). Needs learned noise.
+    Needs learned noise and a plain choice of the highest noisy logits, whose chance it estimates.
     """
 
     kind: Literal["load"] = "load"
     coefficient: NonNegativeFloat = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class ZLoss:
     """Mean squared logsumexp of the clean logits (ST-MoE, 2202.08906 eq. 5)."""
 
@@ -91,11 +97,11 @@ class ZLoss:
     coefficient: NonNegativeFloat = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class AdaptiveLoss:
-    """Skywork's sum (1/n - mean g)^2 with a coefficient that follows the layer's drop rate (2406.06563 eq.
+    """Skywork's sum (1/n - mean g)^2 (2406.06563 eq. 4-6), whose coefficient follows the layer's drop rate.
 
-    4-6).
+    Needs a capacity: without drops the coefficient decays to zero.
     """
 
     kind: Literal["adaptive"] = "adaptive"
@@ -118,12 +124,12 @@ BalanceLoss = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class NoBias:
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SignBias:
     """b += rate * sign(mean load - load) after each optimizer step (DeepSeek-V3 2.1.2, 2408.15664)."""
 
@@ -131,7 +137,7 @@ class SignBias:
     rate: NonNegativeFloat = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class LinearBias:
     """b += rate * (mean load - load) / mean load after each optimizer step (2408.15664, linear variant)."""
 
@@ -142,7 +148,13 @@ class LinearBias:
 BiasRule = Annotated[NoBias | SignBias | LinearBias, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Balance:
     losses: tuple[BalanceLoss, ...] = ()
     bias: BiasRule = NoBias()
+
+    def __post_init__(self) -> None:
+        if sum(isinstance(loss, AdaptiveLoss) for loss in self.losses) > 1:
+            raise ConsiliumError(
+                "moe.balance.losses has two adaptive losses but a layer has one coefficient; keep one."
+            )

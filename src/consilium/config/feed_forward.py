@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 GATED: frozenset[Activation] = frozenset({"swiglu", "geglu"})
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+def matrices(activation: Activation) -> int:
+    """Matrices of a network: one up and one down, and one for the gate."""
+    return 3 if activation in GATED else 2
+
+
+@configuration
 class FeedForward:
     """Two matrices, or three when the activation is gated, without biases."""
 
@@ -22,4 +26,4 @@ class FeedForward:
 
     @property
     def matrices(self) -> int:
-        return 3 if self.activation in GATED else 2
+        return matrices(self.activation)

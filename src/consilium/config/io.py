@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from consilium.config.base import sentence
 from consilium.errors import ConsiliumError, nearest
 
 C = TypeVar("C")
@@ -44,14 +43,14 @@ def from_data(cls: type[C], data: object, *, where: str = "") -> C:
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
-        raise ConsiliumError(_sentence(cls, error, where)) from None
+        raise ConsiliumError(sentence(cls, error, where)) from None
 
 
 def from_json(cls: type[C], text: str, *, where: str = "") -> C:
     try:
         return _adapter(cls).validate_json(text)
     except ValidationError as error:
-        raise ConsiliumError(_sentence(cls, error, where)) from None
+        raise ConsiliumError(sentence(cls, error, where)) from None
 
 
 def from_yaml(cls: type[C], text: str, *, where: str = "") -> C:
@@ -105,49 +104,3 @@ def _plain(value: str, where: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConsiliumError(f"{where}: the value {value!r} is not valid YAML; quote it.") from None
-
-
-def _sentence(cls: type[Any], error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
-    path = [str(part) for part in first["loc"]]
-    prefix = f"{where}: " if where else ""
-    match first["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"{prefix}unknown key {'.'.join(path)}.{nearest(path[-1], _fields_at(cls, path[:-1]))}"
-        case "value_error":
-            return f"{prefix}{context['error']}"
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{prefix}key {'.'.join(path)} is missing; add it."
-        case "union_tag_invalid":
-            known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-            tag = str(context["tag"])
-            return f"{prefix}unknown kind {tag!r} for {'.'.join(path)}.{nearest(tag, known)}"
-        case _:
-            name = ".".join(path) or "value"
-            return (
-                f"{prefix}{name} = {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
-            )
-
-
-def _fields_at(cls: object, path: list[str]) -> list[str]:
-    """Fields of the dataclasses reached from ``cls`` by ``path``; parts may be union tags or indices."""
-    nodes = list(_classes(cls))
-    for part in path:
-        below = [
-            found
-            for node in nodes
-            for name, hint in typing.get_type_hints(node).items()
-            if name == part
-            for found in _classes(hint)
-        ]
-        nodes = below or [n for n in nodes if getattr(n, "kind", part) == part]
-    return [field.name for node in nodes for field in dataclasses.fields(node)]
-
-
-def _classes(hint: object) -> Iterator[Any]:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        yield hint
-    elif typing.get_origin(hint) in (typing.Union, types.UnionType, tuple, list, typing.Annotated):
-        for inner in typing.get_args(hint):
-            yield from _classes(inner)

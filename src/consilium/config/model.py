@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
 from consilium.config.attention import Attention
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 from consilium.config.feed_forward import FeedForward
 from consilium.config.moe import MoE
+from consilium.config.router import Hash
 from consilium.errors import ConsiliumError
 
 MOST_LAYERS: Final = 10_000
 """Far more than any model has, so that whatever loops over layers ends soon whatever a file says."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Normal:
     """Every matrix from N(0, std)."""
 
@@ -25,7 +25,7 @@ class Normal:
     std: PositiveFloat = 0.02
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class FanIn:
     """Every matrix from a truncated normal of variance scale / fan_in (Switch, 2101.03961 section 2.4)."""
 
@@ -36,7 +36,7 @@ class FanIn:
 Init = Annotated[Normal | FanIn, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class MTP:
     """Multi-token prediction (DeepSeek-V3 2.2): ``depth`` extra modules, loss weight ``weight / depth``."""
 
@@ -44,7 +44,7 @@ class MTP:
     weight: NonNegativeFloat = 0.3
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Model:
     """A decoder: embedding, ``layers`` blocks of attention and feed-forward network, norm, head.
 
@@ -76,6 +76,13 @@ class Model:
     def __post_init__(self) -> None:
         if self.dense is None and not all(self.is_moe(i) for i in range(self.layers)):
             raise ConsiliumError("model: some layers are dense but model.dense is missing; give its width.")
+        if self.moe is not None and isinstance(self.moe.router.select, Hash):
+            table = self.moe.router.select.vocab_size
+            if table < self.vocab_size:
+                raise ConsiliumError(
+                    f"model: the hash table of moe.router.select knows {table} tokens and the vocabulary has"
+                    f" {self.vocab_size}; set select.vocab_size to at least that."
+                )
 
     def is_moe(self, layer: int) -> bool:
         """Whether block ``layer`` routes to experts.

@@ -5,32 +5,35 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, LoadLoss, NoBias, ZLoss
-from consilium.config.base import STRICT
-from consilium.config.feed_forward import Activation
+from consilium.config.balance import (
+    AdaptiveLoss,
+    Balance,
+    CommunicationLoss,
+    DeviceLoss,
+    LoadLoss,
+    NoBias,
+    ZLoss,
+)
+from consilium.config.base import configuration
+from consilium.config.feed_forward import Activation, matrices
 from consilium.config.router import (
     ExpertChoice,
     Groups,
-    Hash,
     LearnedNoise,
     Router,
-    SampledSecond,
-    Threshold,
     TopK,
-    TopP,
     TwoLevel,
 )
 from consilium.errors import ConsiliumError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Dropless:
     kind: Literal["dropless"] = "dropless"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Capacity:
     """At most ceil(factor * T * k / E) copies an expert, T the valid tokens of the micro-batch.
 
@@ -46,7 +49,7 @@ class Capacity:
     group_tokens: PositiveInt | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class DeviceCapacity:
     """Each of ``devices`` equal groups takes at most ceil(factor * average); the lowest scores drop.
 
@@ -62,12 +65,12 @@ class DeviceCapacity:
 Admission = Annotated[Dropless | Capacity | DeviceCapacity, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class NoShared:
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class AlwaysOn:
     """``count`` experts of ``width`` for every token, kept as one network of count * width (DeepSeekMoE)."""
 
@@ -76,7 +79,7 @@ class AlwaysOn:
     width: PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SigmoidGated:
     """One shared network times sigmoid(x w) (Qwen1.5-MoE, Qwen2-MoE)."""
 
@@ -87,7 +90,7 @@ class SigmoidGated:
 Shared = Annotated[NoShared | AlwaysOn | SigmoidGated, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class MoE:
     """``experts`` routed experts of ``width`` behind a router, beside shared experts.
 
@@ -120,10 +123,27 @@ class MoE:
                 " set offset to 'scores'."
             )
         self._check_devices()
-        if any(isinstance(loss, LoadLoss) for loss in self.balance.losses) and not isinstance(
-            self.router.noise, LearnedNoise
-        ):
-            raise ConsiliumError("moe.balance: the load loss needs moe.router.noise of kind 'learned'.")
+        for loss in self.balance.losses:
+            if isinstance(loss, LoadLoss):
+                self._check_load()
+            if isinstance(loss, AdaptiveLoss) and not self._drops:
+                raise ConsiliumError(
+                    "moe.balance: the coefficient of the adaptive loss follows drops and decays to zero where"
+                    " nothing drops; set moe.admission to kind 'capacity', where experts choose also select"
+                    " to 'top_k', or use another loss."
+                )
+
+    def _check_load(self) -> None:
+        """The chance that the loss reads is that of being among the highest noisy logits (eq. 9)."""
+        router = self.router
+        ungrouped = isinstance(router.select, TopK) and router.select.groups is None
+        plain = (ungrouped or isinstance(router.select, TwoLevel)) and router.offset == "none"
+        if not plain or router.transforms or not isinstance(router.noise, LearnedNoise):
+            raise ConsiliumError(
+                "moe.balance: the load loss needs moe.router.noise of kind 'learned' and a choice by the"
+                " noisy logits alone (select 'top_k' without groups or 'two_level', offset 'none', transforms"
+                " empty); set them or use the importance loss."
+            )
 
     def _check_groups(self, k: int, groups: Groups) -> None:
         size, rest = divmod(self.experts, groups.count)
@@ -170,23 +190,30 @@ class MoE:
         return hidden_size if self.latent is None else self.latent
 
     @property
+    def matrices(self) -> int:
+        """Matrices of an expert."""
+        return matrices(self.activation)
+
+    @property
     def most_active(self) -> int:
-        """K: the most routed experts that one token may use (an average for expert choice)."""
-        match self.router.select:
-            case TopK(k=k) | Hash(k=k):
-                return k
-            case SampledSecond():
-                return 2
-            case TwoLevel(keep=keep, k=k):
-                return keep * k
-            case Threshold(most=most) | TopP(most=most):
-                return most
-            case ExpertChoice():
-                return self.experts
+        """K: the most routed experts that one token may use."""
+        most = self.router.most_active
+        return self.experts if most is None else most
+
+    @property
+    def active_experts(self) -> float:
+        """Routed experts a token uses: the average for expert choice, the most for all other selectors."""
+        select = self.router.select
+        return min(select.factor, self.experts) if isinstance(select, ExpertChoice) else self.most_active
+
+    @property
+    def _drops(self) -> bool:
+        """Whether training may drop a choice; the capacity of expert choice is every token."""
+        return not isinstance(self.admission, Dropless) and not isinstance(self.router.select, ExpertChoice)
 
     @property
     def causal(self) -> bool:
-        """Whether no token's routing depends on later tokens outside training, which generation needs.
+        """Whether no token's routing depends on later tokens outside training; see also ``independent``.
 
         Later tokens may change but not their number: a capacity that always holds counts them.
         """
@@ -218,3 +245,12 @@ class MoE:
                 return count * width
             case SigmoidGated(width=width):
                 return width
+
+    @property
+    def independent(self) -> bool:
+        """Whether outside training a token is routed alike in any company, which generation needs.
+
+        More than ``causal``: a pass also holds other texts, and with a cache it lacks the tokens before.
+        """
+        drops = isinstance(self.admission, Capacity) and self.admission.scope == "always"
+        return not drops and not isinstance(self.router.select, ExpertChoice)

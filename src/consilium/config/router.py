@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 from consilium.errors import ConsiliumError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class LinearGate:
     """logits = x W."""
 
@@ -22,14 +21,14 @@ class LinearGate:
     bias: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class MLPGate:
     """logits = tanh(x W1) W2 with W1 of E columns (LLaMA-MoE, 2406.16554)."""
 
     kind: Literal["mlp"] = "mlp"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class NoGate:
     """No learned gate: logits are zero, and the selector decides without them (Hash layers, 2106.04426)."""
 
@@ -39,7 +38,7 @@ class NoGate:
 Projection = Annotated[LinearGate | MLPGate | NoGate, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Standardise:
     """scale * (z - mean) / std over the experts of each token (Skywork-MoE, 2406.06563 eq. 3)."""
 
@@ -48,7 +47,7 @@ class Standardise:
     epsilon: PositiveFloat = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Softcap:
     """cap * tanh(z / cap)."""
 
@@ -59,12 +58,12 @@ class Softcap:
 Transform = Annotated[Standardise | Softcap, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class NoNoise:
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Jitter:
     """Router input times U(1 - epsilon, 1 + epsilon) in training, unseen by experts (Switch, 2101.03961)."""
 
@@ -72,7 +71,7 @@ class Jitter:
     epsilon: PositiveFloat = 1e-2
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class LearnedNoise:
     """logits + N(0,1) * (softplus(x W_noise) + floor) in training (Shazeer 2017, 1701.06538 eq. 4)."""
 
@@ -83,22 +82,22 @@ class LearnedNoise:
 Noise = Annotated[NoNoise | Jitter | LearnedNoise, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Softmax:
     kind: Literal["softmax"] = "softmax"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Sigmoid:
     kind: Literal["sigmoid"] = "sigmoid"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SqrtSoftplus:
     kind: Literal["sqrt_softplus"] = "sqrt_softplus"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Relu:
     kind: Literal["relu"] = "relu"
 
@@ -106,7 +105,7 @@ class Relu:
 Score = Annotated[Softmax | Sigmoid | SqrtSoftplus | Relu, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Groups:
     """Keep the best ``keep`` of ``count`` equal groups of experts; the others are masked with -inf.
 
@@ -118,21 +117,21 @@ class Groups:
     score: Literal["max", "top2_sum"]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class TopK:
     kind: Literal["top_k"] = "top_k"
     k: PositiveInt
     groups: Groups | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SampledSecond:
     """Top-2; in training the second is dispatched with probability min(1, 2 g2) (GShard, 2006.16668)."""
 
     kind: Literal["sampled_second"] = "sampled_second"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Threshold:
     """Every expert whose selection score exceeds ``minimum``, at most ``most``; for ReLU, minimum 0."""
 
@@ -141,7 +140,7 @@ class Threshold:
     most: PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class TopP:
     """The smallest set of experts whose scores sum to ``p``, at most ``most`` (2403.07652)."""
 
@@ -150,7 +149,7 @@ class TopP:
     most: PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class ExpertChoice:
     """Each expert takes its best ``factor * T / E`` tokens (2202.09368).
 
@@ -161,7 +160,7 @@ class ExpertChoice:
     factor: PositiveFloat = 2.0
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Hash:
     """A fixed random table from token id to ``k`` experts (Hash layers, 2106.04426)."""
 
@@ -171,7 +170,7 @@ class Hash:
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class TwoLevel:
     """A primary gate keeps the best ``keep`` of ``groups`` equal groups, a secondary ``k`` experts in each.
 
@@ -190,14 +189,14 @@ Select = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Raw:
     """The score itself."""
 
     kind: Literal["raw"] = "raw"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Normalised:
     """Scores of the selected divided by their sum plus epsilon."""
 
@@ -205,7 +204,7 @@ class Normalised:
     epsilon: NonNegativeFloat = 1e-20
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class ClampedSum:
     """Scores of the selected divided by max(sum, minimum) (ERNIE 4.5)."""
 
@@ -213,14 +212,14 @@ class ClampedSum:
     minimum: PositiveFloat
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class SoftmaxOfSelected:
     """Softmax over the logits of the selected (Shazeer 2017 eq. 3)."""
 
     kind: Literal["softmax_of_selected"] = "softmax_of_selected"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Uniform:
     """Weight 1 for each selected expert (Hash layers)."""
 
@@ -230,7 +229,7 @@ class Uniform:
 Weight = Annotated[Raw | Normalised | ClampedSum | SoftmaxOfSelected | Uniform, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Router:
     """score, select, weigh.
 
@@ -251,10 +250,10 @@ class Router:
     weight_on: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
-        if isinstance(self.select, TopK) and self.select.k == 1 and isinstance(self.weight, Normalised):
+        if self.most_active == 1 and isinstance(self.weight, Normalised | ClampedSum | SoftmaxOfSelected):
             raise ConsiliumError(
-                "moe.router: top-1 with normalised weights makes every weight 1 and gives the router no"
-                " gradient; use weight kind 'raw' (Switch) or k of at least 2."
+                f"moe.router: weight {self.weight.kind!r} of a single expert is 1 and gives the router no"
+                " gradient; use weight kind 'raw' (Switch) or select at least 2 experts."
             )
         if isinstance(self.projection, NoGate) and not isinstance(self.select, Hash):
             raise ConsiliumError(
@@ -277,3 +276,29 @@ class Router:
             raise ConsiliumError(
                 "moe.router: offset 'logits' needs a top-k selector; use offset 'scores' or 'none'."
             )
+        if isinstance(self.select, Hash | ExpertChoice) and self.offset != "none":
+            raise ConsiliumError(
+                f"moe.router: select {self.select.kind!r} leaves a bias nothing to balance, as the loads are"
+                " fixed without it; set offset to 'none' and moe.balance.bias to kind 'none'."
+            )
+
+    @property
+    def most_active(self) -> int | None:
+        """The most experts that one token may use; None where experts choose, which sets no limit."""
+        match self.select:
+            case TopK(k=k) | Hash(k=k):
+                return k
+            case SampledSecond():
+                return 2
+            case TwoLevel(keep=keep, k=k):
+                return keep * k
+            case Threshold(most=most) | TopP(most=most):
+                return most
+            case ExpertChoice():
+                return None
+
+    def gate_rows(self, experts: int) -> int:
+        """Rows of the matrices that the router's input meets: those of the gates and of their noise."""
+        outputs = experts + (self.select.groups if isinstance(self.select, TwoLevel) else 0)
+        gates = not isinstance(self.projection, NoGate)
+        return outputs * (gates + isinstance(self.noise, LearnedNoise))

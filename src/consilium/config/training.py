@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from consilium.config.base import STRICT
+from consilium.config.base import configuration
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Cosine:
     """Linear warm-up, then half a cosine from the peak to ``final`` times the peak."""
 
@@ -23,7 +22,7 @@ class Cosine:
     final: NonNegativeFloat = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class WSD:
     """Warm-up, stable, decay: the last ``decay`` of the steps falls linearly to ``final`` times the peak."""
 
@@ -33,7 +32,7 @@ class WSD:
     final: NonNegativeFloat = 0.05
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Steps:
     """Warm-up, then times ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at 0.8 and 0.9)."""
 
@@ -46,7 +45,7 @@ class Steps:
 Schedule = Annotated[Cosine | WSD | Steps, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class AdamW:
     """Decoupled weight decay on matrices only; norms, biases and the selection bias never decay."""
 
@@ -59,14 +58,14 @@ class AdamW:
     """Largest global gradient norm."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class BuiltIn:
     """Text that every Python ships (code, prose, docstrings), generated mathematics and bilingual text."""
 
     kind: Literal["builtin"] = "builtin"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Path:
     """The user's own .txt, .md, .py, .jsonl (key ``text``) file or a folder of them."""
 
@@ -77,7 +76,7 @@ class Path:
 Source = Annotated[BuiltIn | Path, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Data:
     source: Source = BuiltIn()
     sequence_length: PositiveInt = 128
@@ -89,7 +88,7 @@ class Data:
     """Domains are sampled in proportion to size ** temperature; 1 is by size, 0 is uniform."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@configuration
 class Training:
     """One run. ``batch`` is global, in sequences; ``steps`` are optimizer steps."""
 

@@ -9,7 +9,11 @@ from consilium.errors import ConsiliumError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """``temperature=0`` is greedy. ``top_k=0`` and ``top_p=1`` switch those filters off."""
+    """``temperature=0`` is greedy. ``top_k=0`` and ``top_p=1`` switch those filters off.
+
+    A row draws from its own stream, made of the seed and of how many prompts before it in the same call are
+    equal to its own: other prompts change nothing, and the same prompt n times gives n samples.
+    """
 
     temperature: float = 0.0
     top_k: int = 0

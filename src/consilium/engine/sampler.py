@@ -1,4 +1,4 @@
-"""From logits to a token, one row at a time with the row's own generator: neighbours change nothing.
+"""From logits to a token, one row at a time with the row's own generator, which no neighbour moves.
 
 Legend: V vocabulary.
 """
@@ -21,7 +21,10 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     if sampling.temperature == 0:
         token = int(logits_V.argmax())
         return token, float(logprobs_V[token])
-    ranked_V, order_V = torch.sort(logits_V / sampling.temperature, descending=True, stable=True)
+    # Below the highest logit and by no less than the smallest normal number: no quotient is inf or NaN.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    scaled_V = (logits_V - logits_V.max()) / temperature
+    ranked_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
     probs_V = torch.softmax(ranked_V, dim=-1) * _kept(ranked_V, sampling)
     token = int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
     return token, float(logprobs_V[token])

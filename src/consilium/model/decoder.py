@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from consilium.attention.context import build_context
 from consilium.attention.types import Context
 from consilium.config.model import Model
+from consilium.errors import ConsiliumError
 from consilium.kv.types import Cache
 from consilium.model.block import Block, branch_generator, build_block
 from consilium.model.mtp import MTPModule, shifted
 from consilium.model.types import BlockResult, Hidden, Inputs, Options, Output
 from consilium.moe.layer import MoELayer
-from consilium.moe.types import Tokens
+from consilium.moe.types import Mode, Tokens
 from consilium.ops.linear import Linear
 from consilium.ops.loss import linear_cross_entropy
 from consilium.ops.norm import RMSNorm
@@ -74,7 +75,11 @@ class Decoder(nn.Module):
         )
 
     def hidden(self, inputs: Inputs, *, cache: Cache | None = None, options: Options = Options()) -> Hidden:
-        """Run the blocks and the last norm. ``cache`` holds earlier tokens of the same sequences."""
+        """Run the blocks and the last norm. ``cache`` holds earlier tokens of the same sequences.
+
+        Raises ConsiliumError for an override that names a block without experts or does not fit the tokens.
+        """
+        self._check_override(options.mode)
         context = self._context(inputs, cached=cache is not None)
         tokens = inputs.tokens()
         x_BSD = self._embed(inputs.ids_BS, options)
@@ -108,6 +113,15 @@ class Decoder(nn.Module):
     def moe_layers(self) -> Mapping[int, MoELayer]:
         """Every MoE layer by its index, multi-token prediction modules included."""
         return {m.layer: m for m in self.modules() if isinstance(m, MoELayer)}
+
+    def _check_override(self, mode: Mode) -> None:
+        if isinstance(mode.override, Mapping):
+            layers = sorted(self.moe_layers())
+            wrong = sorted(set(mode.override) - set(layers))
+            if wrong:
+                raise ConsiliumError(
+                    f"override names layer {wrong[0]}, which has no experts; the MoE layers are {layers}."
+                )
 
     def _embed(self, ids_BS: Tensor, options: Options) -> Tensor:
         x_BSD = self.embed(ids_BS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from consilium.errors import ConsiliumError
 from consilium.moe.types import Mode, Report, Routing, Tokens
 
 
@@ -54,6 +55,12 @@ class Options:
     dtype: torch.dtype | None = None
     recompute: bool = False
     """Keep only block inputs and recompute the rest in the backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.recompute and self.mode.observer is not None:
+            raise ConsiliumError(
+                "an observer would see every row twice where blocks are recomputed; set recompute to False."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,21 @@ Weights stay as they are: after a drop they are not renormalised, and the residu
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from consilium.config.moe import Admission, Capacity, DeviceCapacity, Dropless
-from consilium.moe.ordering import place_within
+from consilium.moe.ordering import capacity, place_within
 from consilium.moe.types import Mode, Routing, Tokens
 
 
 def admit(routing: Routing, tokens: Tokens, admission: Admission, mode: Mode) -> Routing:
-    """The routing with ``keep_TK`` narrowed to what the experts or devices accept."""
+    """The routing with ``keep_TK`` narrowed to what experts or devices accept, or to what a replay kept."""
+    replayed_TK = mode.own_override.keep_TK
+    if replayed_TK is not None:
+        return _narrow(routing, replayed_TK)
     match admission:
         case Dropless():
             return routing
@@ -32,11 +34,6 @@ def admit(routing: Routing, tokens: Tokens, admission: Admission, mode: Mode) ->
             if not mode.training:
                 return routing
             return _narrow(routing, _within_devices(routing, tokens, admission))
-
-
-def capacity(factor: float, tokens: int, k: int, experts: int) -> int:
-    """ceil(factor * tokens * k / experts), not one more where the product is whole but its float is not."""
-    return math.ceil(factor * tokens * k / experts * (1 - 1e-12))
 
 
 def _narrow(routing: Routing, fits_TK: Tensor) -> Routing:

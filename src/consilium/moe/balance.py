@@ -26,7 +26,6 @@ from consilium.config.balance import (
 )
 from consilium.config.balance import Balance as BalanceConfig
 from consilium.config.router import Router as RouterConfig
-from consilium.errors import ConsiliumError
 from consilium.moe.losses import (
     Segments,
     by_sequence,
@@ -60,15 +59,6 @@ class Balance(nn.Module):
         self.config = config
         self.experts = experts
         adaptive = [loss for loss in config.losses if isinstance(loss, AdaptiveLoss)]
-        if len(adaptive) > 1:
-            raise ConsiliumError(
-                "moe.balance.losses has two adaptive losses but a layer has one coefficient; keep one."
-            )
-        if router.transforms and any(isinstance(loss, LoadLoss) for loss in config.losses):
-            raise ConsiliumError(
-                "moe.balance.losses: the load loss compares clean with noisy logits, so moe.router.transforms"
-                " must be empty; remove the transforms or use the importance loss alone."
-            )
         biased = router.offset != "none" or not isinstance(config.bias, NoBias)
         self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
         self.register_buffer("coefficient", torch.tensor(adaptive[0].start) if adaptive else None)

@@ -46,6 +46,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, tokens: Tokens, mode: Mode) -> Result:
         """Outputs [T, D] without the residual, the routing as used, and the report with its losses."""
+        mode = mode.at(self.layer)
         routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
         admitted = admit(routing, tokens, self.admission, mode)
         rows, ticket = self.transport.dispatch(self.latent.narrow(x_TD), admitted)

@@ -1,9 +1,11 @@
-"""Deterministic order: the highest values of a row, and places inside groups, with ties to the lowest index.
+"""Deterministic order: the highest values of a row and places inside groups, ties to the lowest index.
 
 Legend: N rows or copies, M columns, k columns kept.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -33,3 +35,8 @@ def place_within(group_N: Tensor) -> Tensor:
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(group_N.shape[0], device=group_N.device) - start_N
     return place_N
+
+
+def capacity(factor: float, tokens: int, k: int, experts: int) -> int:
+    """ceil(factor * tokens * k / experts), not one more where the product is whole but its float is not."""
+    return math.ceil(factor * tokens * k / experts * (1 - 1e-12))

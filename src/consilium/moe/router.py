@@ -87,6 +87,8 @@ class Router(nn.Module):
             clean_TE=clean_TE,
             chance_TE=chance_TE,
             weight_on_input=config.weight_on == "input",
+            wanted_TK=choice.keep_TK,
+            considered_TK=choice.considered_TK,
         )
 
     def _logits(self, x_TD: Tensor, mode: Mode) -> _Logits:

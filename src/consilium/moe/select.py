@@ -9,7 +9,6 @@ stays chosen, so that it reaches the output and the training guard instead of va
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +25,7 @@ from consilium.config.router import (
     TopP,
     TwoLevel,
 )
-from consilium.moe.ordering import highest
+from consilium.moe.ordering import capacity, highest
 from consilium.moe.types import Mode, Override, Tokens
 
 
@@ -69,14 +68,18 @@ class Evidence:
 
 
 def choose(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
-    """Apply the selector or the replay in ``mode.override``, then budgets, muting and padding."""
-    override = mode.override or Override()
+    """Apply the selector or the replay in ``mode.override``, then budgets, muting and padding.
+
+    Raises ConsiliumError for an override that does not fit the tokens.
+    """
+    override = mode.own_override
+    override.check(tokens.count)
     values_TE = evidence.values_TE
     if override.mute_TE is not None:
         values_TE = values_TE.masked_fill(override.mute_TE, -torch.inf)
         evidence = replace(evidence, values_TE=values_TE)
     if override.experts_TK is not None:
-        choice = _replayed(override.experts_TK, override.keep_TK)
+        choice = _replayed(override.experts_TK, override)
     else:
         choice = _selected(select, evidence, tokens, mode)
     allowed_TK = tokens.valid_T[:, None] & (values_TE.gather(1, choice.experts_TK) != -torch.inf)
@@ -86,9 +89,15 @@ def choose(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Ch
     return Choice(choice.experts_TK, considered_TK, choice.keep_TK & considered_TK)
 
 
-def _replayed(experts_TK: Tensor, keep_TK: Tensor | None) -> Choice:
-    used_TK = torch.ones_like(experts_TK, dtype=torch.bool) if keep_TK is None else keep_TK
-    return Choice(experts_TK, used_TK, used_TK)
+def _replayed(experts_TK: Tensor, override: Override) -> Choice:
+    """Weights were normalised over more than was used where a draw or admission dropped copies afterwards."""
+    every_TK = torch.ones_like(experts_TK, dtype=torch.bool)
+    wanted_TK = _first(override.wanted_TK, override.keep_TK, every_TK)
+    return Choice(experts_TK, _first(override.considered_TK, wanted_TK), wanted_TK)
+
+
+def _first(*masks_TK: Tensor | None) -> Tensor:
+    return next(mask_TK for mask_TK in masks_TK if mask_TK is not None)
 
 
 def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
@@ -188,7 +197,7 @@ def _chosen_by_experts(values_TE: Tensor, valid_T: Tensor, factor: float) -> Cho
     """Each expert takes its best ceil(factor * T / E) valid tokens (2202.09368 section 3.2)."""
     tokens, experts = int(valid_T.sum()), values_TE.shape[1]
     values_TE = values_TE.masked_fill(~valid_T[:, None], -torch.inf)
-    chosen_EC = highest(values_TE.T, min(tokens, math.ceil(factor * tokens / experts)))
+    chosen_EC = highest(values_TE.T, min(tokens, capacity(factor, tokens, 1, experts)))
     keep_TE = torch.zeros_like(values_TE, dtype=torch.bool).T.scatter(1, chosen_EC, value=True).T
     experts_TK = highest(values_TE, experts)
     return _used(experts_TK, keep_TE.gather(1, experts_TK))

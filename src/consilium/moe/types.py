@@ -7,11 +7,13 @@ R rows = kept (token, expert) pairs sorted by expert, F expert width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from consilium.errors import ConsiliumError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,38 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Interventions on routing. Absent fields change nothing."""
+    """Interventions on routing. Absent fields change nothing; ``Routing.replay`` fills in the last four."""
 
     mute_TE: Tensor | None = None
     """bool [T or 1, E]: experts that may not be selected."""
     k_T: Tensor | None = None
-    """int64 [T]: a budget of experts a token, at most the router's K."""
+    """int64 [T or 1]: a budget of experts a token, at most the router's K."""
     experts_TK: Tensor | None = None
     """int64 [T, K]: replay; weights are recomputed from the live scores of these experts."""
     keep_TK: Tensor | None = None
-    """bool [T, K]: which replayed choices are used; all where absent."""
+    """bool [T, K]: which replayed choices are used; admission then decides nothing. Where absent, it does."""
+    wanted_TK: Tensor | None = None
+    """bool [T, K]: which the router used before admission, for losses; ``keep_TK`` where absent."""
+    considered_TK: Tensor | None = None
+    """bool [T, K]: over which weights are normalised; ``wanted_TK`` where absent."""
+
+    def check(self, tokens: int) -> None:
+        """Raise ConsiliumError for a field that does not fit a pass of ``tokens`` tokens."""
+        masks = {"keep_TK": self.keep_TK, "wanted_TK": self.wanted_TK, "considered_TK": self.considered_TK}
+        for name, mask_TK in masks.items():
+            if mask_TK is not None and (self.experts_TK is None or mask_TK.shape != self.experts_TK.shape):
+                raise ConsiliumError(f"override.{name} needs experts_TK of its own shape; give both.")
+        for name, value, every in (
+            ("mute_TE", self.mute_TE, (1, tokens)),
+            ("k_T", self.k_T, (1, tokens)),
+            ("experts_TK", self.experts_TK, (tokens,)),
+        ):
+            if value is not None and value.shape[0] not in every:
+                one = " or one for all" if 1 in every else ""
+                raise ConsiliumError(
+                    f"override.{name} has {value.shape[0]} rows but the pass routes {tokens} tokens;"
+                    f" give a row for each of them{one}."
+                )
 
 
 class Observer(Protocol):
@@ -62,10 +86,23 @@ class Mode:
 
     training: bool = False
     generator: torch.Generator | None = None
-    override: Override | None = None
+    override: Override | Mapping[int, Override] | None = None
+    """For every MoE layer, or by the index of its block (``Model.moe_layers``); the others stay free."""
     observer: Observer | None = None
     earlier: Mapping[int, Tensor] | None = None
     """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""
+
+    def at(self, layer: int) -> Mode:
+        """The mode as one layer reads it: with its own override."""
+        if isinstance(self.override, Mapping):
+            return replace(self, override=self.override.get(layer))
+        return self
+
+    @property
+    def own_override(self) -> Override:
+        """What a layer does about overrides, after ``at``."""
+        assert not isinstance(self.override, Mapping), "overrides by layer are resolved by the layer"
+        return self.override or Override()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +130,26 @@ class Routing:
     Its sum over valid tokens is the load whose variation the load loss measures.
     """
     weight_on_input: bool = False
+    wanted_TK: Tensor | None = None
+    """bool: what the router used before admission; ``keep_TK`` where absent."""
+    considered_TK: Tensor | None = None
+    """bool: over which weights were normalised; ``wanted_TK`` where absent."""
 
     def load_E(self) -> Tensor:
         """int64 [E] kept copies an expert."""
         return torch.bincount(self.experts_TK[self.keep_TK], minlength=self.logits_TE.shape[1])
+
+    def replay(self) -> Override:
+        """The override that repeats this decision: same experts, drops and losses, live scores.
+
+        A whole pass repeats with ``Mode(override={layer: routing.replay(), ...})`` and the same noise.
+        """
+        return Override(
+            experts_TK=self.experts_TK,
+            keep_TK=self.keep_TK,
+            wanted_TK=self.wanted_TK,
+            considered_TK=self.considered_TK,
+        )
 
 
 @dataclass(frozen=True, slots=True)

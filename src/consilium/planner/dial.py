@@ -5,7 +5,7 @@ from __future__ import annotations
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.planner.parameters import parameters
-from consilium.recipes.variants import scaled
+from consilium.recipes.scaling import scaled
 
 TOLERANCE = 0.25
 

@@ -8,25 +8,10 @@ from typing import final
 
 from consilium.config.attention import GQA, MLA, Attention
 from consilium.config.balance import AdaptiveLoss, NoBias
-from consilium.config.feed_forward import GATED, FeedForward
+from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, MoE, NoShared, SigmoidGated
-from consilium.config.router import (
-    ExpertChoice,
-    Hash,
-    Jitter,
-    LearnedNoise,
-    LinearGate,
-    MLPGate,
-    NoGate,
-    NoNoise,
-    Router,
-    SampledSecond,
-    Threshold,
-    TopK,
-    TopP,
-    TwoLevel,
-)
+from consilium.config.router import LinearGate, MLPGate, NoGate, Router
 from consilium.records.plan import Parameters
 
 
@@ -138,59 +123,28 @@ def feed_forward(config: FeedForward, width: int) -> Count:
 def moe(config: MoE, width: int) -> Count:
     """Router, routed experts of which ``active_experts`` count as active, and what every token uses.
 
-    That is the shared experts and, where routed experts work in a latent space, the two projections.
+    The last are the shared experts and, where routed experts work in a latent space, its two projections.
     """
-    matrices = 3 if config.activation in GATED else 2
-    expert = matrices * config.expert_size(width) * config.width
-    active = round(active_experts(config) * expert)
+    expert = config.matrices * config.expert_size(width) * config.width
+    active = round(config.active_experts * expert)
     routed = Count(config.experts * expert, active, active)
     latent = _matrix(width, 2 * (config.latent or 0))
-    return _router(config.router, config.experts, width) + routed + latent + _shared(config, matrices, width)
-
-
-def active_experts(config: MoE) -> float:
-    """Routed experts a token uses: k; the average for expert choice; the most for thresholds and top-p."""
-    match config.router.select:
-        case TopK(k=k) | Hash(k=k):
-            return k
-        case SampledSecond():
-            return 2
-        case TwoLevel(keep=keep, k=k):
-            return keep * k
-        case Threshold(most=most) | TopP(most=most):
-            return most
-        case ExpertChoice(factor=factor):
-            return min(factor, config.experts)
+    return _router(config.router, config.experts, width) + routed + latent + _shared(config, width)
 
 
 def _router(config: Router, experts: int, width: int) -> Count:
-    secondary = _projection(config, experts, width) + _noise(config, experts, width)
-    if not isinstance(config.select, TwoLevel):
-        return secondary
-    groups = config.select.groups
-    return secondary + _matrix(groups, width) + _noise(config, groups, width)
-
-
-def _projection(config: Router, experts: int, width: int) -> Count:
+    gates = _matrix(config.gate_rows(experts), width)
     match config.projection:
         case LinearGate(bias=bias):
-            return _matrix(experts, width) + (_vector(experts) if bias else Count())
+            return gates + (_vector(experts) if bias else Count())
         case MLPGate():
-            return _matrix(experts, width) + _matrix(experts, experts)
+            return gates + _matrix(experts, experts)
         case NoGate():
-            return Count()
+            return gates
 
 
-def _noise(config: Router, outputs: int, width: int) -> Count:
-    match config.noise:
-        case NoNoise() | Jitter():
-            return Count()
-        case LearnedNoise():
-            return _matrix(outputs, width)
-
-
-def _shared(config: MoE, matrices: int, width: int) -> Count:
-    network = _matrix(matrices * width, config.shared_width)
+def _shared(config: MoE, width: int) -> Count:
+    network = _matrix(config.matrices * width, config.shared_width)
     match config.shared:
         case NoShared():
             return Count()

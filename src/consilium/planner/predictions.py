@@ -13,7 +13,7 @@ from consilium.config.moe import MoE
 from consilium.planner.flops import flops
 from consilium.planner.formulas import Abnar, Chinchilla, Clark, Joint, Kaplan, Krajewski, Leverage, Power
 from consilium.planner.laws import Law
-from consilium.planner.parameters import active_experts, parameters
+from consilium.planner.parameters import parameters
 from consilium.records.prediction import Optimum, Prediction, Predictions, Slopes
 
 
@@ -57,7 +57,7 @@ def point(model: Model, tokens: int | None = None) -> Point:
 
 
 def _routed(body: Point, moe: MoE, hidden_size: int) -> Point:
-    used = active_experts(moe) * moe.width + moe.shared_width
+    used = moe.active_experts * moe.width + moe.shared_width
     return dataclasses.replace(
         body,
         experts=(moe.experts * moe.width + moe.shared_width) / used,

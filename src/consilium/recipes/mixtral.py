@@ -57,9 +57,10 @@ RECIPE = Recipe(
         "router: z = x W, S = the 2 largest of 8",
         "weights: g_i = exp(z_i) / Σ_{j in S} exp(z_j) (section 2.1)",
         "output: y = Σ_{i in S} g_i SwiGLU_i(x)",
-        "loss, a layer: 0.02 (E/k) Σ_i f_i P_i, f_i choices of i a token, P_i mean softmax (released config)",
+        "loss, a layer: 0.02 (E/k) Σ_i f_i P_i, f_i choices of i a token, P_i mean softmax",
     ),
     deviations=(
+        "the coefficient 0.02 is that of the released 8x7B, from memory; 8x22B has the same here",
         "the loss is a layer's own, 0.02 at balance; transformers pools all layers and has k times that",
     ),
     hugging_face=HuggingFace("mixtral", "MixtralForCausalLM", MIXTRAL),

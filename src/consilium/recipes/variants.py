@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from consilium.config.attention import GQA, MLA
 from consilium.config.balance import (
     AdaptiveLoss,
     Balance,
@@ -24,7 +23,7 @@ from consilium.config.balance import (
 from consilium.config.feed_forward import FeedForward
 from consilium.config.io import changed
 from consilium.config.model import Model
-from consilium.config.moe import AlwaysOn, MoE, SigmoidGated
+from consilium.config.moe import Capacity, Dropless
 from consilium.errors import ConsiliumError, nearest
 
 BALANCES: Mapping[str, Balance] = MappingProxyType(
@@ -41,7 +40,11 @@ BALANCES: Mapping[str, Balance] = MappingProxyType(
 
 
 def with_balance(model: Model, name: str) -> Model:
-    """Return ``model`` balanced by the method called ``name``. Raises ConsiliumError for unknown names."""
+    """Return ``model`` balanced by the method called ``name``, with what the method needs.
+
+    A bias needs an offset, and the adaptive loss drops: a dropless model gets skywork-moe's capacity.
+    Raises ConsiliumError for unknown names and for methods that the router cannot have.
+    """
     if name not in BALANCES:
         raise ConsiliumError(f"unknown balance {name!r}.{nearest(name, BALANCES)}")
     if model.moe is None:
@@ -53,68 +56,32 @@ def with_balance(model: Model, name: str) -> Model:
     reads = model.moe.router.offset != "none" or isinstance(balance.bias, NoBias)
     offset, where = model.moe.router.offset if reads else "scores", f"--balance {name}"
     router = changed(model.moe.router, where=where, offset=offset)
-    return dataclasses.replace(model, moe=changed(model.moe, where=where, router=router, balance=balance))
+    adaptive = any(isinstance(loss, AdaptiveLoss) for loss in balance.losses)
+    lacking = adaptive and isinstance(model.moe.admission, Dropless)
+    admission = Capacity(factor=1.25) if lacking else model.moe.admission
+    moe = changed(model.moe, where=where, router=router, admission=admission, balance=balance)
+    return dataclasses.replace(model, moe=moe)
 
 
 def dense_twin(model: Model) -> Model:
-    """A dense model of the same active parameters: every block gets the mean active feed-forward width.
+    """A dense model of the same active parameters: every block gets the mean of what blocks use.
 
-    A latent space counts with its projections. All else is unchanged, multi-token prediction included.
+    Router and latent projections count. All else is unchanged, multi-token prediction included.
     """
     moe = model.moe
     if moe is None:
         return model
-    routed = sum(model.is_moe(i) for i in range(model.layers))
-    dense = model.dense or FeedForward(width=1, activation=moe.activation)
-    size = moe.expert_size(model.hidden_size)
-    around = 2 * (moe.latent or 0) / FeedForward(width=1, activation=moe.activation).matrices
-    active = moe.most_active * moe.width * size / model.hidden_size + around + moe.shared_width
-    width = (routed * active + (model.layers - routed) * dense.width) / model.layers
+    # In vectors as long as the hidden size, of which a network has its width times its matrices.
+    experts = moe.active_experts * moe.width * moe.expert_size(model.hidden_size) / model.hidden_size
+    around = moe.router.gate_rows(moe.experts) + 2 * (moe.latent or 0)
+    sparse = moe.matrices * (experts + moe.shared_width) + around
+    dense = model.dense.matrices * model.dense.width if model.dense else 0
+    routed = sum(model.is_moe(i) for i in range(model.layers)) / model.layers
+    width = (routed * sparse + (1 - routed) * dense) / moe.matrices
     return dataclasses.replace(
         model,
         moe=None,
         dense=FeedForward(width=max(8, round(width / 8) * 8), activation=moe.activation),
         dense_first=0,
+        moe_every=1,
     )
-
-
-def scaled(model: Model, factor: float) -> Model:
-    """Return ``model`` with widths times ``factor`` and depth times its root; experts and k stay."""
-
-    def width(value: int, multiple: int = 8) -> int:
-        return max(multiple, round(value * factor / multiple) * multiple)
-
-    hidden = width(model.hidden_size, 16)
-    return dataclasses.replace(
-        model,
-        hidden_size=hidden,
-        layers=max(model.dense_first + 1, round(model.layers * factor**0.5)),
-        attention=_scaled_attention(model.attention, factor),
-        dense=model.dense and dataclasses.replace(model.dense, width=width(model.dense.width)),
-        moe=model.moe and _scaled_moe(model.moe, factor),
-    )
-
-
-def _scaled_attention(attention: GQA | MLA, factor: float) -> GQA | MLA:
-    match attention:
-        case GQA(heads=heads, kv_heads=kv_heads):
-            groups = max(1, round(kv_heads * factor))
-            return dataclasses.replace(attention, heads=groups * (heads // kv_heads), kv_heads=groups)
-        case MLA(heads=heads, q_rank=q_rank, kv_rank=kv_rank):
-            return dataclasses.replace(
-                attention,
-                heads=max(1, round(heads * factor)),
-                q_rank=q_rank and max(16, round(q_rank * factor / 8) * 8),
-                kv_rank=max(16, round(kv_rank * factor / 8) * 8),
-            )
-
-
-def _scaled_moe(moe: MoE, factor: float) -> MoE:
-    def width(value: int) -> int:
-        return max(8, round(value * factor / 8) * 8)
-
-    shared = moe.shared
-    if isinstance(shared, AlwaysOn | SigmoidGated):
-        shared = dataclasses.replace(shared, width=width(shared.width))
-    latent = moe.latent and width(moe.latent)
-    return dataclasses.replace(moe, width=width(moe.width), latent=latent, shared=shared)

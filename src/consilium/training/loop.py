@@ -32,7 +32,7 @@ LOGGED = 1000
 
 def train(
     config: Training,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
@@ -49,6 +49,7 @@ def train(
         for listener in listeners:
             listener(event)
 
+    out = Path(out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:
