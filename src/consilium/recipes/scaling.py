@@ -1,4 +1,4 @@
-"""A model with all widths and the depth scaled."""
+"""A model with all widths and the depth scaled: the one dial of ``consilium train --params``."""
 
 from __future__ import annotations
 

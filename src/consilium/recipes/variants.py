@@ -1,7 +1,6 @@
-"""Variations of a configuration that people ask for by name: a balance method, a dense twin, another size.
+"""Variations of a configuration that people ask for by name: a balance method, a dense twin.
 
-The dense twin answers "what would the same compute buy without experts?"; ``scaled`` is the one dial of
-``consilium train --params``.
+The dense twin answers "what would the same compute buy without experts?".
 """
 
 from __future__ import annotations
