@@ -65,6 +65,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "deepseek-v3:tiny", "--steps", "3", "--minutes", "1"], ["not allowed with"]),
         (["train", "deepseek-v3:tiny", "--minutes", "-1"], ["--minutes -1 is not positive"]),
         (["train", "deepseek-v3:tiny", "--batch", "0"], ["batch", "greater than 0"]),
+        (["train", "deepseek-v3:tiny", "--batch", "100000000"], ["67,108,864 tokens", "lower --batch"]),
         (["train", "deepseek-v3:tiny", "--lr", "-3"], ["learning_rate", "greater than 0"]),
         (["train", "deepseek-v3:tiny", "--balance", "swich"], ["unknown balance 'swich'", "switch"]),
         (["train", "llama:tiny", "--balance", "switch"], ["is dense and has nothing to balance"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -88,6 +88,10 @@ class Data:
     """Domains are sampled in proportion to size ** temperature; 1 is by size, 0 is uniform."""
 
 
+MOST_TOKENS: Final = 2**26
+"""Tokens a step: slightly more than DeepSeek-V3's 15,360 sequences of 4,096. A slip asks for all memory."""
+
+
 @configuration
 class Training:
     """One run. ``batch`` is global, in sequences; ``steps`` are optimizer steps."""
@@ -120,6 +124,11 @@ class Training:
             raise ConsiliumError(
                 f"train: batch {self.batch} is not divisible into {self.accumulate} micro-batches;"
                 " choose accumulate that divides batch."
+            )
+        if self.batch * self.data.sequence_length > MOST_TOKENS:
+            raise ConsiliumError(
+                f"train: {self.batch} sequences of {self.data.sequence_length} tokens a step are more than the"
+                f" {MOST_TOKENS:,} tokens that a step may have; lower --batch or --seq."
             )
         if self.data.sequence_length > self.model.max_length:
             raise ConsiliumError(
