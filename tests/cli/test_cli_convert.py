@@ -63,6 +63,13 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out" / "training_state").exists()
 
 
+def test_a_folder_inside_the_source_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "lies inside" in complaint(capsys, source, source / "sub")
+    assert not (source / "sub").exists()
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "q8_0", "q4_0"])
 def test_a_gguf_file_has_the_type_that_was_asked_for(
     dtype: str | None, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

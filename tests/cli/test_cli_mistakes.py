@@ -63,9 +63,13 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "deepseek-v3:tiny", "--stepz", "3"], ["unknown option --stepz", "--steps"]),
         (["train", "deepseek-v3:tiny", "--steps", "0"], ["'0' is not a positive count"]),
         (["train", "deepseek-v3:tiny", "--steps", "3", "--minutes", "1"], ["not allowed with"]),
-        (["train", "deepseek-v3:tiny", "--minutes", "-1"], ["--minutes -1 is not positive"]),
+        (["train", "deepseek-v3:tiny", "--minutes", "-1"], ["--minutes -1 is not a positive number"]),
         (["train", "deepseek-v3:tiny", "--batch", "0"], ["batch", "greater than 0"]),
         (["train", "deepseek-v3:tiny", "--batch", "100000000"], ["67,108,864 tokens", "lower --batch"]),
+        (["train", "deepseek-v3:tiny", "--minutes", "nan"], ["--minutes nan is not a positive number"]),
+        (["train", "deepseek-v3:tiny", "--steps", "2", "--lr", "inf"], ["learning_rate", "finite"]),
+        (["train", "deepseek-v3:tiny", "--steps", "2", "--seed", "9" * 30], ["seed", "less than"]),
+        (["train", "deepseek-v3:tiny", "--steps", "2", "--threads", "100000"], ["threads", "1024"]),
         (["train", "deepseek-v3:tiny", "--lr", "-3"], ["learning_rate", "greater than 0"]),
         (["train", "deepseek-v3:tiny", "--balance", "swich"], ["unknown balance 'swich'", "switch"]),
         (["train", "llama:tiny", "--balance", "switch"], ["is dense and has nothing to balance"]),
@@ -242,7 +246,7 @@ def test_wrong_sampling(
     [
         (["bench", "train-tinny"], "Did you mean 'train-tiny'?"),
         (["bench", "decode-tiny", "--against", "transformers"], "has no rival"),
-        (["demo", "--minutes", "0"], "--minutes 0 is not positive"),
+        (["demo", "--minutes", "0"], "--minutes 0 is not a positive number"),
         (["demo", "--compare", "dens"], "invalid choice"),
     ],
 )

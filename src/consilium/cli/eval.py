@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from consilium.cli.arguments import json_flag
+from consilium.cli.arguments import count, json_flag
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -13,8 +13,8 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text"
     )
-    parser.add_argument("--seq", type=int, metavar="S", help="tokens a window; default: as in training")
-    parser.add_argument("--limit", type=int, metavar="N", help="read at most N tokens a domain")
+    parser.add_argument("--seq", type=count, metavar="S", help="tokens a window; default: as in training")
+    parser.add_argument("--limit", type=count, metavar="N", help="read at most N tokens a domain")
     json_flag(parser)
 
 

@@ -16,7 +16,7 @@ from consilium.errors import ConsiliumError, nearest
 
 C = TypeVar("C")
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -56,6 +56,8 @@ def from_json(cls: type[C], text: str, *, where: str = "") -> C:
 def from_yaml(cls: type[C], text: str, *, where: str = "") -> C:
     try:
         data = yaml.safe_load(text)
+    except RecursionError:
+        raise ConsiliumError(f"{where or 'configuration'} is nested too deeply; restore the file.") from None
     except yaml.YAMLError as error:
         raise ConsiliumError(
             f"{where or 'configuration'} is not valid YAML: {error}".replace("\n", " ")

@@ -107,8 +107,8 @@ class Training:
     schedule: Schedule = WSD()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; master weights are float32 in both."""
-    seed: NonNegativeInt = 0
-    threads: PositiveInt | None = None
+    seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
+    threads: Annotated[PositiveInt, Field(le=1024)] | None = None
     save_every: PositiveInt | None = None
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
@@ -127,7 +127,7 @@ class Training:
             )
         if self.batch * self.data.sequence_length > MOST_TOKENS:
             raise ConsiliumError(
-                f"train: {self.batch} sequences of {self.data.sequence_length} tokens a step are more than the"
+                f"train: {self.batch} sequences of {self.data.sequence_length} tokens are more than the"
                 f" {MOST_TOKENS:,} tokens that a step may have; lower --batch or --seq."
             )
         if self.data.sequence_length > self.model.max_length:

@@ -32,9 +32,9 @@ def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
     if options.tokens is not None:
         return budget.Tokens(options.tokens)
     if options.minutes is not None:
-        if options.minutes <= 0:
+        if not 0 < options.minutes < float("inf"):
             raise ConsiliumError(
-                f"--minutes {options.minutes:g} is not positive; give the minutes to train for."
+                f"--minutes {options.minutes:g} is not a positive number; give the minutes to train for."
             )
         return budget.Minutes(options.minutes)
     return default

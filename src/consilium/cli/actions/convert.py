@@ -20,6 +20,11 @@ _QUIET_SECONDS = 2.0
 
 def run(options: Namespace) -> int:
     source = checkpoint_in(options.source)
+    if source.resolve() in options.destination.resolve().parents:
+        raise ConsiliumError(
+            f"convert: {options.destination} lies inside {source}, which would no longer be what was saved;"
+            " choose a place outside."
+        )
     writers = {"hf": _to_folder, "gguf": _to_gguf}
     shown = Shown()
     start = time.monotonic()

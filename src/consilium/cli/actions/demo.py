@@ -39,9 +39,9 @@ EVAL_TOKENS = 8192
 
 
 def run(options: Namespace) -> int:
-    if options.minutes <= 0:
+    if not 0 < options.minutes < float("inf"):
         raise ConsiliumError(
-            f"demo: --minutes {options.minutes:g} is not positive; give the minutes to train for."
+            f"demo: --minutes {options.minutes:g} is not a positive number; give the minutes to train for."
         )
     keep_memory()
     summary = _finished_before(options)
