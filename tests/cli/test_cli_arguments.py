@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.cli.arguments import count, size
+from consilium.cli.arguments import count, path, size
 from consilium.cli.models import full_name, read_model
 from consilium.cli.table import columns, counted, operations, sized
 from consilium.config.io import to_json, to_yaml
@@ -34,7 +34,7 @@ def test_counts_are_read_exactly(text: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 mib", 3 * 2**19), ("512", 512), ("2TiB", 2**41)],
+    [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 mib", 3 * 2**19), ("512b", 512), ("2TiB", 2**41)],
 )
 def test_sizes_are_read_exactly(text: str, value: int) -> None:
     assert size(text) == value
@@ -49,7 +49,18 @@ def test_what_is_no_positive_number_is_refused(read: Callable[[str], int], text:
 
 @given(st.integers(1, 10**15))
 def test_plain_numbers_are_themselves(value: int) -> None:
-    assert count(str(value)) == size(str(value)) == value
+    assert count(str(value)) == size(f"{value}B") == value
+
+
+def test_a_size_without_a_unit_is_a_slip() -> None:
+    with pytest.raises(ArgumentTypeError, match="'80' is not a positive size with its unit"):
+        size("80")
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    assert path("a/b") == Path("a/b")
+    with pytest.raises(ArgumentTypeError, match="the path is empty"):
+        path("")
 
 
 @given(st.integers(1, 10**26))

@@ -1,17 +1,11 @@
 from __future__ import annotations
 
 import io as streams
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from runs import write_config, write_text
 
 from consilium.cli.actions.live import Page, clock, load_bars
 from consilium.config.training import Training
@@ -30,7 +24,7 @@ def step(number: int) -> Stepped:
 def shown(console: Console) -> str:
     config = Training(model=DEEPSEEK, steps=10)
     with Page(console) as page:
-        page(Started(config, Path("runs/x"), 1000, 0))
+        page(Started(config, Path("runs/x"), 0))
         page(Evaluated(0, Evaluation(3.5, {"code": 3.5}, 10)))
         page(step(1))
         page(Notice("look here"))
@@ -66,20 +60,3 @@ def test_bars_show_idle_fair_and_crowded_experts() -> None:
 
 def test_the_clock_counts_minutes() -> None:
     assert (clock(0.4), clock(59.6), clock(125)) == ("0:00", "1:00", "2:05")
-
-
-def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tmp_path: Path) -> None:
-    config = write_config(tmp_path, write_text(tmp_path / "text"), steps=100_000)
-    out = tmp_path / "run"
-    words = [sys.executable, "-m", "consilium", "train", str(config), "--out", str(out)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 90
-        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < 2000:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
-        printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert f"consilium train {config} --out {out} --resume" in printed
-    assert len(list((out / "checkpoints").iterdir())) == 1

@@ -113,7 +113,7 @@ def test_a_plan_is_there_within_half_a_second() -> None:
         (["plan", "llama", "more"], "consilium plan: unexpected argument 'more'"),
         (["plan"], "consilium plan: the following arguments are required: MODEL"),
         (["plan", "llama", "--fit"], "consilium plan: argument --fit: expected one argument"),
-        (["plan", "llama", "--fit", "much"], "argument --fit: 'much' is not a positive size such as 24GiB"),
+        (["plan", "llama", "--fit", "much"], "argument --fit: 'much' is not a positive size with its unit"),
         (["plan", "lama"], "unknown recipe 'lama'. Did you mean 'llama'?"),
     ],
 )

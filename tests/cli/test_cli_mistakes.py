@@ -90,6 +90,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "mixtral:tiny", "--set", "model.attention.kv_heads=5"], ["not divisible by 5 kv_heads"]),
         (["train", "missing.yaml"], ["cannot read the configuration missing.yaml"]),
         (["train", "deepseek-v3:tiny", "--data", "no/such/text"], ["no/such/text"]),
+        (["train", "deepseek-v3"], ["training deepseek-v3 with 671,026,404,352 parameters", "GiB of memory"]),
     ],
 )
 def test_wrong_training_options(
@@ -233,6 +234,7 @@ def test_folders_without_a_model(
         (["--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),
         (["--prompt", "a", "--top-p", "0"], "top_p 0.0 is out of range"),
         (["--prompt", "a", "--top-k", "-2"], "top_k -2 is negative"),
+        (["--prompt", "a", "--stop", ""], "a stop text is empty"),
     ],
 )
 def test_wrong_sampling(
@@ -248,6 +250,10 @@ def test_wrong_sampling(
         (["bench", "decode-tiny", "--against", "transformers"], "has no rival"),
         (["demo", "--minutes", "0"], "--minutes 0 is not a positive number"),
         (["demo", "--compare", "dens"], "invalid choice"),
+        (["demo", "--out", ""], "the path is empty"),
+        (["bench", "--out", "/dev/null/record.json"], "cannot write /dev/null/record.json"),
+        (["bench", "--out", "."], "--out . is a folder"),
+        (["chat", "", "--temperature", "0"], "the path is empty"),
     ],
 )
 def test_other_verbs(words: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +269,9 @@ def test_a_checkpoint_whose_configuration_contradicts_itself(
     path.write_text(json.dumps(data))
     (path.parent / "manifest.json").unlink()
     assert "num_hidden_layers" in complaint(capsys, "eval", str(path.parent))
+
+
+def test_the_demo_leaves_a_run_of_train_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert "holds a run that is not this demo's" in complaint(capsys, "demo", "--out", str(run))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -60,10 +60,10 @@ def test_fit_says_what_fits_and_how_much_cache_is_left(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
 def test_what_fits_exactly_fits(spare: int, *, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = plan(recipe("llama:tiny"))
-    fit = planned(capsys, "llama:tiny", "--fit", str(model.weight_bytes + spare))["fit"]
+    fit = planned(capsys, "llama:tiny", "--fit", f"{model.weight_bytes + spare}B")["fit"]
     assert fit["weights"]["bfloat16"] is fits
     assert (
-        planned(capsys, "llama:tiny", "--fit", str(model.training_bytes + spare))["fit"]["training"] is fits
+        planned(capsys, "llama:tiny", "--fit", f"{model.training_bytes + spare}B")["fit"]["training"] is fits
     )
 
 

@@ -126,6 +126,16 @@ def test_chat_answers_until_an_empty_line(
     assert said(capsys, "chat", str(run), "--max-tokens", "3").count("\n") >= 2
 
 
+def test_chat_goes_on_after_a_line_it_cannot_answer(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", streams.StringIO(f"hello\n{'long ' * 200}\nand then?\n\n"))
+    assert main(["chat", str(run), "--max-tokens", "3"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("exceeds the model's length") == 1
+    assert shown.out.count("\n") >= 2
+
+
 def test_eval_agrees_with_the_last_validation_of_the_run(
     run: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +197,9 @@ def test_the_demo_ends_with_figures_and_trains_nothing_twice(
     saved = checkpoint.stat().st_mtime_ns
     speed = read_json(Summary, tmp_path / "demo" / SUMMARY_FILE).tokens_per_second
     assert speed > 0
-    assert "calibrated" not in said(capsys, *words)
+    again = said(capsys, *words)
+    assert "calibrated" not in again
+    assert "is finished and only shown again" in again
     compared = said(capsys, *words, "--compare", "dense")
     assert "dense twin" in compared
     assert read_json(Summary, tmp_path / "demo" / SUMMARY_FILE).tokens_per_second == speed

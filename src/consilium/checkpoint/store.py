@@ -13,6 +13,7 @@ from torch import Tensor
 from consilium.checkpoint import manifest, safetensors_io
 from consilium.checkpoint.atomic import commit_folder, recover
 from consilium.checkpoint.files import DISK, Filesystem
+from consilium.checkpoint.folders import newest_of_run
 from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.hf_config import NAME as CONFIG
 from consilium.checkpoint.hf_config import config_from_folder, generation_config, to_hugging_face
@@ -20,7 +21,7 @@ from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, named, stored_dtype
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
-from consilium.model.build import build, torch_dtype
+from consilium.model.build import build, refuse_too_large, torch_dtype
 from consilium.model.decoder import Decoder
 
 STATE: Final = "training_state"
@@ -77,14 +78,17 @@ def save(
 def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Decoder:
     """Return the model in ``folder``, ours or of a known Hugging Face architecture, on the CPU.
 
+    A run folder stands for its newest checkpoint.
     ``dtype`` is by default that of the file. Never runs code from the folder. Raises ConsiliumError that
     names the file or tensor when anything is missing, extra, changed or of another shape; ``check_finite``
     also refuses NaN and infinity.
     """
-    folder = Path(folder)
+    folder = newest_of_run(Path(folder))
     config, found = _open(folder)
+    kind = torch_dtype(dtype or stored_dtype(config, found))
+    refuse_too_large(config, kind)
     # Parameters are allocated without being touched, so that a conversion of all of them needs no memory yet.
-    model = Decoder(config).to(torch_dtype(dtype or stored_dtype(config, found)))
+    model = Decoder(config).to(kind)
     _fill(model, fitted(folder, config, found, model.state_dict(), check_finite=check_finite))
     return model
 

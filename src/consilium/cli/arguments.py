@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn, final
 
@@ -15,7 +16,7 @@ from consilium.errors import ConsiliumError, nearest
 _COUNTS = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12})
 _BYTES = MappingProxyType(
     {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    | {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 )
 
 
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         if not flags:
             return f"{self.prog}: unexpected argument {words[0]!r}; {self.prog} --help shows the arguments."
         known = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(flags[0], known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(flags[0], known, n=1, cutoff=0.6)
         hint = nearest(flags[0], close) if close else f" {self.prog} --help lists the options."
         return f"{self.prog}: unknown option {flags[0]}.{hint}"
 
@@ -63,8 +64,15 @@ def count(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """Read a positive number of bytes: ``24GiB``, ``80GB``, ``512MiB``, ``1000``."""
-    return _scaled(text, _BYTES, "a positive size such as 24GiB or 80GB")
+    """Read a positive number of bytes with its unit: ``24GiB``, ``80GB``. A bare ``80`` would be a slip."""
+    return _scaled(text, _BYTES, "a positive size with its unit, such as 24GiB or 80GB")
+
+
+def path(text: str) -> Path:
+    """Read a path. An empty one, as from an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _scaled(text: str, units: MappingProxyType[str, int], wanted: str) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from consilium.cli.arguments import json_flag
+from consilium.cli.arguments import json_flag, path
 
 NAMES = ("train-tiny", "train-1b", "dense-against-moe", "decode-tiny", "decode-1b")
 
@@ -13,7 +12,7 @@ NAMES = ("train-tiny", "train-1b", "dense-against-moe", "decode-tiny", "decode-1
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="train-tiny", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--against", choices=("transformers",), help="measure the rival in the same run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the record there")
+    parser.add_argument("--out", type=path, metavar="FILE", help="also write the record there")
     json_flag(parser)
 
 

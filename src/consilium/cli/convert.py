@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
+
+from consilium.cli.arguments import path
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a run, a checkpoint or a downloaded folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="a new folder, or a new file.gguf")
+    parser.add_argument("source", type=path, metavar="SRC", help="a run, a checkpoint or a downloaded folder")
+    parser.add_argument("destination", type=path, metavar="DST", help="a new folder, or a new file.gguf")
     parser.add_argument(
         "--to",
         choices=("hf", "gguf"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from consilium.cli.arguments import path
+
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, metavar="M", help="training time; default 3")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo"
+        "--out", type=path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo"
     )
     parser.add_argument(
         "--compare",

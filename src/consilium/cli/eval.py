@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from consilium.cli.arguments import count, json_flag
+from consilium.cli.arguments import count, json_flag, path
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run or a checkpoint")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run or a checkpoint")
     parser.add_argument(
         "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text"
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from consilium.cli.arguments import json_flag
+from consilium.cli.arguments import json_flag, path
 from consilium.cli.sampling_arguments import sampling_arguments
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run or a checkpoint")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run or a checkpoint")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times: one batch"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,11 +13,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
 from consilium.cli.arguments import Parser
+from consilium.cli.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 from consilium.errors import ConsiliumError, nearest
-
-_MISTAKE = 2
-_INTERRUPTED = 130
-_BROKEN_PIPE = 141
 
 
 class Verb(NamedTuple):
@@ -53,19 +52,38 @@ VERBS = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 after a user's mistake, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
+    _write_any_character()
     try:
         code = _dispatch(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed
+            sys.stdout.flush()
     except ConsiliumError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _MISTAKE
+        return MISTAKE
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away (`| head`). Python flushes standard output again at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        _forget_output()  # the reader went away (`| head`)
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _forget_output()
+        print("error: standard output is full: free space where it is written to.", file=sys.stderr)
+        return MISTAKE
     return code
+
+
+def _write_any_character() -> None:
+    """A terminal of another encoding shows ``?`` for what it lacks, and that is no reason to stop."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_output() -> None:
+    """Python flushes standard output again at exit; let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: Sequence[str]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
+from consilium.cli.arguments import path
 from consilium.cli.training_arguments import training_arguments
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="recipe such as deepseek-v3:tiny, or a config.yaml")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="the run folder")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint, bit for bit"
     )

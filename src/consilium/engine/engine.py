@@ -108,12 +108,14 @@ class Engine:
     ) -> Iterator[Piece]:
         """Stream pieces, step by step, in the order of the prompts; one text is one prompt or one stop.
 
-        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, or
-        a prompt that with ``max_tokens`` exceeds the model's length.
+        Raises ConsiliumError for an empty prompt or stop, an id outside the vocabulary, text without a
+        tokenizer, or a prompt that with ``max_tokens`` exceeds the model's length.
         """
         stop = _listed(stop)
         if stop and self.tokenizer is None:
             raise ConsiliumError("stop text needs a tokenizer; give Engine(model, tokenizer).")
+        if "" in stop:
+            raise ConsiliumError("a stop text is empty and would end every answer at once; leave it out.")
         rows = self._rows(_listed(prompts), max_tokens, sampling)
         if not rows or max_tokens <= 0:
             return

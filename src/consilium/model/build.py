@@ -8,6 +8,8 @@ from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
 from consilium.model.decoder import Decoder
 from consilium.model.init import initialise
+from consilium.ops.memory import refuse_beyond_memory
+from consilium.planner.parameters import parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -23,12 +25,25 @@ def build(config: Model, *, seed: int = 0, dtype: str = "float32", device: str =
     """Build a freshly initialised model; on ``device="meta"`` it has shapes and no memory.
 
     Weights are drawn in float32 on the CPU and converted, so that a seed means the same model everywhere.
-    Router arithmetic and balance state stay float32 whatever ``dtype``.
+    Router arithmetic and balance state stay float32 whatever ``dtype``. Raises ConsiliumError for a model
+    that this machine cannot hold.
     """
     kind = torch_dtype(dtype)
     if device == "meta":
         with torch.device("meta"):
             return Decoder(config).to(kind)
+    refuse_too_large(config, torch.float32)
     model = Decoder(config)
     initialise(model, config.init, seed)
     return model.to(device=device, dtype=kind)
+
+
+def refuse_too_large(config: Model, dtype: torch.dtype) -> None:
+    """Raise ConsiliumError where the weights of ``config`` in ``dtype`` are more than memory and swap."""
+    counts = parameters(config)
+    values = counts.total + counts.mtp
+    refuse_beyond_memory(
+        values * dtype.itemsize,
+        f"{config.family} with {values:,} parameters in {str(dtype).removeprefix('torch.')}",
+        "choose a smaller size or dtype, or ask 'consilium plan' what fits",
+    )

@@ -15,7 +15,6 @@ from consilium.training.step import StepResult
 class Started:
     config: Training
     out: Path
-    parameters: int
     first_step: int
     """Steps already done: 0 unless resumed."""
 
@@ -61,7 +60,8 @@ class Finished:
     tokens_per_second: float
     first: Evaluation | None
     """Of the untrained model; None after a resume."""
-    last: Evaluation
+    last: Evaluation | None
+    """Of the trained model; None after a stop that was asked for."""
     interrupted: bool
     final_load: Mapping[int, float]
     """max/mean load averaged over the last 50 steps, by MoE layer."""

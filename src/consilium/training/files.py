@@ -1,9 +1,13 @@
-"""The files of a run folder beside its checkpoints: configuration, identity, metrics and load matrices."""
+"""A run folder and its files beside the checkpoints: lock, configuration, metrics and load matrices."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
+
+from filelock import FileLock, Timeout
 
 from consilium.config import io
 from consilium.config.training import Training
@@ -11,17 +15,83 @@ from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE, LoadFile
 from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, truncate_metrics
-from consilium.records.run import StepRecord
+from consilium.records.run import META_FILE, StepRecord
 from consilium.training.step import StepResult
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
+LOCK_FILE = "run.lock"
+"""Stays behind; the system forgets who held it when a process ends, however it ends."""
 
 
 def stored_config(out: Path) -> Training | None:
     """The configuration of the run in ``out``, if there is one."""
     path = out / CONFIG_FILE
     return io.read_yaml(Training, path) if path.exists() else None
+
+
+def run_in(out: Path, *, resume: bool) -> Training | None:
+    """The configuration of the run that goes on in ``out``, None where one starts.
+
+    Raises ConsiliumError where a run is there and ``resume`` is off, and where other files are.
+    """
+    stored = stored_config(out)
+    if stored is not None and not resume:
+        raise ConsiliumError(
+            f"{out} already holds a run; add --resume to continue it or choose another --out."
+        )
+    _refuse_foreign(out)
+    return stored
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A run writes checkpoints and prunes them; it starts in no folder with files of somebody else."""
+    if (out / CONFIG_FILE).exists():
+        return
+    if out.exists() and not out.is_dir():
+        raise ConsiliumError(f"{out} is a file; give the name of a new folder as --out.")
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    foreign = [name for name in names if name not in {META_FILE, LOCK_FILE} and not name.startswith(".")]
+    if foreign:
+        raise ConsiliumError(
+            f"{out} holds files that are no run's ({', '.join(foreign[:3])}); give a new or empty folder as"
+            " --out."
+        )
+
+
+@contextlib.contextmanager
+def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from training in ``out`` meanwhile.
+
+    Raises ConsiliumError where one does, where other files are, or where the folder cannot be made.
+    """
+    _refuse_foreign(out)
+    lock = FileLock(out / LOCK_FILE, blocking=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConsiliumError(
+            f"{out} is in use by another process that trains there; wait for it or choose another --out."
+        ) from None
+    except NotImplementedError:
+        notice(f"the file system of {out} has no locks: let no other process train there")
+    except OSError as error:
+        raise ConsiliumError(
+            f"cannot write {out}: {error.strerror or error}; choose another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        _remove_unused(out)
+        lock.release()
+
+
+def _remove_unused(out: Path) -> None:
+    """A mistake found after the folder was made leaves none behind."""
+    if [path.name for path in out.iterdir()] == [LOCK_FILE]:
+        with contextlib.suppress(OSError):
+            (out / LOCK_FILE).unlink()
+            out.rmdir()
 
 
 def check_same(stored: Training, asked: Training, out: Path) -> None:

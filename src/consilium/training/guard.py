@@ -1,4 +1,4 @@
-"""The non-finite guard: a step with a bad loss or gradient changes nothing and is reported."""
+"""What a run refuses: more memory than there is, steps and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import math
 import torch
 from torch import nn
 
+from consilium.config.model import Model
 from consilium.errors import ConsiliumError
+from consilium.ops.memory import refuse_beyond_memory
+from consilium.planner.plan import plan
 
 PATIENCE = 10
 """Bad steps in a row after which the run stops: the data or the learning rate is at fault, not chance."""
@@ -30,3 +33,23 @@ def check_patience(skipped_in_a_row: int, step: int) -> None:
             f"training stopped at step {step}: loss or gradient was not finite {PATIENCE} steps in a row;"
             " the weights are those of the last good step. Lower --lr, or look for bad values in the weights."
         )
+
+
+def check_memory(model: Model) -> None:
+    """Raise ConsiliumError where weights, gradients and optimizer state are more than memory and swap."""
+    planned = plan(model)
+    refuse_beyond_memory(
+        planned.training_bytes,
+        f"training {model.family} with {planned.parameters.total:,} parameters",
+        "choose a smaller size, such as :tiny, or scale it with --params",
+    )
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise ConsiliumError where a weight is not finite: such a state is never saved over a good one."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ConsiliumError(
+                f"training stopped at step {step}: {name} is no longer finite, so nothing was saved; go on"
+                " from the last checkpoint with a lower learning rate."
+            )

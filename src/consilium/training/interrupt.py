@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Final
+
+BURST: Final = 2.0
+"""Seconds in which more of the same is impatience, not a second decision: it must not lose the run."""
+_ANSWER: Final = b"\nstopping: the step in progress ends and is saved; Ctrl-C once more stops at once\n"
+_STANDARD_ERROR: Final = 2
 
 
 @contextlib.contextmanager
 def polite_stop() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether a stop was asked for; a second Ctrl-C interrupts at once.
+    """Yield a function that says whether a stop was asked for; asking again after ``BURST`` stops at once.
 
-    Outside the main thread signals cannot be caught and the function always answers no.
+    The first request is answered on standard error. Outside the main thread signals cannot be caught and the
+    function always answers no.
     """
-    asked = threading.Event()
+    first: list[float] = []
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+        now = time.monotonic()
+        if first and now - first[0] > BURST:
             raise KeyboardInterrupt
-        asked.set()
+        if not first:
+            first.append(now)
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(_STANDARD_ERROR, _ANSWER)
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield lambda: bool(first)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

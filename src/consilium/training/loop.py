@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
+from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.evaluation.bits import Evaluation, evaluate
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
-from consilium.training.files import CHECKPOINTS
-from consilium.training.guard import check_patience
+from consilium.training.files import locked
+from consilium.training.guard import check_memory, check_patience
 from consilium.training.interrupt import polite_stop
 from consilium.training.measures import evaluation_record, layer_ratios, step_record
 from consilium.training.run import Run, open_run, save_run
@@ -41,22 +42,27 @@ def train(
     """Train in the run folder ``out`` and return how it ended.
 
     The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
-    run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a folder
-    that holds another run, text that changed, a full disk, or ten non-finite steps in a row.
+    run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a model
+    that memory cannot hold, a folder that is in use or holds anything but this run, text that changed, a full
+    disk, weights that are no longer finite, or ten non-finite steps in a row.
     """
 
     def emit(event: Event) -> None:
         for listener in listeners:
             listener(event)
 
+    def notice(text: str) -> None:
+        emit(Notice(text))
+
     out = Path(out)
+    check_memory(config.model)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:
-        corpus = build_corpus(config.data, config.model.vocab_size, progress=lambda text: emit(Notice(text)))
-    run = open_run(config, out, corpus, resume=resume, notice=lambda text: emit(Notice(text)))
-    emit(Started(config, out, sum(p.numel() for p in run.model.parameters()), run.progress.step))
-    with polite_stop() as asked:
+        corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
+    with locked(out, notice), polite_stop() as asked:
+        run = open_run(config, out, corpus, resume=resume, notice=notice)
+        emit(Started(config, out, run.progress.step))
         meter = Meter()
         first = _evaluate(run, emit) if run.progress.step == 0 else None
         while run.progress.step < config.steps and not asked():
@@ -140,11 +146,12 @@ def _is_due(config: Training, step: int) -> bool:
 
 
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
-    """Save first: a stop that was asked for must not lose steps to a slow validation."""
+    """Save first; a stop that was asked for does not wait for a validation."""
     folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
     if not folder.exists():
         save_run(run)
     emit(Saved(run.progress.step, folder))
+    interrupted = run.progress.step < run.config.steps
     finished = Finished(
         out=run.out,
         checkpoint=folder,
@@ -153,8 +160,8 @@ def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Ev
         seconds=meter.seconds,
         tokens_per_second=meter.tokens / meter.seconds if meter.seconds else 0.0,
         first=first,
-        last=_evaluate(run, emit),
-        interrupted=run.progress.step < run.config.steps,
+        last=None if interrupted else _evaluate(run, emit),
+        interrupted=interrupted,
         final_load=meter.mean_ratios,
     )
     emit(finished)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 import consilium
 from consilium.checkpoint import atomic, store
+from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import BuiltIn, Training
 from consilium.config.training import Path as PathSource
 from consilium.data.corpus import Corpus
@@ -20,10 +20,12 @@ from consilium.data.loader import Loader
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
+from consilium.ops.memory import physical_memory
 from consilium.planner.plan import plan
 from consilium.records.io import write_json
 from consilium.records.run import META_FILE, Hardware, RunMeta, Versions
-from consilium.training.files import CHECKPOINTS, RunFiles, check_same, stored_config
+from consilium.training.files import RunFiles, check_same, run_in
+from consilium.training.guard import check_weights
 from consilium.training.optimizer import build_optimizer, moments, restore_moments
 
 
@@ -53,14 +55,10 @@ def open_run(
 ) -> Run:
     """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts fresh.
 
-    Raises ConsiliumError when the folder holds a run and ``resume`` is off, or holds one with other settings
-    or text.
+    Raises ConsiliumError when the folder holds a run and ``resume`` is off, one with other settings or text,
+    or other files.
     """
-    stored = stored_config(out)
-    if stored is not None and not resume:
-        raise ConsiliumError(
-            f"{out} already holds a run; add --resume to continue it or choose another --out."
-        )
+    stored = run_in(out, resume=resume)
     if stored is not None:
         check_same(stored, config, out)
     atomic.sweep(out / CHECKPOINTS)
@@ -90,7 +88,8 @@ def loader_of(config: Training, corpus: Corpus) -> Loader:
 
 
 def save_run(run: Run) -> Path:
-    """Commit ``checkpoints/step-N`` whole, then prune older ones."""
+    """Commit ``checkpoints/step-N`` whole, then prune older ones. Raises ConsiliumError for bad weights."""
+    check_weights(run.model, run.progress.step)
     state = store.TrainingState(
         tensors=moments(run.optimizer, run.model),
         scalars={
@@ -142,7 +141,7 @@ def _meta(config: Training, corpus: Corpus) -> RunMeta:
         versions=Versions(
             consilium=consilium.__version__, torch=str(torch.__version__), python=platform.python_version()
         ),
-        hardware=Hardware(cpu=cpu_name(), threads=torch.get_num_threads(), memory_bytes=_memory()),
+        hardware=Hardware(cpu=cpu_name(), threads=torch.get_num_threads(), memory_bytes=physical_memory()),
     )
 
 
@@ -162,10 +161,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0

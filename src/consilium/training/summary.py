@@ -20,7 +20,11 @@ def write_summary(
     dense: Dense | None = None,
     sample: Sample | None = None,
 ) -> Summary:
-    """Write and return the summary; the untrained figure is the one logged before the very first step."""
+    """Write and return the summary of a run that reached its last step.
+
+    The untrained figure is the one logged before the very first step.
+    """
+    assert finished.last is not None, "a stopped run has no summary"
     before = read_json_if_present(Summary, out / SUMMARY_FILE)
     # A finished run that was only opened again keeps the speed it was trained with.
     timed = before if before is not None and finished.seconds == 0 else finished

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +27,28 @@ from consilium.training.run import cpu_name
 
 def run(options: Namespace) -> int:
     keep_memory()
+    if options.out is not None:
+        refuse_unwritable(options.out)
     figures = _measure(options.name, options.against)()
     made = record(options.name, f"consilium {shlex.join(sys.argv[1:])}", figures)
     if options.out is not None:
         write_json(options.out, made)
     print(to_json(made, indent=None) if options.json else _table(made))
     return 0
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise ConsiliumError before minutes of measuring whose record could not be kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConsiliumError(
+            f"bench: cannot write {path}: {error.strerror or error}; choose another --out."
+        ) from None
+    if path.is_dir():
+        raise ConsiliumError(f"bench: --out {path} is a folder; give the name of a file.")
 
 
 def record(name: str, command: str, figures: Sequence[Figure]) -> BenchRecord:

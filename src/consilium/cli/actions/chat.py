@@ -7,6 +7,8 @@ from argparse import Namespace
 
 from consilium.cli.actions.engines import load_engine, sampling_of
 from consilium.engine.engine import Engine
+from consilium.engine.request import Sampling
+from consilium.errors import ConsiliumError
 
 QUESTION = "Q: {text}\nA:"
 STOPS = ("\nQ:",)
@@ -16,7 +18,7 @@ def run(options: Namespace) -> int:
     engine = load_engine(options.folder)
     if sys.stdin.isatty():
         print("An empty line or Ctrl-D ends the conversation.")
-    history = ""
+    sampling, history = sampling_of(options), ""
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -24,16 +26,17 @@ def run(options: Namespace) -> int:
             return 0
         if not text:
             return 0
-        history = _fit(engine, history + QUESTION.format(text=text), options.max_tokens)
-        history += _answer(engine, history, options) + "\n"
+        asked = _fit(engine, history + QUESTION.format(text=text), options.max_tokens)
+        try:
+            history = asked + _answer(engine, asked, sampling, options) + "\n"
+        except ConsiliumError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
-def _answer(engine: Engine, prompt: str, options: Namespace) -> str:
+def _answer(engine: Engine, prompt: str, sampling: Sampling, options: Namespace) -> str:
     answer = ""
     stops = (*STOPS, *options.stop)
-    for piece in engine.generate(
-        [prompt], max_tokens=options.max_tokens, sampling=sampling_of(options), stop=stops
-    ):
+    for piece in engine.generate([prompt], max_tokens=options.max_tokens, sampling=sampling, stop=stops):
         answer += piece.text
         print(piece.text, end="", flush=True)
     print()

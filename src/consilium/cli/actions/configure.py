@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from consilium.training import budget
 from consilium.training.precision import faster_dtype
 
 
-def training_config(model: str, options: Namespace) -> Training:
-    """What ``model`` (a recipe or a YAML file) and the options describe; ``steps`` is still open."""
-    path = Path(model)
-    base = io.read_yaml(Training, path) if path.suffix in (".yaml", ".yml") else _from_recipe(model)
+def training_config(model: str, options: Namespace, stored: Training | None = None) -> Training:
+    """What ``model`` (a recipe or a YAML file) and the options describe; ``steps`` is still open.
+
+    Where a run goes on, ``stored`` says all that the options leave out.
+    """
+    base = _from_file(model) if is_file(model) else _from_recipe(model)
+    if stored is not None and not is_file(model):
+        base = _of_run(base, stored, options)
     config = _apply(base, options)
     assignments = dict(_assignment(text) for text in options.set)
     return io.replace(config, assignments) if assignments else config
@@ -38,6 +43,25 @@ def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
             )
         return budget.Minutes(options.minutes)
     return default
+
+
+def is_file(model: str) -> bool:
+    """A YAML file is a complete configuration and carries its own steps."""
+    return Path(model).suffix in (".yaml", ".yml")
+
+
+def _from_file(name: str) -> Training:
+    return io.read_yaml(Training, Path(name))
+
+
+def _of_run(asked: Training, stored: Training, options: Namespace) -> Training:
+    """The run's own configuration; the dial alone starts from the recipe again, as it did at the start."""
+    if asked.model.family != stored.model.family:
+        raise ConsiliumError(
+            f"cannot resume {options.out}: it trains {stored.model.family}, not {asked.model.family}; name"
+            " that recipe or choose another --out."
+        )
+    return stored if options.params is None else dataclasses.replace(stored, model=asked.model)
 
 
 def _from_recipe(name: str) -> Training:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import final
 
 from consilium.checkpoint.convert import convert
-from consilium.cli.actions.folders import checkpoint_in
+from consilium.checkpoint.folders import checkpoint_in
 from consilium.errors import ConsiliumError, nearest
 from consilium.model.build import DTYPES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from consilium.checkpoint import store
 from consilium.cli.actions.configure import DEMO_MODEL, demo_config
 from consilium.cli.actions.live import Page
 from consilium.cli.actions.showcase import conclusion
+from consilium.cli.exits import tell_stopped
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.engine.engine import Engine
@@ -21,13 +23,13 @@ from consilium.errors import ConsiliumError
 from consilium.evaluation.baselines import baselines
 from consilium.ops.allocator import keep_memory
 from consilium.recipes.variants import dense_twin
-from consilium.records.io import read_json, write_json
+from consilium.records.io import read_json_if_present, write_json
 from consilium.records.run import SUMMARY_FILE, Dense, Sample, Summary
 from consilium.records.specialisation import SPECIALISATION_FILE
 from consilium.report.build import build_report
 from consilium.training.budget import Minutes, with_budget
 from consilium.training.events import Finished, Notice
-from consilium.training.files import stored_config
+from consilium.training.files import run_in, stored_config
 from consilium.training.loop import train
 from consilium.training.summary import bits, write_summary
 
@@ -48,19 +50,27 @@ def run(options: Namespace) -> int:
     if summary is None:
         summary = _train_and_study(options)
         if summary is None:
-            print(f"stopped; go on with:\n  consilium demo --minutes {options.minutes:g} --out {options.out}")
-            return 0
+            words = shlex.join(["--minutes", f"{options.minutes:g}", "--out", str(options.out)])
+            return tell_stopped(f"stopped; go on with:\n  consilium demo {words}")
     print(conclusion(options.out, summary, DEMO_MODEL))
     return 0
 
 
 def _finished_before(options: Namespace) -> Summary | None:
     """Nothing is trained twice: a run that ended with what is asked for now is only shown again."""
-    path = options.out / SUMMARY_FILE
-    if not path.exists():
+    _refuse_another_run(options.out)
+    summary = read_json_if_present(Summary, options.out / SUMMARY_FILE)
+    if summary is None or (options.compare == "dense" and summary.dense is None):
         return None
-    summary = read_json(Summary, path)
-    return None if options.compare == "dense" and summary.dense is None else summary
+    print(f"{options.out} is finished and only shown again; choose another --out to train anew")
+    return summary
+
+
+def _refuse_another_run(out: Path) -> None:
+    """Raise ConsiliumError where ``out`` holds a run of ``train`` or of another version's demo."""
+    stored = run_in(out, resume=True)
+    if stored is not None and stored != _with_length(demo_config(), stored.steps):
+        raise ConsiliumError(f"demo: {out} holds a run that is not this demo's; choose another --out.")
 
 
 def _train_and_study(options: Namespace) -> Summary | None:
@@ -77,20 +87,29 @@ def _train_and_study(options: Namespace) -> Summary | None:
         if finished.interrupted:
             return None
         dense = _dense(options, settled, corpus, page) if options.compare == "dense" else None
+        if options.compare == "dense" and dense is None:
+            return None
         notice("studying: a trigram model and xz on the same text, and which experts prefer which domain")
         return _study(options.out, finished, corpus, dense)
 
 
 def _settled(config: Training, minutes: float, corpus: Corpus, notice: Callable[[str], None]) -> Training:
     config = with_budget(config, Minutes(minutes), corpus, notice=notice)
+    return _with_length(config, config.steps)
+
+
+def _with_length(config: Training, steps: int) -> Training:
     return dataclasses.replace(
-        config, eval_every=max(1, config.steps // VALIDATIONS), eval_tokens=EVAL_TOKENS
+        config, steps=steps, eval_every=max(1, steps // VALIDATIONS), eval_tokens=EVAL_TOKENS
     )
 
 
 def _dense(options: Namespace, config: Training, corpus: Corpus, page: Page) -> Dense | None:
+    """The twin, trained; None after a stop that was asked for."""
     twin = dataclasses.replace(config, model=dense_twin(config.model))
     finished = train(twin, options.out / "dense", resume=True, listeners=(page,), corpus=corpus)
+    if finished.last is None:
+        return None
     model = store.load(finished.checkpoint)
     return Dense(
         bits_per_byte=bits(finished.last),

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from consilium.checkpoint import store
-from consilium.cli.actions.folders import checkpoint_in
+from consilium.checkpoint.folders import checkpoint_in
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.engine import Engine
 from consilium.engine.request import Sampling

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from consilium.checkpoint import store
-from consilium.cli.actions.folders import checkpoint_in
+from consilium.checkpoint.folders import checkpoint_in
 from consilium.config.training import Data
 from consilium.data.corpus import Corpus, held_out_corpus, whole_corpus
 from consilium.data.tokenizer import Tokenizer

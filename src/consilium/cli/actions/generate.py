@@ -23,7 +23,7 @@ def run(options: Namespace) -> int:
         options.prompt, max_tokens=options.max_tokens, sampling=sampling_of(options), stop=options.stop
     )
     if options.json:
-        print(json.dumps({"completions": _gather(options.prompt, list(pieces))}, ensure_ascii=False))
+        print(json.dumps({"completions": _gather(options.prompt, list(pieces))}))
     elif len(options.prompt) == 1:
         print(options.prompt[0], end="", flush=True)
         for piece in pieces:

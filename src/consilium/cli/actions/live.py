@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from consilium.planner.plan import plan
 from consilium.records.loads import max_over_mean
 from consilium.training.events import Evaluated, Event, Finished, Notice, Saved, Started, Stepped
 from consilium.training.measures import layer_ratios
@@ -65,7 +66,7 @@ class Page:
         match event:
             case Started():
                 self._started = event
-                self._print(f"model      {event.parameters:,} parameters; run folder {event.out}")
+                self._print(f"model      {_sizes(event)}; run folder {event.out}")
             case Stepped():
                 self._stepped(event)
             case Evaluated(step=step, evaluation=evaluation):
@@ -82,7 +83,14 @@ class Page:
                 pass
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """A reader that went away, or a full disk behind it, must not end the training.
+
+        rich leaves by SystemExit where the reader is gone.
+        """
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except (OSError, SystemExit):
+            self._console.quiet = True
 
     def _stepped(self, event: Stepped) -> None:
         if self._live is not None:
@@ -100,6 +108,12 @@ class Page:
             f"  loss {event.result.ce:.3f}{bits}"
             f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
         )
+
+
+def _sizes(event: Started) -> str:
+    counts = plan(event.config.model).parameters
+    ahead = f", and {counts.mtp:,} that predict further ahead" if counts.mtp else ""
+    return f"{counts.total:,} parameters, {counts.active:,} active a token{ahead}"
 
 
 def _load_table(event: Stepped) -> Table:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.records.loads import LOADS_FILE, LoadFile, max_over_mean
 from consilium.records.run import BitsPerByte, Summary
-from consilium.training.files import CHECKPOINTS
 from consilium.training.loop import WINDOW
 
 

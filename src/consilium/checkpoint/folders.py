@@ -1,26 +1,38 @@
-"""FOLDER arguments: a run folder stands for its newest complete checkpoint, a checkpoint for itself."""
+"""What a folder stands for: a run folder for its newest complete checkpoint, a checkpoint for itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from consilium.checkpoint import atomic
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
-from consilium.training.files import CHECKPOINTS
+
+CHECKPOINTS: Final = "checkpoints"
+"""The folder of a run that holds its ``step-N``."""
+
+
+def newest_of_run(folder: Path) -> Path:
+    """Return the newest complete checkpoint of a run, and any other folder as it is.
+
+    Raises ConsiliumError for a run that has none, or whose newest was changed.
+    """
+    if (folder / "config.json").exists() or not (folder / CHECKPOINTS).is_dir():
+        return folder
+    newest = atomic.latest(folder / CHECKPOINTS)
+    if newest is None:
+        raise ConsiliumError(
+            f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
+        )
+    return newest
 
 
 def checkpoint_in(folder: Path) -> Path:
     """Return the checkpoint that ``folder`` is or holds. Raises ConsiliumError that says how to get one."""
-    if (folder / "config.json").exists():
-        return folder
-    if (folder / CHECKPOINTS).is_dir():
-        newest = atomic.latest(folder / CHECKPOINTS)
-        if newest is not None:
-            return newest
-        raise ConsiliumError(
-            f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
-        )
+    found = newest_of_run(folder)
+    if (found / "config.json").exists():
+        return found
     name = str(folder)
     if name.partition(":")[0] in catalogue.names():
         raise ConsiliumError(

@@ -1,0 +1,100 @@
+"""A run goes on from its own configuration: what an option does not say, the run says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import write_text
+
+from consilium.cli.main import main
+from consilium.config import io
+from consilium.config.training import Training
+from consilium.training.files import CONFIG_FILE
+
+MODEL = "deepseek-v3:tiny"
+SMALL = ["--params", "200k", "--set", "model.layers=2", "--set", "data.tokenizer=bytes"]
+OPTIONS = [*SMALL, "--batch", "2", "--seq", "24", "--lr", "0.001", "--balance", "switch", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, text: Path) -> Path:
+    out = tmp_path / "run"
+    words = ["--data", str(text), "--steps", "2", "--set", "eval_tokens=64"]
+    assert main(["train", MODEL, "--out", str(out), *OPTIONS, *words]) == 0
+    return out
+
+
+def resumed(run: Path, *words: str, model: str = MODEL) -> int:
+    return main(["train", model, "--out", str(run), "--resume", *words])
+
+
+def test_no_option_is_wanted_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / CONFIG_FILE).read_text()
+    assert resumed(run) == 0
+    assert resumed(run, model=str(run / CONFIG_FILE)) == 0
+    assert resumed(run, "--batch", "2", "--lr", "0.001", "--balance", "switch", "--minutes", "3") == 0
+    assert (run / CONFIG_FILE).read_text() == before
+    assert "calibrated" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--batch", "4"], "started with batch = 2, not 4; leave the option away"),
+        (["--steps", "9"], "started with steps = 2, not 9"),
+        (["--balance", "none"], "started with model.moe.balance"),
+        (["--set", "optimizer.decay=0.5"], "started with optimizer.decay = 0.1, not 0.5"),
+        (["--params", "300k"], "started with model."),
+    ],
+)
+def test_another_setting_is_refused(
+    words: list[str], answer: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resumed(run, *words) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_another_recipe_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resumed(run, model="mixtral:tiny") == 2
+    assert "it trains deepseek-v3, not mixtral" in capsys.readouterr().err
+
+
+def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Path) -> None:
+    """Stopped in the middle by three quick Ctrl-C; the command it prints reaches the last step."""
+    out = tmp_path / "run"
+    words = ["--data", str(text), "--steps", "400", "--set", "eval_tokens=64"]
+    command = [sys.executable, "-m", "consilium"]
+    with subprocess.Popen(
+        [*command, "train", MODEL, "--out", str(out), *OPTIONS, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 90
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < 1500:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for _ in range(3):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopping: the step in progress ends and is saved" in errors
+    assert (out / "report.html").exists()
+    line = next(line.strip() for line in printed.splitlines() if line.endswith("--resume"))
+    assert line == f"consilium train {out / CONFIG_FILE} --out {out} --resume"
+    assert main(line.split()[1:]) == 0
+    assert (out / "checkpoints/step-400").exists()
+    assert io.read_yaml(Training, out / CONFIG_FILE).steps == 400
