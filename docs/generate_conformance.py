@@ -43,7 +43,9 @@ Nothing here was made by the package. Where transformers has the router, it is a
 Python numbers must agree with it and give what it lacks, such as losses. Other systems have a case of six
 tokens worked by hand, with the arithmetic in `tests/conformance/by_hand.py`. transformers leaves the order
 of ties open, so there its weights are compared and its expert numbers are not, nor anything where groups
-tie. `tests/conformance/generate.py` writes the vectors, and a test makes them anew and compares.
+tie. `tests/conformance/generate.py` writes the vectors, and a test makes them anew and compares. Another
+asks the independent single-file reference of each system (`tests/reference`) for every vector once more:
+experts, weights, drops and losses.
 
 """
 

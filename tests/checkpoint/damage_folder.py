@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from checkpoint.damage_weights import SINGLE, assemble, shard
+from checkpoint.damage_weights import SINGLE, Named, assemble, shard
 
 INDEX = "model.safetensors.index.json"
 
@@ -22,7 +22,7 @@ def not_an_object(folder: Path, choose: random.Random) -> str:
         assemble(file, text, b"")
     else:
         file.write_text(text)
-    return str(folder)
+    return file.name
 
 
 def hostile_path(folder: Path, choose: random.Random) -> str:
@@ -53,16 +53,16 @@ def hostile_path(folder: Path, choose: random.Random) -> str:
     ]
     index["weight_map"][name] = choose.choice([*outside, *odd])
     (folder / INDEX).write_text(json.dumps(index))
-    return str(folder)
+    return name
 
 
-def wrong_shard(folder: Path, choose: random.Random) -> str:
+def wrong_shard(folder: Path, choose: random.Random) -> Named:
     index = json.loads((folder / INDEX).read_text())
     name = choose.choice(sorted(index["weight_map"]))
     files = {*index["weight_map"].values(), "model-00009-of-00009.safetensors"}
     index["weight_map"][name] = choose.choice(sorted(files - {index["weight_map"][name]}))
     (folder / INDEX).write_text(json.dumps(index))
-    return str(folder)
+    return name, "model-00009-of-00009.safetensors"
 
 
 def index_lacks_or_adds(folder: Path, choose: random.Random) -> str:
@@ -110,7 +110,7 @@ def other_size(folder: Path, choose: random.Random) -> str:
     values = [0, -1, 2**31, 10**12, 10**40, "8", [8], {}, None, 1.5, config[key] + 2, config[key] * 4, True]
     config[key] = choose.choice(values)
     path.write_text(json.dumps(config))
-    return str(folder)
+    return "config.json"
 
 
 def drop_size(folder: Path, choose: random.Random) -> str:
@@ -134,10 +134,10 @@ def own_key(folder: Path, choose: random.Random) -> str:
         node = node[key]
     node[key] = choose.choice(["?", [[]], {"kind": "?"}, -(10**30), {"a": {"b": 1}}])
     path.write_text(json.dumps(config))
-    return str(folder)
+    return "config.json"
 
 
-def manifest_entry(folder: Path, choose: random.Random) -> str:
+def manifest_entry(folder: Path, choose: random.Random) -> Named:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     name = choose.choice(["config.json", SINGLE])
@@ -158,7 +158,7 @@ def manifest_entry(folder: Path, choose: random.Random) -> str:
         case _:
             (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     path.write_text(json.dumps(manifest))
-    return str(folder)
+    return "manifest.json", name, INDEX
 
 
 def quantization(folder: Path, choose: random.Random) -> str:

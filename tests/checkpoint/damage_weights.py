@@ -1,6 +1,7 @@
 """Ways to break the weight files of a folder.
 
-Each changes a folder in place and returns what the error must name: a file, a tensor, or the folder.
+Each changes a folder in place and returns what the error must name, a file or a tensor: one of several where
+it depends on what was hit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
 
+Named = str | tuple[str, ...]
 SINGLE = "model.safetensors"
 FP8 = torch.float8_e4m3fn
 
@@ -45,21 +47,21 @@ def tensor_in(header: Mapping[str, Any], choose: random.Random) -> str:
     return choose.choice([name for name in header if name != "__metadata__"])
 
 
-def flip_in_header(folder: Path, choose: random.Random) -> str:
+def flip_in_header(folder: Path, choose: random.Random) -> Named:
     file = shard(folder, choose)
     data = bytearray(file.read_bytes())
     end = 8 + struct.unpack("<Q", data[:8])[0]
     data[choose.randrange(end)] ^= 1 << choose.randrange(8)
     file.write_bytes(data)
-    return str(folder)
+    return file.name, "config.json"
 
 
-def flip_anywhere(folder: Path, choose: random.Random) -> str:
+def flip_anywhere(folder: Path, choose: random.Random) -> Named:
     file = choose.choice(sorted(path for path in folder.iterdir() if path.name != "generation_config.json"))
     data = bytearray(file.read_bytes())
     data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
     file.write_bytes(data)
-    return str(folder)
+    return file.name, "manifest.json", *(("config.json", SINGLE) if file.name == "manifest.json" else ())
 
 
 def truncate(folder: Path, choose: random.Random) -> str:
@@ -67,7 +69,7 @@ def truncate(folder: Path, choose: random.Random) -> str:
     file = choose.choice(sorted(files))
     data = file.read_bytes()
     file.write_bytes(data[: choose.randrange(len(data) - 2)])
-    return str(folder)
+    return file.name
 
 
 def lengthen(folder: Path, choose: random.Random) -> str:
@@ -80,15 +82,15 @@ def remove_file(folder: Path, choose: random.Random) -> str:
     """Without its manifest a folder is one from elsewhere, and whole."""
     file = folder / choose.choice(["config.json", SINGLE])
     file.unlink()
-    return str(folder)
+    return file.name
 
 
-def exchange_files(folder: Path, choose: random.Random) -> str:
+def exchange_files(folder: Path, choose: random.Random) -> Named:
     one, two = choose.sample(sorted(folder.glob("*.safetensors")), 2)
     one.rename(folder / "kept")
     two.rename(one)
     (folder / "kept").rename(two)
-    return str(folder)
+    return one.name, two.name
 
 
 def exchange_tensors(folder: Path, choose: random.Random) -> str:
@@ -99,7 +101,7 @@ def exchange_tensors(folder: Path, choose: random.Random) -> str:
     two = choose.choice([name for name in sorted(tensors) if tensors[name].shape != tensors[one].shape])
     tensors[one], tensors[two] = tensors[two], tensors[one]
     rewrite(file, tensors)
-    return str(folder)
+    return one
 
 
 def drop_tensor(folder: Path, choose: random.Random) -> str:
@@ -128,7 +130,7 @@ def rename_tensor(folder: Path, choose: random.Random) -> str:
     if other not in tensors:
         tensors[other] = tensors.pop(name)
     rewrite(file, tensors)
-    return str(folder)
+    return other
 
 
 def other_dtype(folder: Path, choose: random.Random) -> str:

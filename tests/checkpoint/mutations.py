@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from checkpoint import damage_folder, damage_weights
-from checkpoint.damage_weights import FP8, SINGLE, rewrite
+from checkpoint.damage_weights import FP8, SINGLE, Named, rewrite
 from checkpoint.models import deepseek_v3, saved
 from consilium.checkpoint import safetensors_io, store
 from consilium.errors import ConsiliumError
 
 SECONDS = 2.0
 
-Damage = Callable[[Path, random.Random], str]
+Damage = Callable[[Path, random.Random], Named]
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,15 @@ def mutate(templates: Templates, scratch: Path, trials: int) -> Counts:
     return counts
 
 
-def attempt(folder: Path, named: str, expected: dict[str, Tensor]) -> str:
+def attempt(folder: Path, named: Named, expected: dict[str, Tensor]) -> str:
     """``refused`` in one sentence that says where, ``harmless``, or what went wrong."""
     try:
         state = store.load(folder).state_dict()
     except ConsiliumError as error:
         text = str(error)
-        clear = "\n" not in text and len(text) < 2000 and named in text and str(folder) in text
+        rest = text.replace(str(folder), "")
+        said = any(name in rest for name in ((named,) if isinstance(named, str) else named))
+        clear = said and "\n" not in text and len(text) < 2000 and str(folder) in text
         return "refused" if clear else f"unclear: {text[:300]!r} should name {named!r}"
     except Exception as error:  # noqa: BLE001 - any other type is the failure that is looked for
         return f"{type(error).__name__}: {error}"

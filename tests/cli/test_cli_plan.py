@@ -151,7 +151,7 @@ def test_two_models_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "answer"),
     [
         ([], "required: MODEL, or --law"),
-        (["--law"], "give a MODEL"),
+        (["--law", "--experts", "8"], "needs --params N beside it"),
         (["--law", "deepseek-v2"], "MODEL comes first: consilium plan deepseek-v2 --law"),
         (["mixtral", "--law", "clarc"], "Did you mean 'clark'?"),
         (["mixtral", "--law", "--params", "1B"], "leave out MODEL"),
@@ -167,3 +167,17 @@ def test_questions_that_make_no_sense(
     error = capsys.readouterr().err
     assert answer in error
     assert error.count("\n") == 1
+
+
+def test_without_anything_the_laws_are_asked_what_articles_quote(capsys: pytest.CaptureFixture[str]) -> None:
+    """N = 21e9 and E = 8: -0.0739 and -0.0151, not -0.025."""
+    laws = planned(capsys, "--law")["laws"]
+    assert (laws["active"], laws["experts"]) == (21e9, 8.0)
+    (base,) = (one for one in laws["predictions"] if one["law"] == "clark:s-base")
+    slopes = base["raw_slopes"]
+    assert (round(slopes["parameters"], 4), round(slopes["experts"], 4)) == (-0.0739, -0.0151)
+    assert main(["plan", "--law"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("no MODEL and no --params: the N and E that articles quote\n")
+    assert "chinchilla" in shown
+    assert "kaplan" in shown

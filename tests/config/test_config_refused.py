@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from consilium.config.balance import AdaptiveLoss, Balance, CommunicationLoss, LoadLoss, SignBias
+from consilium.config.attention import GQA
+from consilium.config.balance import (
+    AdaptiveLoss,
+    Balance,
+    CommunicationLoss,
+    LoadLoss,
+    SignBias,
+    SwitchLoss,
+)
 from consilium.config.moe import Admission, Capacity, DeviceCapacity, Dropless, MoE
 from consilium.config.router import (
     ClampedSum,
@@ -115,6 +123,18 @@ def test_no_bias_where_loads_are_fixed_without_it(select: Select) -> None:
     router = Router(select=select, weight=Raw())
     with pytest.raises(ConsiliumError, match="offset 'none' never reads"):
         MoE(experts=8, width=4, router=router, balance=Balance(bias=SignBias()))
+
+
+def test_no_loss_where_no_gate_could_follow_it() -> None:
+    router = Router(projection=NoGate(), select=Hash(vocab_size=9), weight=Uniform())
+    with pytest.raises(ConsiliumError, match="projection 'none' has none; remove the losses"):
+        MoE(experts=8, width=4, router=router, balance=Balance(losses=(SwitchLoss(),)))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**48, 10**400])
+def test_a_size_is_an_ordinary_number(size: int) -> None:
+    with pytest.raises(ConsiliumError, match="head_dim"):
+        GQA(heads=1, kv_heads=1, head_dim=size)
 
 
 def test_a_token_is_sent_to_no_more_devices_than_there_are() -> None:

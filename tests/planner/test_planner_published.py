@@ -28,6 +28,7 @@ EXACT = {
     "qwen-moe:57b": (57_408_658_944, 14_249_270_784),
     "qwen3-moe:30b": (30_532_122_624, 3_353_032_704),
     "qwen3-moe:235b": (235_093_634_560, 22_190_763_520),
+    "olmoe:7b": (6_919_161_856, 1_282_017_280),
     "skywork-moe:146b": (146_356_130_304, 22_691_271_168),
 }
 TOTAL = {
@@ -184,7 +185,7 @@ def test_v2_caches_as_much_as_two_and_a_quarter_groups() -> None:
     assert f"{1 - values_per_token(model) / values_per_token(recipe('llama:deepseek-67b')):.3f}" == "0.822"
 
 
-def test_the_sizes_between_paper_and_release_differ_in_the_factor_alone() -> None:
+def test_the_sizes_between_paper_and_release_differ_as_decision_0011_says() -> None:
     for name, factor in (("deepseek-v2:236b", 16.0), ("deepseek-v3:671b", 2.5)):
         released, paper = recipe(name), recipe(f"{name}-paper")
         assert scale(released) == factor
@@ -193,7 +194,10 @@ def test_the_sizes_between_paper_and_release_differ_in_the_factor_alone() -> Non
         assert released.moe is not None
         assert paper.moe is not None
         router = dataclasses.replace(paper.moe.router, scale=factor)
-        assert dataclasses.replace(paper.moe, router=router) == released.moe
+        balance = released.moe.balance
+        assert dataclasses.replace(paper.moe, router=router, balance=balance) == released.moe
+    biased, released = (parameters(recipe(f"skywork-moe:{size}")) for size in ("146b-paper", "146b"))
+    assert biased.total - released.total == 52 * 16
 
 
 def scale(model: Model) -> float:

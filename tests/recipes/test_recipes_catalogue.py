@@ -44,7 +44,7 @@ def test_every_published_system_and_size_is_there() -> None:
         "nemotron-moe": ["e8g8t8", "e8g1t2"],
         "latent-moe": ["super"],
         "grok-1": ["314b"],
-        "skywork-moe": ["146b"],
+        "skywork-moe": ["146b", "146b-paper"],
         "qwen2": ["0.5b", "1.5b", "7b", "72b"],
         "qwen3": ["0.6b", "1.7b", "4b", "8b", "14b", "32b"],
     }

@@ -76,12 +76,16 @@ def device_limited(scores_E: list[float], hyper: Hyper) -> list[int]:
 
 
 def admitted(chosen: list[list[int]], scores_TE: list[list[float]], hyper: Hyper) -> list[list[int]]:
-    """Section 2.2.4 at capacity factor 1: a device over the average drops its copies of lowest affinity."""
+    """Section 2.2.4 at capacity factor 1: a device over the average drops its copies of lowest affinity.
+
+    The paper leaves equal affinities open: first choices stay before second ones, then earlier tokens.
+    """
     size = hyper["experts"] // hyper["devices"]
-    pairs = [(scores_TE[t][expert], t, expert) for t, experts in enumerate(chosen) for expert in experts]
+    copies = [(t, mine[rank]) for rank in range(hyper["k"]) for t, mine in enumerate(chosen)]
+    pairs = [(scores_TE[t][expert], t, expert) for t, expert in copies]
     kept = [list[int]() for _ in chosen]
     for device in range(hyper["devices"]):
-        here = sorted((pair for pair in pairs if pair[2] // size == device), reverse=True)
+        here = sorted((pair for pair in pairs if pair[2] // size == device), key=lambda pair: -pair[0])
         for _, t, expert in here[: math.ceil(len(pairs) / hyper["devices"])]:
             kept[t].append(expert)
     return kept

@@ -79,6 +79,8 @@ def mixture(part: Weights, hyper: Hyper, x_TD: Tensor, drawn_TE: Tensor) -> tupl
 
 def chance_of(expert: int, clean_E: Tensor, noisy_E: Tensor, deviation_E: Tensor, k: int) -> Tensor:
     """Equations 8 and 9: Phi((clean_i - k-th highest noisy logit of the others) / deviation_i)."""
+    if k == len(noisy_E):
+        return torch.ones_like(deviation_E[expert])
     others = [i for i in range(len(noisy_E)) if i != expert]
     threshold = noisy_E[others[best(noisy_E[others].tolist(), k)[-1]]]
     return 0.5 * (1 + torch.erf((clean_E[expert] - threshold) / deviation_E[expert] / math.sqrt(2)))

@@ -45,5 +45,6 @@ def checkpoint_in(folder: Path) -> Path:
         )
     what = "no such folder" if not folder.exists() else "it has neither config.json nor checkpoints"
     raise ConsiliumError(
-        f"{folder} is not a checkpoint or a run: {what}; give a folder made by consilium train."
+        f"{folder} is not a checkpoint or a run: {what}; give a folder made by consilium train, or a"
+        " downloaded one."
     )

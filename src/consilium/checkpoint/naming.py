@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from torch import Tensor
@@ -86,7 +86,12 @@ def _pattern(name: str, layers: int) -> tuple[str, int]:
 
 def _views(row: Row, i: int, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if "{e}" not in row[0]:
-        yield from zip((name.format(i=i) for name in row), tensor.chunk(len(row)), strict=True)
+        yield from zip((name.format(i=i) for name in row), _pieces(tensor, len(row)), strict=True)
         return
     for e in range(tensor.shape[0]):
-        yield from zip((name.format(i=i, e=e) for name in row), tensor[e].chunk(len(row)), strict=True)
+        yield from zip((name.format(i=i, e=e) for name in row), _pieces(tensor[e], len(row)), strict=True)
+
+
+def _pieces(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """A number, such as a loss coefficient, has no axis to cut along."""
+    return (tensor,) if count == 1 else tensor.chunk(count)

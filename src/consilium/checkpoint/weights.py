@@ -86,7 +86,7 @@ def _list(kind: str, names: list[str]) -> list[str]:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """``{tensor: file}`` of the index; None where there is one file."""
     if (folder / SINGLE).exists():
-        _inside(folder, SINGLE)
+        _inside(folder, SINGLE, SINGLE)
         return None
     path = folder / INDEX
     if not path.exists():
@@ -98,7 +98,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         if path.stat().st_size > _LARGEST_INDEX:
             raise ConsiliumError(f"{path} is larger than {_LARGEST_INDEX} bytes; download or save it again.")
         weight_map = json.loads(path.read_bytes())["weight_map"]
-        return {str(name): _inside(folder, file) for name, file in weight_map.items()}
+        return {str(name): _inside(folder, file, f"{INDEX}: {name}") for name, file in weight_map.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         if isinstance(error, ConsiliumError):
             raise
@@ -107,7 +107,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         ) from None
 
 
-def _inside(folder: Path, file: object) -> str:
+def _inside(folder: Path, file: object, where: str) -> str:
     """A shard is a plain file of this folder; the only link allowed is that of a Hugging Face cache."""
     if isinstance(file, str) and _SHARD.fullmatch(file):
         real = (folder / file).resolve()
@@ -115,6 +115,6 @@ def _inside(folder: Path, file: object) -> str:
         if real.parent in (home, home.parent.parent / "blobs"):
             return file
     raise ConsiliumError(
-        f"{folder} names or links the weight file {str(file)[:80]!r}, which is not a file of this folder;"
+        f"{folder / where[:200]} names or links {str(file)[:80]!r}, which is not a file of this folder;"
         " download the folder again from a source you trust."
     )

@@ -66,6 +66,8 @@ def _run_without_model(options: Namespace) -> int:
             " --experts E; consilium plan --help shows the arguments."
         )
     found = predictions.of_point(options)
+    if options.params is None and not options.json:
+        print("no MODEL and no --params: the N and E that articles quote")
     data = {"laws": dataclasses.asdict(found)}
     print(json.dumps(data, indent=2) if options.json else predictions.predictions_text(found).lstrip())
     return 0

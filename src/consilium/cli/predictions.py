@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from consilium.planner.predictions import Point, point, predict
 from consilium.recipes.catalogue import names
 from consilium.records.prediction import Prediction, Predictions, Slopes
 
+QUOTED = Point(active=21 * 10**9, experts=8.0)
+"""The point whose slopes articles quote; docs/laws.md says what is wrong with the second."""
 _WIDTH = 96
 _UNITS = "losses are nats a token of each law's own text: compare within a row, not between laws"
 
@@ -24,15 +27,17 @@ def of_model(model: Model, options: Namespace) -> Predictions:
 
 
 def of_point(options: Namespace) -> Predictions:
-    """Ask them at the N and E of ``--params`` and ``--experts``, without a model."""
+    """Ask them at the N and E of ``--params`` and ``--experts``, and without these at ``QUOTED``."""
     asked = _laws(options)
-    if options.params is None:
+    if options.params is None and options.experts is not None:
         raise ConsiliumError(
-            "plan: --law without a MODEL needs --params N and --experts E; give a MODEL, such as deepseek-v3,"
-            " before --law, or these two."
+            "plan: --experts E needs --params N beside it; give both, or a MODEL, such as deepseek-v3, before"
+            " --law."
         )
     if options.fit is not None or options.against is not None:
         raise ConsiliumError("plan: --fit and --against need a MODEL; give one or leave them out.")
+    if options.params is None:
+        return predict(asked, dataclasses.replace(QUOTED, tokens=options.tokens))
     return predict(
         asked, Point(active=options.params, experts=float(options.experts or 1), tokens=options.tokens)
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.errors import ConsiliumError
 
 
@@ -24,7 +24,7 @@ class Yarn:
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat
-    original_length: PositiveInt
+    original_length: Size
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
     mscale: float = 1.0
@@ -67,9 +67,9 @@ class GQA:
     """Grouped-query attention; ``kv_heads == heads`` is multi-head, ``kv_heads == 1`` multi-query."""
 
     kind: Literal["gqa"] = "gqa"
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
     qkv_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     softcap: PositiveFloat | None = None
@@ -113,12 +113,12 @@ class MLA:
     """
 
     kind: Literal["mla"] = "mla"
-    heads: PositiveInt
-    q_rank: PositiveInt | None
-    kv_rank: PositiveInt
-    nope_dim: PositiveInt
-    rope_dim: PositiveInt
-    v_dim: PositiveInt
+    heads: Size
+    q_rank: Size | None
+    kv_rank: Size
+    nope_dim: Size
+    rope_dim: Size
+    v_dim: Size
     rope: Rope = Rope(interleaved=True)
 
     def __post_init__(self) -> None:

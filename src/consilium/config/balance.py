@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.errors import ConsiliumError
 
 
@@ -48,7 +48,7 @@ class DeviceLoss:
 
     kind: Literal["device"] = "device"
     coefficient: NonNegativeFloat = 0.05
-    devices: PositiveInt
+    devices: Size
     scope: Literal["batch", "sequence"] = "batch"
 
 
@@ -58,8 +58,8 @@ class CommunicationLoss:
 
     kind: Literal["communication"] = "communication"
     coefficient: NonNegativeFloat = 0.02
-    devices: PositiveInt
-    most: PositiveInt
+    devices: Size
+    most: Size
     scope: Literal["batch", "sequence"] = "sequence"
 
     def __post_init__(self) -> None:

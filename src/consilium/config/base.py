@@ -7,9 +7,9 @@ import functools
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from consilium.errors import ConsiliumError, nearest
@@ -17,6 +17,9 @@ from consilium.errors import ConsiliumError, nearest
 C = TypeVar("C")
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Size = Annotated[int, Field(gt=0, lt=2**48)]
+"""A number of things, small enough that products of a few and their square roots are ordinary numbers."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
-
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 GATED: frozenset[Activation] = frozenset({"swiglu", "geglu"})
@@ -21,7 +19,7 @@ def matrices(activation: Activation) -> int:
 class FeedForward:
     """Two matrices, or three when the activation is gated, without biases."""
 
-    width: PositiveInt
+    width: Size
     activation: Activation = "swiglu"
 
     @property

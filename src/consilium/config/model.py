@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from consilium.config.attention import Attention
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.config.feed_forward import FeedForward
 from consilium.config.moe import MoE
 from consilium.config.router import Hash
@@ -56,20 +56,20 @@ class Model:
     """
 
     family: str
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
+    vocab_size: Size
+    hidden_size: Size
+    layers: Annotated[Size, Field(le=MOST_LAYERS)]
     attention: Attention
     dense: FeedForward | None = None
     moe: MoE | None = None
     dense_first: NonNegativeInt = 0
-    moe_every: PositiveInt = 1
+    moe_every: Size = 1
     norms: Literal["before", "around"] = "before"
     norm_epsilon: PositiveFloat = 1e-6
     embedding_scale: PositiveFloat = 1.0
     logit_scale: PositiveFloat = 1.0
     tied: bool = False
-    max_length: PositiveInt = 4096
+    max_length: Size = 4096
     mtp: MTP = MTP()
     init: Init = Normal()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from consilium.config.balance import (
     AdaptiveLoss,
@@ -15,12 +15,13 @@ from consilium.config.balance import (
     NoBias,
     ZLoss,
 )
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.config.feed_forward import Activation, matrices
 from consilium.config.router import (
     ExpertChoice,
     Groups,
     LearnedNoise,
+    NoGate,
     Router,
     TopK,
     TwoLevel,
@@ -46,7 +47,7 @@ class Capacity:
     factor: PositiveFloat
     by: Literal["position", "probability"] = "position"
     scope: Literal["training", "always"] = "training"
-    group_tokens: PositiveInt | None = None
+    group_tokens: Size | None = None
 
 
 @configuration
@@ -57,7 +58,7 @@ class DeviceCapacity:
     """
 
     kind: Literal["device_capacity"] = "device_capacity"
-    devices: PositiveInt
+    devices: Size
     factor: PositiveFloat = 1.0
     exempt: Annotated[float, Field(ge=0, le=1)] = 0.1
 
@@ -75,8 +76,8 @@ class AlwaysOn:
     """``count`` experts of ``width`` for every token, kept as one network of count * width (DeepSeekMoE)."""
 
     kind: Literal["always_on"] = "always_on"
-    count: PositiveInt = 1
-    width: PositiveInt
+    count: Size = 1
+    width: Size
 
 
 @configuration
@@ -84,7 +85,7 @@ class SigmoidGated:
     """One shared network times sigmoid(x w) (Qwen1.5-MoE, Qwen2-MoE)."""
 
     kind: Literal["sigmoid_gated"] = "sigmoid_gated"
-    width: PositiveInt
+    width: Size
 
 
 Shared = Annotated[NoShared | AlwaysOn | SigmoidGated, Field(discriminator="kind")]
@@ -98,9 +99,9 @@ class MoE:
     one up that all of them share; router and shared experts stay on the hidden size (LatentMoE, 2601.18089).
     """
 
-    experts: PositiveInt
-    width: PositiveInt
-    latent: PositiveInt | None = None
+    experts: Size
+    width: Size
+    latent: Size | None = None
     activation: Activation = "swiglu"
     router: Router
     admission: Admission = Dropless()
@@ -123,6 +124,11 @@ class MoE:
                 " set offset to 'scores'."
             )
         self._check_devices()
+        if self.balance.losses and isinstance(self.router.projection, NoGate):
+            raise ConsiliumError(
+                "moe.balance: a loss moves the logits of a gate, and moe.router.projection 'none' has none;"
+                " remove the losses or choose projection 'linear'."
+            )
         for loss in self.balance.losses:
             if isinstance(loss, LoadLoss):
                 self._check_load()

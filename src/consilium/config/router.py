@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.errors import ConsiliumError
 
 
@@ -112,15 +112,15 @@ class Groups:
     A group's score is its maximum (DeepSeek-V2) or the sum of its two highest (DeepSeek-V3).
     """
 
-    count: PositiveInt
-    keep: PositiveInt
+    count: Size
+    keep: Size
     score: Literal["max", "top2_sum"]
 
 
 @configuration
 class TopK:
     kind: Literal["top_k"] = "top_k"
-    k: PositiveInt
+    k: Size
     groups: Groups | None = None
 
 
@@ -137,7 +137,7 @@ class Threshold:
 
     kind: Literal["threshold"] = "threshold"
     minimum: float = 0.0
-    most: PositiveInt
+    most: Size
 
 
 @configuration
@@ -146,7 +146,7 @@ class TopP:
 
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)]
-    most: PositiveInt
+    most: Size
 
 
 @configuration
@@ -165,8 +165,8 @@ class Hash:
     """A fixed random table from token id to ``k`` experts (Hash layers, 2106.04426)."""
 
     kind: Literal["hash"] = "hash"
-    k: PositiveInt = 1
-    vocab_size: PositiveInt
+    k: Size = 1
+    vocab_size: Size
     seed: int = 0
 
 
@@ -179,9 +179,9 @@ class TwoLevel:
     """
 
     kind: Literal["two_level"] = "two_level"
-    groups: PositiveInt
-    keep: PositiveInt = 2
-    k: PositiveInt = 2
+    groups: Size
+    keep: Size = 2
+    k: Size = 2
 
 
 Select = Annotated[
@@ -227,6 +227,21 @@ class Uniform:
 
 
 Weight = Annotated[Raw | Normalised | ClampedSum | SoftmaxOfSelected | Uniform, Field(discriminator="kind")]
+
+
+def most_active(select: Select) -> int | None:
+    """The most experts that one token may use; None where experts choose, which sets no limit."""
+    match select:
+        case TopK(k=k) | Hash(k=k):
+            return k
+        case SampledSecond():
+            return 2
+        case TwoLevel(keep=keep, k=k):
+            return keep * k
+        case Threshold(most=most) | TopP(most=most):
+            return most
+        case ExpertChoice():
+            return None
 
 
 @configuration
@@ -284,18 +299,7 @@ class Router:
 
     @property
     def most_active(self) -> int | None:
-        """The most experts that one token may use; None where experts choose, which sets no limit."""
-        match self.select:
-            case TopK(k=k) | Hash(k=k):
-                return k
-            case SampledSecond():
-                return 2
-            case TwoLevel(keep=keep, k=k):
-                return keep * k
-            case Threshold(most=most) | TopP(most=most):
-                return most
-            case ExpertChoice():
-                return None
+        return most_active(self.select)
 
     def gate_rows(self, experts: int) -> int:
         """Rows of the matrices that the router's input meets: those of the gates and of their noise."""

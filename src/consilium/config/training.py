@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from consilium.config.base import configuration
+from consilium.config.base import Size, configuration
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 
@@ -79,7 +79,7 @@ Source = Annotated[BuiltIn | Path, Field(discriminator="kind")]
 @configuration
 class Data:
     source: Source = BuiltIn()
-    sequence_length: PositiveInt = 128
+    sequence_length: Size = 128
     """Tokens a packed sequence."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of files held out for validation."""
@@ -99,22 +99,22 @@ class Training:
     schema_version: Literal[1] = SCHEMA_VERSION
     model: Model
     data: Data = Data()
-    steps: PositiveInt
-    batch: PositiveInt = 16
-    accumulate: PositiveInt = 1
+    steps: Size
+    batch: Size = 16
+    accumulate: Size = 1
     """Micro-batches a step; divides ``batch``."""
     optimizer: AdamW = AdamW()
     schedule: Schedule = WSD()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; master weights are float32 in both."""
     seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
-    threads: Annotated[PositiveInt, Field(le=1024)] | None = None
-    save_every: PositiveInt | None = None
+    threads: Annotated[Size, Field(le=1024)] | None = None
+    save_every: Size | None = None
     """Steps between checkpoints; the last step is always saved."""
-    keep: PositiveInt = 2
-    eval_every: PositiveInt | None = None
+    keep: Size = 2
+    eval_every: Size | None = None
     """Steps between validations; before the first and after the last step there is always one."""
-    eval_tokens: PositiveInt = 16_384
+    eval_tokens: Size = 16_384
     """Held-out tokens a domain that a validation reads at most."""
     recompute: bool = False
     """Recompute block activations in the backward pass instead of keeping them."""

@@ -24,6 +24,7 @@ from consilium.config.router import (
     TopK,
     TopP,
     TwoLevel,
+    most_active,
 )
 from consilium.moe.ordering import capacity, highest
 from consilium.moe.types import Mode, Override, Tokens
@@ -37,21 +38,6 @@ class Choice:
     """bool: choices over which weights are normalised."""
     keep_TK: Tensor
     """bool: choices that are used; inside those considered."""
-
-
-def most_chosen(select: Select, experts: int) -> int:
-    """K: the columns of a choice."""
-    match select:
-        case TopK(k=k) | Hash(k=k):
-            return min(k, experts)
-        case SampledSecond():
-            return min(2, experts)
-        case TwoLevel(keep=keep, k=k):
-            return keep * k
-        case Threshold(most=most) | TopP(most=most):
-            return min(most, experts)
-        case ExpertChoice():
-            return experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +88,8 @@ def _first(*masks_TK: Tensor | None) -> Tensor:
 
 def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
     values_TE, scores_TE = evidence.values_TE, evidence.scores_TE
-    k = most_chosen(select, values_TE.shape[1])
+    experts = values_TE.shape[1]
+    k = min(most_active(select) or experts, experts)
     match select:
         case TopK(groups=groups):
             return _open(values_TE if groups is None else _in_best_groups(values_TE, groups), k)

@@ -91,6 +91,7 @@ RECIPE = Recipe(
     deviations=(
         "the released configuration of 16b wants its loss in each sequence; paper and recipe: over the batch",
         "the dense layers of 145b (22,528) and 142b (11,264) and 2b's experts (853) are inferred from totals",
+        "16b is not V2-Lite, also called 16B: 28 layers of multi-head attention, not 27 of latent attention",
         "whether 145b dropped tokens is not stated; it drops none here",
     ),
     hugging_face=HuggingFace("deepseek", "DeepseekForCausalLM", DEEPSEEK),

@@ -13,9 +13,9 @@ from consilium.config.router import Groups, Router, Sigmoid, TopK
 from consilium.recipes.layout import DEEPSEEK_V3
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
-_ROPE = Rope(
-    interleaved=True, scaling=Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
-)
+_YARN = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
+_ROPE = Rope(interleaved=True, scaling=_YARN)
+_PRINTED = Balance(losses=(SequenceLoss(coefficient=1e-4, counts="scores"),), bias=SignBias(rate=1e-3))
 _NODES = TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum"))
 
 
@@ -80,15 +80,15 @@ RECIPE = Recipe(
     paper="2412.19437",
     sizes={
         "671b": _671B,
-        "671b-paper": dataclasses.replace(_671B, moe=_moe(256, 2048, 1, _NODES)),
+        "671b-paper": dataclasses.replace(
+            _671B, moe=dataclasses.replace(_moe(256, 2048, 1, _NODES), balance=_PRINTED)
+        ),
         "1b": _1B,
         "tiny": _TINY,
     },
     published={
         "671b": Published(
-            total="671B",
-            active="37B",
-            note="without the MTP module; active counts the head, not the input embedding (README: 36.7B)",
+            total="671B", active="37B", note="without MTP; with the head, not the embedding (README: 36.7B)"
         )
     },
     choices=(
@@ -112,7 +112,8 @@ RECIPE = Recipe(
         "the factor 2.5 is in the released configuration, not in the equations; size 671b-paper has 1",
         "released code scores groups with the bias added; the paper speaks of affinities",
         "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
-        "the sequence-wise loss counts what was routed; the paper's formula ranks scores without the bias",
+        "the sequence loss counts what was routed; as printed, and in 671b-paper, it ranks plain scores",
+        "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.0001",
         "size 1b is this project's yardstick and was never published",
     ),
     hugging_face=HuggingFace("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_V3),

@@ -35,7 +35,7 @@ RECIPE = Recipe(
     year=2024,
     paper="2407.10671",
     sizes={
-        "72b": _size(80, 8192, 64, 8, 29568),
+        "72b": dataclasses.replace(_size(80, 8192, 64, 8, 29568), norm_epsilon=1e-5),
         "7b": _size(28, 3584, 28, 4, 18944),
         "1.5b": _tied(28, 1536, 12, 2, 8960),
         "0.5b": _tied(24, 896, 14, 2, 4864),
@@ -58,7 +58,7 @@ RECIPE = Recipe(
     ),
     deviations=(
         "lengths are those of the last stage of pre-training; some released configurations allow 131,072",
-        "the released 72b norms with an epsilon of 1e-5 (from memory), here 1e-6 as the other sizes",
+        "72b norms with an epsilon of 1e-5 (from memory), the other sizes with 1e-6",
     ),
     hugging_face=HuggingFace("qwen2", "Qwen2ForCausalLM", QWEN2),
 )

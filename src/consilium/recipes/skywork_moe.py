@@ -8,12 +8,12 @@ from consilium.config.attention import GQA
 from consilium.config.balance import AdaptiveLoss, Balance
 from consilium.config.model import Model
 from consilium.config.moe import Capacity, MoE
-from consilium.config.router import Router, Standardise, TopK
+from consilium.config.router import LinearGate, Router, Standardise, TopK
 from consilium.recipes.layout_remote import SKYWORK_MOE
 from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 
-def _size(layers: int, hidden: int, heads: int, width: int) -> Model:
+def _size(layers: int, hidden: int, heads: int, width: int, *, bias: bool = False) -> Model:
     return Model(
         family="skywork-moe",
         vocab_size=65532,
@@ -23,7 +23,9 @@ def _size(layers: int, hidden: int, heads: int, width: int) -> Model:
         moe=MoE(
             experts=16,
             width=width,
-            router=Router(transforms=(Standardise(scale=1.0),), select=TopK(k=2)),
+            router=Router(
+                projection=LinearGate(bias=bias), transforms=(Standardise(scale=1.0),), select=TopK(k=2)
+            ),
             admission=Capacity(factor=1.25),
             balance=Balance(losses=(AdaptiveLoss(),)),
         ),
@@ -38,6 +40,7 @@ RECIPE = Recipe(
     paper="2406.06563",
     sizes={
         "146b": _size(52, 4608, 36, 12288),
+        "146b-paper": _size(52, 4608, 36, 12288, bias=True),
         "tiny": dataclasses.replace(_size(4, 192, 6, 192), vocab_size=4096, max_length=1024),
     },
     published={"146b": Published(total="146B", active="22B")},
@@ -56,7 +59,7 @@ RECIPE = Recipe(
         "coefficient: α += 0.01 (min(d / 5, 0.01) - α) after each step, d the layer's drop rate (eq. 5-6)",
     ),
     deviations=(
-        "the paper writes z = W x + b; the released gate has no bias",
+        "the paper writes z = W x + b; the released gate has no bias, size 146b-paper has one",
         "the paper calls its loss the one of Switch training; it has no fractions of tokens and is another",
         "capacity factor (1.25 here) and first coefficient (0.01 here) are not stated",
         "a small epsilon guards the division by the standard deviation; the lineage of the release has none",

@@ -83,6 +83,7 @@ RECIPE = Recipe(
     deviations=(
         "published as a T5 encoder-decoder; here as many decoder blocks, without cross-attention",
         "rotary positions and scaled attention instead of T5's relative position bias",
+        "its tables show negative log perplexity, of which higher is better; articles say lower",
         "the pseudo-code multiplies by experts squared written as XOR; the loss here is E * sum f P",
     ),
 )
