@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import re
 import subprocess
@@ -13,6 +14,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from consilium.records.bench import BenchRecord
+from consilium.records.io import read_json
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["jacobs_regression", "jacobs_vowels"]
@@ -121,3 +125,13 @@ def test_epochs_are_counted_until_the_training_cases_meet_the_criterion(module: 
         return module.train(task, module.log_likelihood_error, 1, seed=0, epochs=120).epochs
 
     assert 0 == epochs(100.0) < epochs(0.1) < epochs(0.001) < epochs(-1.0) == math.inf
+
+
+def test_the_record_of_both_has_the_gate_of_every_error(tmp_path: Path) -> None:
+    words = ["--seeds", "1", "--epochs", "5", "--out", str(tmp_path / "jacobs.json")]
+    command = [sys.executable, EXAMPLES.parent / "bench/jacobs.py", *words]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=100)
+    names = {figure.name for figure in read_json(BenchRecord, tmp_path / "jacobs.json").figures}
+    for task, error in itertools.product(("regression", "vowels"), ERRORS):
+        assert {f"{task}, {error}: gate entropy", f"{task}, {error}: experts a case"} <= names
+    assert sum(name.endswith("1 is reproduced") for name in names) == 9

@@ -6,6 +6,7 @@ one tensor.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,18 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     return dict(parts(known, kind, model.config.layers, TABLES[kind][-1]))
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("name", NAMES)
-def test_they_open_our_folder_and_complain_of_nothing(name: str, tmp_path: Path) -> None:
+def test_they_open_our_folder_and_complain_of_nothing(
+    name: str, *, sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = build(name)
     ours = ours_of(theirs, tmp_path / "theirs")
+    if sharded:
+        small = functools.partial(safetensors_io.write_sharded, shard_bytes=20_000)
+        monkeypatch.setattr(safetensors_io, "write_sharded", small)
     store.save(ours, tmp_path / "ours")
+    assert (len(list((tmp_path / "ours").glob("*.safetensors"))) > 3) == sharded
     again = opened(tmp_path / "ours")
     assert type(again.model) is type(theirs)
     assert not any(again.report.values()), again.report
