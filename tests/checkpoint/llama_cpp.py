@@ -1,6 +1,8 @@
 """A process that asks llama.cpp: ``python llama_cpp.py FILE.gguf``, requests as JSON lines on standard input.
 
-A request is ``{"prompt": [ids] or text}``; the answer ``{"tokens": n, "logprobs": [V]}`` after the prompt.
+A request is ``{"prompt": [ids] or text, "probs": n, "letter": id}``, the answer ``{"tokens": n, "logprobs":
+{id: logprob}}`` with the ``probs`` most likely tokens after the prompt. ``letter`` is a token of one ASCII
+letter: sampled whatever its probability, since half a character has no answer.
 """
 
 from __future__ import annotations
@@ -10,10 +12,6 @@ import sys
 from typing import Any
 
 import xllamacpp  # pyright: ignore[reportMissingImports]
-
-VOCABULARY = 259
-LETTER = 68
-"""A token of one ASCII letter: sampled whatever its probability, since half a character has no answer."""
 
 
 def serve(path: str) -> None:
@@ -27,18 +25,18 @@ def serve(path: str) -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     for line in sys.stdin:
-        print("answer:", json.dumps(answer(server, json.loads(line)["prompt"])), flush=True)
+        print("answer:", json.dumps(answer(server, json.loads(line))), flush=True)
 
 
-def answer(server: Any, prompt: list[int] | str) -> dict[str, Any]:
-    request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": VOCABULARY}
-    request |= {"post_sampling_probs": False, "cache_prompt": False, "logit_bias": [[LETTER, 1000.0]]}
+def answer(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    request = {"prompt": asked["prompt"], "n_predict": 1, "temperature": 0.0, "n_probs": asked["probs"]}
+    request |= {"post_sampling_probs": False, "cache_prompt": False}
+    request |= {"logit_bias": [[asked["letter"], 1000.0]]}
     reply = server.handle_completions(request)
     top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    logprobs = {entry["id"]: entry["logprob"] for entry in top}
     return {
         "tokens": reply["usage"]["prompt_tokens"],
-        "logprobs": [logprobs[i] for i in range(VOCABULARY)],
+        "logprobs": {entry["id"]: entry["logprob"] for entry in top},
     }
 
 

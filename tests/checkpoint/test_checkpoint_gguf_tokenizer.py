@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from gguf import GGUFReader
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from checkpoint.gguf_models import llama
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
+from consilium.checkpoint.gguf.pieces import scores
+from consilium.checkpoint.gguf.splits import LETTERS, split_of
 from consilium.data.documents import Document
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
@@ -79,7 +87,9 @@ def test_a_tokenizer_that_would_be_read_differently_is_refused(
     store.save(trained(config), tmp_path / "model", tokenizer=learned)
     path = tmp_path / "model" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ConsiliumError, match=r"tokenizer\.json cuts text in a way that is neither"):
+    with pytest.raises(
+        ConsiliumError, match=r"tokenizer\.json cuts text in a way that is none of deepseek-llm"
+    ):
         export(tmp_path / "model", tmp_path / "model.gguf")
 
 
@@ -87,3 +97,131 @@ def test_a_tokenizer_larger_than_the_model_is_refused(learned: Tokenizer, tmp_pa
     store.save(trained(llama()), tmp_path / "model", tokenizer=learned)
     with pytest.raises(ConsiliumError, match=r"has \d+ tokens and the model 259"):
         export(tmp_path / "model", tmp_path / "model.gguf")
+
+
+PIECES_TEXT = (
+    "the cat he met sat; she says that the other thing, at the gate, heats the teeth of the hat. " * 9
+)
+UNKNOWN, BEGIN, END_OF_TEXT = "<unk>", "<s>", "</s>"
+
+
+def complete(description: dict[str, Any]) -> dict[str, Any]:
+    """All ways to make each token, as SentencePiece's models have them once they are lists of merges."""
+    model = description["model"]
+    order = list(dict.fromkeys("".join(merge) for merge in model["merges"]))
+    ways = [(token[:i], token[i:]) for token in order for i in range(1, len(token))]
+    model["merges"] = [[a, b] for a, b in ways if a in model["vocab"] and b in model["vocab"]]
+    return description
+
+
+@pytest.fixture(scope="module")
+def pieces() -> dict[str, Any]:
+    """A tokenizer.json like Mixtral's: no cut, spaces as a letter, bytes for what it does not know."""
+    trained = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=UNKNOWN))
+    trained.pre_tokenizer = (
+        pre_tokenizers.Metaspace()
+    )  # words, as SentencePiece learns from, and then whole texts
+    trained.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    special = [UNKNOWN, BEGIN, END_OF_TEXT]
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(PIECES_TEXT.split(". "), trainer)
+    trained.pre_tokenizer = None
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    description = json.loads(trained.to_str())
+    vocabulary = description["model"]["vocab"]
+    vocabulary |= {f"<0x{i:02X}>": len(vocabulary) + i for i in range(256)}
+    return complete(description)
+
+
+def loaded(description: dict[str, Any]) -> Tokenizer:
+    config = {"bos_token": BEGIN, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN, "add_bos_token": True}
+    return Tokenizer(json.dumps(description), config)
+
+
+def merged_by_score(text: str, score: dict[str, float]) -> list[str]:
+    """llama.cpp's way: join the neighbours of the highest score, the first of equals, again and again."""
+    parts = list("▁" + text.replace(" ", "▁"))
+    while True:
+        places = [(-score[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in score]
+        if not places:
+            return parts
+        _, i = min(places)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_pieces_are_written_with_scores_and_bytes(pieces: dict[str, Any], tmp_path: Path) -> None:
+    found = tokenizer_keys(tmp_path, loaded(pieces))
+    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    kind = dict(zip(tokens, kinds, strict=True))
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("llama", "default")
+    assert [kind[name] for name in (UNKNOWN, BEGIN, END_OF_TEXT, "<0x0A>", "▁the")] == [2, 3, 3, 6, 1]
+    assert "tokenizer.ggml.merges" not in found
+    ends = {name: found[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")}
+    assert ends == {"unknown": 0, "bos": 1, "eos": 2}
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_space_prefix"] is True
+    score = dict(zip(tokens, found["tokenizer.ggml.scores"], strict=True))
+    assert max(score.values()) == 0.0
+    assert score["▁the"] > score["▁cat"] > score["<0x0A>"]
+
+
+@given(st.text(alphabet="thecaslogu ;", max_size=40))
+def test_scores_merge_as_the_merges_do(pieces: dict[str, Any], text: str) -> None:
+    merges = [(left, right) for left, right in pieces["model"]["merges"]]
+    score = scores(pieces["model"]["vocab"], merges, "here")
+    vocabulary = pieces["model"]["vocab"]
+    found: list[int] = []
+    for part in merged_by_score(text, score) if text else []:
+        bytes_ = [f"<0x{byte:02X}>" for byte in part.encode()]
+        found += [vocabulary[name] for name in ([part] if part in vocabulary else bytes_)]
+    assert found == loaded(pieces).encode(text)
+
+
+def test_merges_that_no_score_can_say_are_refused(pieces: dict[str, Any]) -> None:
+    vocabulary = pieces["model"]["vocab"]
+    merges = [(left, right) for left, right in pieces["model"]["merges"]]
+    several = next(token for token in map("".join, merges) if list(map("".join, merges)).count(token) > 1)
+    gone = next(pair for pair in merges if "".join(pair) == several)
+    with pytest.raises(ConsiliumError, match=re.escape(f"lack {gone[0]!r} + {gone[1]!r}")):
+        scores(vocabulary, [pair for pair in merges if pair != gone], "here")
+    with pytest.raises(ConsiliumError, match="out of order"):
+        scores(vocabulary, [*(pair for pair in merges if pair != gone), gone], "here")
+
+
+def split_with(*patterns: str, digits: bool = False) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    steps += [{"type": "Digits", "individual_digits": True}] if digits else []
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*steps, last]}
+
+
+DEEPSEEK_LLM = split_with(
+    "[\r\n]",
+    LETTERS + "À-ÖØ-öø-ƺ]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    "\\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    digits=True,
+)
+
+
+def test_the_splits_of_deepseek_are_known_by_name(learned: Tokenizer) -> None:
+    """DeepSeek-V3's real file is read in test_checkpoint_llama_cpp; here is its older sister's."""
+    described = json.loads(learned.files()["tokenizer.json"]) | {"pre_tokenizer": DEEPSEEK_LLM}
+    described["normalizer"] = {"type": "Sequence", "normalizers": []}
+    assert split_of(described, "here") == "deepseek-llm"
+    described["model"]["vocab"]["12"] = 999
+    with pytest.raises(ConsiliumError, match="here cuts text in a way"):
+        split_of(described, "here")
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_pieces_with_another_rule_for_the_first_space_are_refused(
+    pieces: dict[str, Any], scheme: str
+) -> None:
+    cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    with pytest.raises(ConsiliumError, match="cuts text in a way"):
+        split_of(pieces | {"normalizer": None, "pre_tokenizer": cut}, "here")

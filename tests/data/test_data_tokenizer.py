@@ -158,6 +158,41 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         BPE.encode("a\ud800")
 
 
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "opening"),
+    [
+        ({}, None, 0),
+        ({"bos_token": END}, None, 0),
+        ({"bos_token": None}, None, None),
+        ({"bos_token": "<|im_start|>"}, None, None),
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, None, 1),
+        ({"bos_token": {"content": "<|im_start|>"}, "add_bos_token": True}, None, 1),
+        ({"bos_token": "<|im_start|>", "add_bos_token": False}, TEMPLATE, None),
+        ({"bos_token": "<|im_start|>"}, TEMPLATE, 1),
+        ({"bos_token": None}, TEMPLATE, 1),
+    ],
+    ids=str,
+)
+def test_a_prompt_opens_as_the_files_say(
+    config: dict[str, object], template: dict[str, object] | None, opening: int | None
+) -> None:
+    description = json.loads(BPE.files()["tokenizer.json"]) | {"post_processor": template}
+    found = Tokenizer(json.dumps(description), {"eos_token": END, **config})
+    assert found.opening_id == opening
+    assert found.open_id == (found.eos_id if opening is None else opening)
+
+
 def test_a_byte_fallback_tokenizer_decodes_by_bytes() -> None:
     vocabulary = {END: 0, "<0xE4>": 1, "<0xBD>": 2, "<0xA0>": 3, "▁a": 4, "b": 5}
     description = {

@@ -36,9 +36,10 @@ def without_cache(model: Decoder, prompt: list[int], new: int) -> list[int]:
 
 
 class Bytes:
-    """A codec whose tokens are bytes; 256 ends the text."""
+    """A codec whose tokens are bytes; 256 opens and ends the text."""
 
     eos_id = 256
+    opening_id: int | None = 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -207,9 +208,12 @@ def test_streamed_text_is_the_text_of_all_tokens() -> None:
     )
 
 
-def test_text_prompts_begin_with_the_end_token_that_opens_documents() -> None:
-    engine = Engine(lively(DENSE), Bytes())
-    assert engine.complete(["ab"], max_tokens=4) == engine.complete([[256, 97, 98]], max_tokens=4)
+@pytest.mark.parametrize(("opening", "ids"), [(256, [256, 97, 98]), (7, [7, 97, 98]), (None, [97, 98])])
+def test_text_prompts_begin_as_the_tokenizer_says(opening: int | None, ids: list[int]) -> None:
+    codec = Bytes()
+    codec.opening_id = opening
+    engine = Engine(lively(DENSE), codec)
+    assert engine.complete(["ab"], max_tokens=4) == engine.complete([ids], max_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """The documents of one domain on one side, each EOS and then its tokens: the next one's EOS closes it."""
+    """The documents of one domain on one side, each the token that opens it and then its own."""
 
     ids_T: NDArray[np.unsignedinteger[Any]]
     """uint16, or uint32 for a vocabulary beyond it."""
     starts_N: NDArray[np.int64]
-    """Index of the EOS that opens each document."""
+    """Index of the token that opens each document."""
     syntax_T: NDArray[np.int8]
     """Index into syntax.CLASSES, UNKNOWN where there is none; empty for training text, which needs none."""
     byte_count: int
@@ -82,8 +82,8 @@ def join(tokenizer: Tokenizer, encoded: Sequence[Encoded], *, held_out: bool) ->
 
 def _join_domain(tokenizer: Tokenizer, items: Sequence[Encoded]) -> TokenizedText:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    end = np.array([tokenizer.eos_id], dtype=np.int64)
-    ids_T = np.concatenate([end[:0], *(part for item in items for part in (end, item.ids_T))])
+    opening = np.array([tokenizer.open_id], dtype=np.int64)
+    ids_T = np.concatenate([opening[:0], *(part for item in items for part in (opening, item.ids_T))])
     lengths_N = np.array([len(item.ids_T) + 1 for item in items], dtype=np.int64)
     labels = [label for item in items if item.document.held_out for label in _labels(tokenizer, item)]
     return TokenizedText(
@@ -95,7 +95,7 @@ def _join_domain(tokenizer: Tokenizer, items: Sequence[Encoded]) -> TokenizedTex
 
 
 def _labels(tokenizer: Tokenizer, item: Encoded) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Return the label of the opening EOS and those of the document's tokens."""
+    """Return the label of the opening token and those of the document's tokens."""
     opening = np.full(1, UNKNOWN, dtype=np.int8)
     if not item.document.name.removesuffix(TAIL).endswith(".py"):
         return opening, np.full(len(item.ids_T), UNKNOWN, dtype=np.int8)

@@ -51,7 +51,9 @@ class StreamDecoder:
 class Tokenizer:
     """Text to token ids and back, without loss. Text never encodes to a special token unless asked to.
 
-    ``eos_id`` opens every document and so also closes the one before it.
+    ``opening_id`` is the token that opens a prompt, None where a model wants none. ``open_id`` opens a
+    document: the same token, else ``eos_id``. In tokenizers trained here both are ``eos_id``, which so also
+    closes the document before.
     """
 
     def __init__(self, description: str, config: Mapping[str, Any], *, where: str = "tokenizer") -> None:
@@ -64,6 +66,7 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         self._bytes_V = token_bytes(json.loads(description), where=where)
         self.eos_id: int = self._find_end(where)
+        self.opening_id: int | None = self._find_opening()
 
     @classmethod
     def train(cls, documents: Iterable[Document], vocab_size: int) -> Self:
@@ -112,6 +115,10 @@ class Tokenizer:
         return {TOKENIZER_FILE: self._description.encode(), CONFIG_FILE: config.encode()}
 
     @property
+    def open_id(self) -> int:
+        return self.eos_id if self.opening_id is None else self.opening_id
+
+    @property
     def vocab_size(self) -> int:
         return len(self._bytes_V)
 
@@ -149,15 +156,35 @@ class Tokenizer:
         return StreamDecoder(self._bytes_V)
 
     def _find_end(self, where: str) -> int:
-        named = self._config.get("eos_token", END)
-        token = named["content"] if isinstance(named, dict) else named
-        found = self._with_specials.token_to_id(token) if isinstance(token, str) else None
+        found = self._named("eos_token", END)
         if found is None:
+            token = _content(self._config.get("eos_token", END))
             raise ConsiliumError(
                 f"{where}: its end-of-text token {token!r} is not in the vocabulary; name one as eos_token in"
                 f" {CONFIG_FILE}."
             )
         return found
+
+    def _find_opening(self) -> int | None:
+        """What the files say of it: a flag, the template of tokenizer.json, or one token for both ends."""
+        begin = self._named("bos_token", _content(self._config.get("eos_token", END)))
+        match self._config.get("add_bos_token"):
+            case True:
+                return begin
+            case False:
+                return None
+            case _:
+                template = self._with_specials.encode("", add_special_tokens=True).ids
+                return template[0] if template else begin if begin == self.eos_id else None
+
+    def _named(self, key: str, default: object) -> int | None:
+        token = _content(self._config.get(key, default))
+        return self._with_specials.token_to_id(token) if isinstance(token, str) else None
+
+
+def _content(token: object) -> object:
+    """A special token is named by its text, alone or among its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _bytes_of(bytes_V: Sequence[bytes], token: int) -> bytes:

@@ -43,6 +43,9 @@ class TextCodec(Protocol):
     @property
     def eos_id(self) -> int: ...
 
+    @property
+    def opening_id(self) -> int | None: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -165,7 +168,8 @@ class Engine:
             raise ConsiliumError(
                 "a text prompt needs a tokenizer; give token ids or Engine(model, tokenizer)."
             )
-        return [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
+        opening = self.tokenizer.opening_id
+        return [*(() if opening is None else (opening,)), *self.tokenizer.encode(prompt)]
 
     @torch.inference_mode()
     def _prefill(self, rows: list[_Row], cache: Cache) -> Tensor:

@@ -26,6 +26,7 @@ from gguf.constants import GGML_QUANT_VERSION
 
 from consilium.checkpoint.files import DISK, Filesystem, make_parents, write_failure
 from consilium.checkpoint.gguf.metadata import Value, arch_of, metadata, notices
+from consilium.checkpoint.gguf.splits import PIECES
 from consilium.checkpoint.gguf.tensors import exported, stored_as
 from consilium.checkpoint.gguf.tokenizer import Vocabulary, read_vocabulary
 from consilium.checkpoint.source import Source
@@ -140,11 +141,19 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.split)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.split == PIECES:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(value=True)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(vocabulary.split)
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.unknown is not None:
+        writer.add_unk_token_id(vocabulary.unknown)
     writer.add_eos_token_id(vocabulary.eos)
     writer.add_add_bos_token(vocabulary.opens)
     if vocabulary.bos is not None:

@@ -1,4 +1,4 @@
-"""A tokenizer.json in the keys of GGUF: byte-level BPE whose split of text llama.cpp knows by a name."""
+"""A tokenizer.json in the keys of GGUF: BPE of bytes, or with byte fallback, that llama.cpp reads alike."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import Any, Final
 
 from gguf import TokenType
 
+from consilium.checkpoint.gguf.pieces import scores
+from consilium.checkpoint.gguf.splits import PIECES, split_of
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from consilium.data.vocabulary import BYTE_TOKEN
 from consilium.errors import ConsiliumError
 
 _TEMPLATE_FILE: Final = "chat_template.jinja"
-_QWEN2: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 _NEVER: Final = "ÿ ÿ"
 """For a tokenizer of bytes: llama.cpp wants at least one merge, and no UTF-8 has two bytes 0xFF."""
+_LAST: Final = -1e9
+"""The score of what no merge makes: characters, bytes and special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What llama.cpp needs to tokenize. ``split`` is the name that it gives the first cut of a text."""
+    """What llama.cpp needs to tokenize. ``split`` is the name that it gives the first cut of a text.
+
+    It merges by ``merges``, or by ``scores`` where the split is ``PIECES``.
+    """
 
     split: str
     tokens: tuple[str, ...]
     kinds: tuple[TokenType, ...]
     merges: tuple[str, ...]
+    scores: tuple[float, ...]
+    unknown: int | None
     bos: int | None
     eos: int
     pad: int | None
@@ -52,59 +58,46 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
         raise ConsiliumError(
             f"{path} has {tokenizer.vocab_size} tokens and the model {size}; use the tokenizer of this model."
         )
+    split, model = split_of(description, str(path)), description["model"]
+    merges = tuple(map(_merge, model["merges"]))
+    found = scores(model["vocab"], merges, str(path)) if split == PIECES else {}
     tokens, kinds = _tokens(description, size)
-    bos = _special(tokenizer, config, "bos_token")
+    bos = tokenizer.opening_id
     return Vocabulary(
-        split=_split(description, path),
+        split=split,
         tokens=tokens,
         kinds=kinds,
-        merges=tuple(map(_merge, description["model"]["merges"])) or (_NEVER,),
-        bos=bos,
+        merges=() if found else tuple(map(" ".join, merges)) or (_NEVER,),
+        scores=tuple(found.get(token, _LAST) for token in tokens) if found else (),
+        unknown=tokenizer.special_id(model.get("unk_token") or ""),
+        bos=_special(tokenizer, config, "bos_token") if bos is None else bos,
         eos=tokenizer.eos_id,
         pad=_special(tokenizer, config, "pad_token"),
-        # A token that ends documents and also begins them opens every prompt here; others say so themselves.
-        opens=bool(config.get("add_bos_token", bos == tokenizer.eos_id)),
+        opens=bos is not None,
         chat_template=_chat_template(folder, config),
     )
 
 
 def _tokens(description: Mapping[str, Any], size: int) -> tuple[tuple[str, ...], tuple[TokenType, ...]]:
-    found = {i: (token, TokenType.NORMAL) for token, i in description["model"]["vocab"].items()}
+    model = description["model"]
+    fallback = bool(model.get("byte_fallback"))
+    found = {i: (token, _kind(token, fallback=fallback)) for token, i in model["vocab"].items()}
     for added in description.get("added_tokens") or ():
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        found[added["id"]] = (added["content"], kind)
+        unknown = added["content"] == model.get("unk_token")
+        found[added["id"]] = (added["content"], TokenType.UNKNOWN if unknown else kind)
     rows = [found.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(size)]
     return tuple(token for token, _ in rows), tuple(kind for _, kind in rows)
 
 
-def _split(description: Mapping[str, Any], path: Path) -> str:
-    """The name of this split in llama.cpp, which has its own implementation of each."""
-    match description:
-        case {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"} as cut} if (
-            cut.get("use_regex", True)
-            and not cut.get("add_prefix_space", True)
-            and description.get("normalizer") is None
-        ):
-            return "gpt-2"
-        case {
-            "model": {"type": "BPE"},
-            "pre_tokenizer": {
-                "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": str() as pattern}, "behavior": "Isolated"},
-                    {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-                ]
-            },
-        } if pattern == _QWEN2:
-            return "qwen2"
-        case _:
-            raise ConsiliumError(
-                f"{path} cuts text in a way that is neither GPT-2's nor Qwen2's, so llama.cpp would tokenize"
-                " differently; convert this model with llama.cpp's own script, or without tokenizer.json."
-            )
+def _kind(token: str, *, fallback: bool) -> TokenType:
+    return TokenType.BYTE if fallback and BYTE_TOKEN.fullmatch(token) else TokenType.NORMAL
 
 
-def _merge(merge: str | Sequence[str]) -> str:
-    return merge if isinstance(merge, str) else " ".join(merge)
+def _merge(merge: str | Sequence[str]) -> tuple[str, str]:
+    """Two tokens, joined by a space in older files; no token of theirs has one inside."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _special(tokenizer: Tokenizer, config: Mapping[str, Any], key: str) -> int | None:
