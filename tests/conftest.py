@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
 THREADS = 1
+SHOWN_FROM_SECONDS = 60
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["MKL_NUM_THREADS"] = str(THREADS)
 os.environ["NO_COLOR"] = "1"
@@ -55,3 +58,15 @@ def _poisoned(torch: Any, allocate: Any) -> Any:
         return result
 
     return poisoned
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds of each folder, slowest first: what a budget of minutes is spent on."""
+    spent = Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent[Path(report.location[0]).parent.name] += report.duration
+    if sum(spent.values()) > SHOWN_FROM_SECONDS:
+        line = ", ".join(f"{folder} {seconds:.0f} s" for folder, seconds in spent.most_common())
+        terminalreporter.write_line(f"seconds by folder: {line}")
