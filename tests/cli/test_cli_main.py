@@ -141,9 +141,12 @@ def test_a_mistake_of_many_lines_is_shown_on_one(
     assert capsys.readouterr().err == "error: no room on the disk; free some.\n"
 
 
-def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     replace_verb(monkeypatch, "bench", KeyboardInterrupt())
     assert main(["bench"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

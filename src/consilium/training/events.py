@@ -58,6 +58,7 @@ class Finished:
     seconds: float
     """Spent in this process."""
     tokens_per_second: float
+    """The same: 0 where the run had ended before. A summary has both of the whole run."""
     first: Evaluation | None
     """Of the untrained model; None after a resume."""
     last: Evaluation | None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from consilium.evaluation.bits import Evaluation
-from consilium.records.io import read_json_if_present, write_json
+from consilium.records.io import write_json
 from consilium.records.metrics import METRICS_FILE, read_metrics
-from consilium.records.run import SUMMARY_FILE, BitsPerByte, Dense, Sample, Summary
+from consilium.records.run import SUMMARY_FILE, BitsPerByte, Dense, Sample, StepRecord, Summary
 from consilium.training.events import Finished
 
 
@@ -20,21 +21,20 @@ def write_summary(
     dense: Dense | None = None,
     sample: Sample | None = None,
 ) -> Summary:
-    """Write and return the summary of a run that reached its last step.
+    """Write and return the summary of a run that reached its last step, in however many processes.
 
     The untrained figure is the one logged before the very first step.
     """
     assert finished.last is not None, "a stopped run has no summary"
-    before = read_json_if_present(Summary, out / SUMMARY_FILE)
-    # A finished run that was only opened again keeps the speed it was trained with.
-    timed = before if before is not None and finished.seconds == 0 else finished
+    records = read_metrics(out / METRICS_FILE).records
+    seconds = spent(records)
     summary = Summary(
         steps=finished.steps,
         tokens=finished.tokens,
-        seconds=timed.seconds,
-        tokens_per_second=timed.tokens_per_second,
+        seconds=seconds,
+        tokens_per_second=finished.tokens / seconds if seconds else 0.0,
         trained=bits(finished.last),
-        untrained=_untrained(out),
+        untrained=_untrained(records),
         trigram=trigram,
         xz=xz,
         dense=dense,
@@ -44,11 +44,20 @@ def write_summary(
     return summary
 
 
+def spent(records: Sequence[StepRecord]) -> float:
+    """Seconds of all steps. A long run logs some of them, and each stands for those since the one before."""
+    seconds, done = 0.0, 0
+    for record in records:
+        if record.tok_per_sec:
+            seconds += (record.tokens - done) / record.tok_per_sec
+            done = record.tokens
+    return seconds
+
+
 def bits(evaluation: Evaluation) -> BitsPerByte:
     return BitsPerByte(domains=evaluation.domains)
 
 
-def _untrained(out: Path) -> BitsPerByte | None:
-    records = read_metrics(out / METRICS_FILE).records
+def _untrained(records: Sequence[StepRecord]) -> BitsPerByte | None:
     first = next((record for record in records if record.step == 0 and record.domains), None)
     return None if first is None else BitsPerByte(domains=first.domains)

@@ -31,7 +31,7 @@ from consilium.training.budget import Minutes, with_budget
 from consilium.training.events import Finished, Notice
 from consilium.training.files import run_in, stored_config
 from consilium.training.loop import train
-from consilium.training.summary import bits, write_summary
+from consilium.training.summary import write_summary
 
 PROMPT = "def add(self, other):\n"
 SAMPLE_TOKENS = 80
@@ -111,10 +111,11 @@ def _dense(options: Namespace, config: Training, corpus: Corpus, page: Page) -> 
     if finished.last is None:
         return None
     model = store.load(finished.checkpoint)
+    summary = write_summary(finished.out, finished)
     return Dense(
-        bits_per_byte=bits(finished.last),
+        bits_per_byte=summary.trained,
         parameters=sum(p.numel() for p in model.parameters()),
-        tokens_per_second=finished.tokens_per_second,
+        tokens_per_second=summary.tokens_per_second,
     )
 
 

@@ -61,7 +61,7 @@ def _done(finished: Finished, options: Namespace) -> int:
     summary = write_summary(options.out, finished)
     report = build_report(options.out)
     print(
-        f"done: {finished.steps} steps, {finished.tokens:,} tokens, {finished.tokens_per_second:,.0f} tok/s,"
+        f"done: {finished.steps} steps, {finished.tokens:,} tokens, {summary.tokens_per_second:,.0f} tok/s,"
         f" held-out {summary.trained.macro:.3f} bits per byte\n"
         f"  report      {report}\n"
         f"  checkpoint  {finished.checkpoint}\n"
