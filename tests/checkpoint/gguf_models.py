@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from consilium.checkpoint.gguf.splits import LETTERS
 from consilium.config.attention import GQA, MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, SignBias
 from consilium.config.feed_forward import FeedForward
@@ -119,3 +122,24 @@ CASES = {
     "deepseek_v3-yarn": deepseek_v3(rope=yarn(1.0)),
     "deepseek_v3-halves": deepseek_v3(rope=Rope(interleaved=False)),
 }
+
+
+def split_with(*patterns: str, digits: bool = False) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    steps += [{"type": "Digits", "individual_digits": True}] if digits else []
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*steps, last]}
+
+
+DEEPSEEK_LLM = split_with(
+    "[\r\n]",
+    LETTERS + "À-ÖØ-öø-ƺ]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    "\\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    digits=True,
+)
+"""How DeepSeek-V2 cuts text, with the Latin letters of its class alone."""

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoint.gguf_models import llama
+from checkpoint.gguf_models import DEEPSEEK_LLM, llama
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
 from consilium.checkpoint.gguf.pieces import scores
-from consilium.checkpoint.gguf.splits import LETTERS, split_of
+from consilium.checkpoint.gguf.splits import split_of
 from consilium.data.documents import Document
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
@@ -186,26 +186,6 @@ def test_merges_that_no_score_can_say_are_refused(pieces: dict[str, Any]) -> Non
         scores(vocabulary, [pair for pair in merges if pair != gone], "here")
     with pytest.raises(ConsiliumError, match="out of order"):
         scores(vocabulary, [*(pair for pair in merges if pair != gone), gone], "here")
-
-
-def split_with(*patterns: str, digits: bool = False) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in patterns
-    ]
-    steps += [{"type": "Digits", "individual_digits": True}] if digits else []
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [*steps, last]}
-
-
-DEEPSEEK_LLM = split_with(
-    "[\r\n]",
-    LETTERS + "À-ÖØ-öø-ƺ]+",
-    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-    "\\s+$",
-    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-    digits=True,
-)
 
 
 def test_the_splits_of_deepseek_are_known_by_name(learned: Tokenizer) -> None:

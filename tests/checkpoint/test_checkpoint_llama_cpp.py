@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 import torch
 import transformers
 
-from checkpoint.gguf_models import BYTES, CASES
+from checkpoint.gguf_models import BYTES, CASES, DEEPSEEK_LLM
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
+from consilium.data.documents import Document
 from consilium.data.tokenizer import Tokenizer
 from consilium.model.decoder import Decoder
 from support import relative_error
@@ -104,6 +106,16 @@ def deepseek(folder: Path) -> None:
         shutil.copy(home / name, folder)
 
 
+def deepseek_llm(folder: Path) -> None:
+    """Ours, with the cut of DeepSeek-V2."""
+    text = re.sub(r"\d", "", "".join(TEXTS))  # a token of two digits would never be cut into them
+    document = Document(name="a", domain="prose", text=text * 9, held_out=False)
+    files = Tokenizer.train([document], 420).files()
+    described = json.loads(files["tokenizer.json"]) | {"pre_tokenizer": DEEPSEEK_LLM}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_bytes(files["tokenizer_config.json"])
+
+
 def mixtral(folder: Path) -> None:
     """The tokenizer of Mixtral 8x7B, which mistral_common carries, as transformers converts it."""
     home = Path(pytest.importorskip("mistral_common").__file__).parent
@@ -122,7 +134,10 @@ def mixtral(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-@pytest.mark.parametrize(("carried", "model"), [(deepseek, "deepseek_v3-yarn"), (mixtral, "mixtral")])
+@pytest.mark.parametrize(
+    ("carried", "model"),
+    [(deepseek, "deepseek_v3-yarn"), (deepseek_llm, "deepseek_v2-lite"), (mixtral, "mixtral")],
+)
 def test_llama_cpp_tokenizes_as_the_published_tokenizer(carried: Any, model: str, tmp_path: Path) -> None:
     """The likeliest tokens after a text are ours, which needs the very tokens of the text."""
     (tmp_path / "tokenizer").mkdir()
