@@ -76,13 +76,10 @@ def device_limited(scores_E: list[float], hyper: Hyper) -> list[int]:
 
 
 def admitted(chosen: list[list[int]], scores_TE: list[list[float]], hyper: Hyper) -> list[list[int]]:
-    """Section 2.2.4 at capacity factor 1: a device over the average drops its copies of lowest affinity.
-
-    The paper leaves equal affinities open: first choices stay before second ones, then earlier tokens.
-    """
+    """Section 2.2.4 at capacity factor 1: a device over the average drops its copies of lowest affinity."""
     size = hyper["experts"] // hyper["devices"]
-    copies = [(t, mine[rank]) for rank in range(hyper["k"]) for t, mine in enumerate(chosen)]
-    pairs = [(scores_TE[t][expert], t, expert) for t, expert in copies]
+    # Of equal affinities, which the paper leaves open, first choices and then earlier tokens stay.
+    pairs = [(scores_TE[t][row[i]], t, row[i]) for i in range(hyper["k"]) for t, row in enumerate(chosen)]
     kept = [list[int]() for _ in chosen]
     for device in range(hyper["devices"]):
         here = sorted((pair for pair in pairs if pair[2] // size == device), key=lambda pair: -pair[0])
