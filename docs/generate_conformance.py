@@ -132,7 +132,8 @@ def picture(effects: Sequence[Effect]) -> str:
         for model, group in groupby(moved, key=lambda effect: effect.model)
         for effect in group
     ]
-    svg = bar_chart("tokens that use other experts, in percent", "%", tuple(bars), width=720)
+    title, unit = "tokens that use other experts, in percent", "of tokens"
+    svg = bar_chart(title, unit, tuple(bars), width=720, shown_as="{:.1f} %")
     head, _, rest = svg.partition(">")
     style = f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
     return f'{head}>{style}<rect width="100%" height="100%" fill="white"/>{rest}\n'

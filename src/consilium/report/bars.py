@@ -19,7 +19,9 @@ class Bar:
     """``bar`` or ``bar ours``."""
 
 
-def bar_chart(title: str, unit: str, bars: tuple[Bar, ...], *, width: float = 540) -> str:
+def bar_chart(
+    title: str, unit: str, bars: tuple[Bar, ...], *, width: float = 540, shown_as: str = "{:.3f}"
+) -> str:
     """One row a bar with its value at the end; a value that is not finite says so and has no bar."""
     left = max((text_width(bar.label) for bar in bars), default=0.0) + 14
     high = max((bar.value for bar in bars if math.isfinite(bar.value)), default=1.0)
@@ -29,7 +31,7 @@ def bar_chart(title: str, unit: str, bars: tuple[Bar, ...], *, width: float = 54
         y = row * ROW + 4
         finite = math.isfinite(bar.value)
         end = scale(max(bar.value, 0.0)) if finite else left
-        shown = f"{bar.value:.3f}" if finite else "n/a"
+        shown = shown_as.format(bar.value) if finite else "n/a"
         parts += [
             text(left - 8, y + BAR - 5, bar.label, css="legend", anchor="end"),
             rect(left, y, end - left, BAR, css=bar.css, title=f"{bar.label}: {shown} {unit}"),
