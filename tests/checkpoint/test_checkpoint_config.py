@@ -204,8 +204,10 @@ def test_an_attention_factor_that_a_file_leaves_out_is_the_papers(tmp_path: Path
 
 
 @pytest.mark.parametrize("end", [None, 0, 5])
-def test_generation_starts_and_ends_with_the_end_of_text(end: int | None) -> None:
-    assert generation_config(end).get("eos_token_id") == end
+def test_generation_has_the_tokens_that_are_known(end: int | None) -> None:
+    found = generation_config(2, end)
+    assert (found.get("bos_token_id"), found.get("eos_token_id")) == (2, end)
+    assert "bos_token_id" not in generation_config(None, end)
 
 
 def test_reading_a_configuration_does_not_import_torch() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import transformers
 from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,6 +193,8 @@ def test_the_splits_of_deepseek_are_known_by_name(learned: Tokenizer) -> None:
     """DeepSeek-V3's real file is read in test_checkpoint_llama_cpp; here is its older sister's."""
     described = json.loads(learned.files()["tokenizer.json"]) | {"pre_tokenizer": DEEPSEEK_LLM}
     described["normalizer"] = {"type": "Sequence", "normalizers": []}
+    # The bytes of this sign are written with raised digits, and it is no number.
+    described["model"]["vocab"] |= {"æ²³": 998, "½": 997}
     assert split_of(described, "here") == "deepseek-llm"
     described["model"]["vocab"]["12"] = 999
     with pytest.raises(ConsiliumError, match="here cuts text in a way"):
@@ -205,3 +208,24 @@ def test_pieces_with_another_rule_for_the_first_space_are_refused(
     cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     with pytest.raises(ConsiliumError, match="cuts text in a way"):
         split_of(pieces | {"normalizer": None, "pre_tokenizer": cut}, "here")
+
+
+def test_a_token_that_no_merge_makes_and_two_others_spell_is_refused() -> None:
+    with pytest.raises(ConsiliumError, match="lack 'a' \\+ 'b'"):
+        scores({"a": 0, "b": 1, "ab": 2, "c": 3, "bc": 4}, [("b", "c")], "here")
+
+
+def test_the_tokenizer_of_qwen2_is_written_and_what_differs_is_said(tmp_path: Path) -> None:
+    """As transformers builds it: NFC first, which llama.cpp leaves out."""
+    letters = json.loads(Tokenizer.of_bytes().files()["tokenizer.json"])["model"]["vocab"]
+    theirs = transformers.Qwen2Tokenizer(vocab=letters, merges=[])
+    theirs.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    assert tokenizer.opening_id is None
+    config = dataclasses.replace(llama(), vocab_size=tokenizer.vocab_size)
+    store.save(trained(config), tmp_path / "model", tokenizer=tokenizer)
+    done = export(tmp_path / "model", tmp_path / "model.gguf")
+    assert [text for text in done.notices if "NFC" in text]
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False

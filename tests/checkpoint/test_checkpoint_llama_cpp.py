@@ -122,6 +122,7 @@ def mixtral(folder: Path) -> None:
     pytest.importorskip("sentencepiece")
     shutil.copy(home / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
     config = {
+        "add_bos_token": True,
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -135,10 +136,16 @@ def mixtral(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("carried", "model"),
-    [(deepseek, "deepseek_v3-yarn"), (deepseek_llm, "deepseek_v2-lite"), (mixtral, "mixtral")],
+    ("carried", "model", "opening"),
+    [
+        (deepseek, "deepseek_v3-yarn", None),
+        (deepseek_llm, "deepseek_v2-lite", 0),
+        (mixtral, "mixtral", 1),
+    ],
 )
-def test_llama_cpp_tokenizes_as_the_published_tokenizer(carried: Any, model: str, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_as_the_published_tokenizer(
+    carried: Any, model: str, opening: int | None, tmp_path: Path
+) -> None:
     """The likeliest tokens after a text are ours, which needs the very tokens of the text."""
     (tmp_path / "tokenizer").mkdir()
     carried(tmp_path / "tokenizer")
@@ -146,11 +153,12 @@ def test_llama_cpp_tokenizes_as_the_published_tokenizer(carried: Any, model: str
     built = trained(dataclasses.replace(CASES[model], vocab_size=tokenizer.vocab_size + 3))
     store.save(built, tmp_path / "model", tokenizer=tokenizer)
     export(tmp_path / "model", tmp_path / "model.gguf")
-    opening = [] if tokenizer.opening_id is None else [tokenizer.opening_id]
-    texts = [text for text in TEXTS if text or opening]
+    assert tokenizer.opening_id == opening
+    first = [] if opening is None else [opening]
+    texts = [text for text in TEXTS if text or first]
     answers = asked(tmp_path / "model.gguf", texts, probs=8, letter=tokenizer.encode("a")[-1])
     for text, answer in zip(texts, answers, strict=True):
-        ids = [*opening, *tokenizer.encode(text)]
+        ids = [*first, *tokenizer.encode(text)]
         assert answer["tokens"] == len(ids), text
         expected = logprobs(built, ids)
         for token, logprob in answer["logprobs"].items():

@@ -110,6 +110,7 @@ def test_a_model_may_be_saved_over_the_folder_it_came_from(tmp_path: Path) -> No
 @dataclass(frozen=True)
 class Words:
     eos_id: int = 7
+    bos_id: int | None = 3
 
     def files(self) -> Mapping[str, bytes]:
         return {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
@@ -120,7 +121,7 @@ def test_the_tokenizer_goes_along_and_names_the_end_of_text(tmp_path: Path) -> N
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == b"{}"
     for name in ("config.json", "generation_config.json"):
         data = json.loads((tmp_path / "model" / name).read_text())
-        assert (data["bos_token_id"], data["eos_token_id"]) == (7, 7)
+        assert (data["bos_token_id"], data["eos_token_id"]) == (3, 7)
 
 
 def test_training_state_comes_back_exactly(tmp_path: Path) -> None:

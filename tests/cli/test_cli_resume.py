@@ -51,7 +51,7 @@ def test_no_option_is_wanted_again(run: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--batch", "4"], "started with batch = 2, not 4; leave the option away"),
+        (["--batch", "4"], "started with batch = 2, not 4; consilium train"),
         (["--steps", "9"], "started with steps = 2, not 9"),
         (["--balance", "none"], "started with model.moe.balance"),
         (["--set", "optimizer.decay=0.5"], "started with optimizer.decay = 0.1, not 0.5"),
@@ -65,15 +65,44 @@ def test_another_setting_is_refused(
     assert answer in capsys.readouterr().err
 
 
-def test_another_recipe_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert resumed(run, model="mixtral:tiny") == 2
-    assert "it trains deepseek-v3, not mixtral" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("mixtral:tiny", "mixtral:tiny"),
+        ("deepseek-v3:1b", "deepseek-v3:1b"),
+        ("deepseek-v3", "deepseek-v3:671b"),
+    ],
+)
+def test_another_recipe_or_size_is_refused(
+    model: str, named: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resumed(run, model=model) == 2
+    assert f"it trains deepseek-v3:tiny, not {named}" in capsys.readouterr().err
+
+
+def test_a_file_that_says_otherwise_is_refused_with_the_way_to_go_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run.parent / "other.yaml"
+    other.write_text((run / CONFIG_FILE).read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    assert resumed(run, model=str(other)) == 2
+    said = capsys.readouterr().err
+    assert "started with optimizer.learning_rate = 0.001, not 0.002" in said
+    words = said[said.index("consilium train") :].split(" goes on")[0].split()[1:]
+    assert main(words) == 0
+
+
+def test_the_dtype_is_measured_when_a_run_begins_and_not_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.cli.actions.configure.faster_dtype", lambda: "bfloat16")
+    assert resumed(run, "--dtype", "auto") == 0
 
 
 def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Path) -> None:
     """Stopped in the middle by three quick Ctrl-C; the command it prints reaches the last step."""
     out = tmp_path / "run"
-    words = ["--data", str(text), "--steps", "400", "--set", "eval_tokens=64"]
+    words = ["--data", str(text), "--steps", "1200", "--set", "eval_tokens=64"]
     command = [sys.executable, "-m", "consilium"]
     with subprocess.Popen(
         [*command, "train", MODEL, "--out", str(out), *OPTIONS, *words],
@@ -96,5 +125,5 @@ def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Pa
     line = next(line.strip() for line in printed.splitlines() if line.endswith("--resume"))
     assert line == f"consilium train {out / CONFIG_FILE} --out {out} --resume"
     assert main(line.split()[1:]) == 0
-    assert (out / "checkpoints/step-400").exists()
-    assert io.read_yaml(Training, out / CONFIG_FILE).steps == 400
+    assert (out / "checkpoints/step-1200").exists()
+    assert io.read_yaml(Training, out / CONFIG_FILE).steps == 1200

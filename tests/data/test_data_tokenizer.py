@@ -169,10 +169,19 @@ TEMPLATE = {
 }
 
 
+APPENDS = TEMPLATE | {
+    "single": [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+    ]
+}
+
+
 @pytest.mark.parametrize(
     ("config", "template", "opening"),
     [
         ({}, None, 0),
+        ({"bos_token": None}, APPENDS, None),
         ({"bos_token": END}, None, 0),
         ({"bos_token": None}, None, None),
         ({"bos_token": "<|im_start|>"}, None, None),

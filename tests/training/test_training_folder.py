@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +79,36 @@ def test_two_processes_do_not_train_in_one_folder(config: Training, tmp_path: Pa
     assert train(config, tmp_path / "run").steps == 2
 
 
-def test_a_folder_made_for_nothing_goes_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_made_for_nothing_goes_again_and_no_other(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "run").mkdir()
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "run", print):
         raise ZeroDivisionError
+    assert (tmp_path / "run").exists() == there
+
+
+def test_a_folder_that_vanishes_hides_no_error(tmp_path: Path) -> None:
+    def vanish() -> None:
+        with locked(tmp_path / "run", print):
+            shutil.rmtree(tmp_path / "run")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        vanish()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    told: list[str] = []
+    with locked(tmp_path / "run", told.append):
+        assert [text for text in told if "has no locks" in text]
     assert not (tmp_path / "run").exists()
 
 
@@ -98,7 +128,10 @@ def test_weights_that_are_not_finite_are_never_saved(config: Training, tmp_path:
     check_weights(build(DENSE), 2)
 
 
-def test_a_model_that_memory_cannot_hold_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_model_that_memory_cannot_hold_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.ops.memory.memory_limit", lambda: 2**36)
     large = Training(model=cs.recipe("deepseek-v3"), data=Data(source=PathSource(path="nowhere")), steps=1)
     with pytest.raises(ConsiliumError, match=r"training deepseek-v3 with 671,026,404,352 parameters needs"):
         train(large, tmp_path / "run")

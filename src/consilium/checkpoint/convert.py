@@ -124,7 +124,7 @@ def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
     dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
     described: dict[str, bytes] = {
         CONFIG: _json(to_hugging_face(source.config, dtype=dtype) | tokens),
-        _GENERATION: _json(_generation(folder, tokens.get("eos_token_id"))),
+        _GENERATION: _json(_generation(folder, tokens)),
     }
     if (folder / _TOKENIZER_CONFIG).exists():
         described[_TOKENIZER_CONFIG] = _json(_tokenizer_config(read_object(folder / _TOKENIZER_CONFIG)))
@@ -132,10 +132,12 @@ def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
     return described | {name: read_bytes(folder / name) for name in carried}
 
 
-def _generation(folder: Path, end: object) -> dict[str, Any]:
+def _generation(folder: Path, tokens: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / _GENERATION).exists():
         return read_object(folder / _GENERATION)
-    return generation_config(end if isinstance(end, int) else None)
+    ends = (tokens.get(f"{name}_token_id") for name in ("bos", "eos"))
+    begin, end = (token if isinstance(token, int) else None for token in ends)
+    return generation_config(begin, end)
 
 
 def _tokenizer_config(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,24 +43,27 @@ def config_from_folder(folder: Path) -> Model:
     return config
 
 
-def to_hugging_face(config: Model, *, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
-    """Return the contents of config.json; ``dtype`` is that of the matrices, ``end_of_text`` a token id."""
+def to_hugging_face(
+    config: Model, *, dtype: str, begin_of_text: int | None = None, end_of_text: int | None = None
+) -> dict[str, Any]:
+    """Return the contents of config.json; ``dtype`` is that of the matrices, the others are token ids."""
     found = architecture(config)
     named: dict[str, Any] = {"architectures": ["ConsiliumForCausalLM"], "model_type": OWN}
-    shared = _shared(config, dtype, end_of_text)
+    ends = {"bos_token_id": begin_of_text, "eos_token_id": end_of_text}
+    shared = _shared(config, dtype) | ends
     if found is not None:
         named = {"architectures": [CLASSES[found]], "model_type": found}
         shared |= _attention(config.attention) | network(config, found)
     return named | shared | {OWN: to_data(config)}
 
 
-def generation_config(end_of_text: int | None) -> dict[str, Any]:
+def generation_config(begin_of_text: int | None, end_of_text: int | None) -> dict[str, Any]:
     """Return the contents of generation_config.json."""
-    tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    tokens = {"bos_token_id": begin_of_text, "eos_token_id": end_of_text}
     return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value is not None}}
 
 
-def _shared(config: Model, dtype: str, end_of_text: int | None) -> dict[str, Any]:
+def _shared(config: Model, dtype: str) -> dict[str, Any]:
     match config.init:
         case Normal(std=std):
             spread = std
@@ -76,8 +79,6 @@ def _shared(config: Model, dtype: str, end_of_text: int | None) -> dict[str, Any
         "initializer_range": spread,
         "hidden_act": "silu",
         "use_cache": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "pad_token_id": None,
         # Readers before and after transformers 5 look for different spellings; each finds its own.
         "dtype": dtype,

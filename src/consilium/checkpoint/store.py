@@ -34,6 +34,9 @@ class Savable(Protocol):
     """What is kept of a tokenizer."""
 
     @property
+    def bos_id(self) -> int | None: ...
+
+    @property
     def eos_id(self) -> int: ...
 
     def files(self) -> Mapping[str, bytes]:
@@ -133,11 +136,11 @@ def load_training_state(folder: Path | str, *, verified: bool = False) -> Traini
 
 
 def _descriptions(model: Decoder, tokenizer: Savable | None) -> dict[str, bytes]:
-    end = None if tokenizer is None else tokenizer.eos_id
+    begin, end = (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     return {
-        CONFIG: _json(to_hugging_face(model.config, dtype=dtype, end_of_text=end)),
-        "generation_config.json": _json(generation_config(end)),
+        CONFIG: _json(to_hugging_face(model.config, dtype=dtype, begin_of_text=begin, end_of_text=end)),
+        "generation_config.json": _json(generation_config(begin, end)),
         **({} if tokenizer is None else tokenizer.files()),
     }
 

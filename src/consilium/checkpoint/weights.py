@@ -98,7 +98,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         if path.stat().st_size > _LARGEST_INDEX:
             raise ConsiliumError(f"{path} is larger than {_LARGEST_INDEX} bytes; download or save it again.")
         weight_map = json.loads(path.read_bytes())["weight_map"]
-        return {str(name): _inside(folder, file, f"{INDEX}: {name}") for name, file in weight_map.items()}
+        return {str(name): _inside(folder, file, f"{INDEX}: {name!r}") for name, file in weight_map.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         if isinstance(error, ConsiliumError):
             raise

@@ -1,8 +1,10 @@
-"""How the command ends: exit codes (0 is success, 1 a check that failed), and a stop that was asked for."""
+"""How the command ends: exit codes (0 is success, 1 a check that failed), and how to say what goes on."""
 
 from __future__ import annotations
 
-import signal
+import os
+import shlex
+import subprocess
 from typing import Final
 
 MISTAKE: Final = 2
@@ -13,8 +15,7 @@ BROKEN_PIPE: Final = 141
 """The reader of standard output went away."""
 
 
-def tell_stopped(text: str) -> int:
-    """Say how to go on and return the exit code. More Ctrl-C, in impatience, must not cut the answer off."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(text)
-    return INTERRUPTED
+def command_line(*words: object) -> str:
+    """``words`` as the shell of this system reads them."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)

@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_any_character()
     try:
         code = _dispatch(words)
+        if argv is None and code == INTERRUPTED:
+            # The process ends now and has said how: one more Ctrl-C in a burst must not end it otherwise.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.stdout is not None:  # None where it was closed
             sys.stdout.flush()
     except ConsiliumError as error:
@@ -77,13 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write_any_character() -> None:
     """A terminal of another encoding shows ``?`` for what it lacks, and that is no reason to stop."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _forget_output() -> None:
     """Python flushes standard output again at exit; let that go nowhere."""
+    if sys.stdout is None:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -97,6 +97,8 @@ class Training:
     """One run. ``batch`` is global, in sequences; ``steps`` are optimizer steps."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    name: str | None = None
+    """What the model is called, such as its recipe and size."""
     model: Model
     data: Data = Data()
     steps: Size

@@ -140,6 +140,16 @@ class Tokenizer:
         """Encode text in which special tokens count, such as a filled chat template."""
         return self._with_specials.encode(_encodable(text), add_special_tokens=False).ids
 
+    def named(self, key: str, default: object = None) -> int | None:
+        """Return the id of what tokenizer_config.json calls ``key``, such as ``pad_token``, or None."""
+        token = _content(self._config.get(key, default))
+        return self._with_specials.token_to_id(token) if isinstance(token, str) else None
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, also where prompts are not opened with it."""
+        return self.named("bos_token") if self.opening_id is None else self.opening_id
+
     def special_id(self, token: str) -> int | None:
         """Return the id of a token by its name, such as ``<|im_end|>``, or None."""
         return self._with_specials.token_to_id(token)
@@ -156,7 +166,7 @@ class Tokenizer:
         return StreamDecoder(self._bytes_V)
 
     def _find_end(self, where: str) -> int:
-        found = self._named("eos_token", END)
+        found = self.named("eos_token", END)
         if found is None:
             token = _content(self._config.get("eos_token", END))
             raise ConsiliumError(
@@ -167,19 +177,22 @@ class Tokenizer:
 
     def _find_opening(self) -> int | None:
         """What the files say of it: a flag, the template of tokenizer.json, or one token for both ends."""
-        begin = self._named("bos_token", _content(self._config.get("eos_token", END)))
+        begin = self.named("bos_token", _content(self._config.get("eos_token", END)))
         match self._config.get("add_bos_token"):
             case True:
                 return begin
             case False:
                 return None
             case _:
-                template = self._with_specials.encode("", add_special_tokens=True).ids
-                return template[0] if template else begin if begin == self.eos_id else None
+                before = self._template_opening()
+                return begin if before is None and begin == self.eos_id else before
 
-    def _named(self, key: str, default: object) -> int | None:
-        token = _content(self._config.get(key, default))
-        return self._with_specials.token_to_id(token) if isinstance(token, str) else None
+    def _template_opening(self) -> int | None:
+        """The token that tokenizer.json's template puts before a text; it may also put some behind it."""
+        plain, filled = (
+            self._with_specials.encode("a", add_special_tokens=special).ids for special in (False, True)
+        )
+        return filled[0] if len(filled) > len(plain) and filled[1 : len(plain) + 1] == plain else None
 
 
 def _content(token: object) -> object:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from consilium.errors import ConsiliumError
 
 ROOT: Final = Path("/")
-_LIMITS: Final = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""The limit of a container, in control groups of version 2 and 1; ``max`` or a huge number is none."""
+_GROUPS: Final = "sys/fs/cgroup"
 
 
 def physical_memory() -> int:
@@ -22,16 +22,14 @@ def physical_memory() -> int:
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """Bytes that this process can have at most: memory and swap, or its container's limit.
+    """Bytes that this process can have at most: memory and swap, or the limit of its container or job.
 
-    None where the system does not say. What other programs use is not taken off: they may end.
+    None where that is not known: other systems than Linux enlarge their swap as they go. What other programs
+    use is not taken off: they may end.
     """
-    physical = physical_memory()
-    known = [physical + _swap(root)] if physical else []
-    for name in _LIMITS:
-        text = _read(root / name).strip()
-        known += [int(text)] if text.isdecimal() else []
-    return min(known, default=None)
+    found = [int(text) for path in _limits(root) if (text := _read(path).strip()).isdecimal()]
+    swap = _swap(root)
+    return min([*found, *(() if swap is None else (physical_memory() + swap,))], default=None)
 
 
 def refuse_beyond_memory(need: int, what: str, remedy: str, *, limit: int | None = None) -> None:
@@ -39,17 +37,30 @@ def refuse_beyond_memory(need: int, what: str, remedy: str, *, limit: int | None
     limit = memory_limit() if limit is None else limit
     if limit is not None and need > limit:
         raise ConsiliumError(
-            f"{what} needs {need / 2**30:,.1f} GiB of memory, and this machine has {limit / 2**30:,.1f} GiB,"
-            f" swap included; {remedy}."
+            f"{what} needs {need / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} GiB here;"
+            f" {remedy}."
         )
 
 
-def _swap(root: Path) -> int:
-    """``SwapTotal:  8388604 kB`` of Linux's /proc/meminfo; elsewhere swap has no fixed size."""
+def _limits(root: Path) -> Iterator[Path]:
+    """Files with the limit of each control group above this process, in version 2 and 1.
+
+    They hold ``max`` or a huge number where there is none.
+    """
+    yield root / _GROUPS / "memory/memory.limit_in_bytes"
+    yield root / _GROUPS / "memory.max"
+    own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line[:3] == "0::"), "")
+    parts = [part for part in own.split("/") if part not in {"", ".."}]
+    for depth in range(len(parts)):
+        yield root.joinpath(_GROUPS, *parts[: depth + 1], "memory.max")
+
+
+def _swap(root: Path) -> int | None:
+    """``SwapTotal:  8388604 kB`` of Linux's /proc/meminfo; None elsewhere."""
     for line in _read(root / "proc/meminfo").splitlines():
         if line.startswith("SwapTotal:"):
             return int(line.split()[1]) * 1024
-    return 0
+    return None
 
 
 def _read(path: Path) -> str:

@@ -39,7 +39,7 @@ class RunMeta:
 
     schema_version: Literal[1] = 1
     model: str
-    """Recipe and size, such as ``deepseek-v3:tiny``."""
+    """Recipe and size, such as ``deepseek-v3:tiny``; the family where it has no name."""
     parameters_total: PositiveInt
     parameters_active: PositiveInt
     """Parameters a token passes through."""

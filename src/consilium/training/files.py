@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from consilium.config import io
 from consilium.config.training import Training
@@ -21,6 +22,7 @@ from consilium.training.step import StepResult
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 """Stays behind; the system forgets who held it when a process ends, however it ends."""
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 def stored_config(out: Path) -> Training | None:
@@ -60,12 +62,23 @@ def _refuse_foreign(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
-    """Keep other processes from training in ``out`` meanwhile.
+    """Keep other processes from training in ``out`` meanwhile; a folder made for nothing goes again.
 
     Raises ConsiliumError where one does, where other files are, or where the folder cannot be made.
     """
     _refuse_foreign(out)
-    lock = FileLock(out / LOCK_FILE, blocking=False)
+    made = not out.exists()
+    lock = FileLock(out / LOCK_FILE, blocking=False, fallback_to_soft=False)
+    try:
+        _acquire(lock, out, notice)
+        yield
+    finally:
+        lock.release()
+        if made:
+            _remove_unused(out)
+
+
+def _acquire(lock: BaseFileLock, out: Path, notice: Callable[[str], None]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -73,25 +86,19 @@ def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
         raise ConsiliumError(
             f"{out} is in use by another process that trains there; wait for it or choose another --out."
         ) from None
-    except NotImplementedError:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise ConsiliumError(
+                f"cannot write {out}: {error.strerror or error}; choose another --out."
+            ) from None
         notice(f"the file system of {out} has no locks: let no other process train there")
-    except OSError as error:
-        raise ConsiliumError(
-            f"cannot write {out}: {error.strerror or error}; choose another --out."
-        ) from None
-    try:
-        yield
-    finally:
-        _remove_unused(out)
-        lock.release()
 
 
 def _remove_unused(out: Path) -> None:
-    """A mistake found after the folder was made leaves none behind."""
-    if [path.name for path in out.iterdir()] == [LOCK_FILE]:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if [path.name for path in out.iterdir()] == [LOCK_FILE]:
             (out / LOCK_FILE).unlink()
-            out.rmdir()
+        out.rmdir()
 
 
 def check_same(stored: Training, asked: Training, out: Path) -> None:
@@ -101,7 +108,8 @@ def check_same(stored: Training, asked: Training, out: Path) -> None:
         if old.get(key) != new.get(key):
             raise ConsiliumError(
                 f"cannot resume {out}: it was started with {key} = {old.get(key)}, not {new.get(key)};"
-                " leave the option away or choose another --out."
+                f" consilium train {out / CONFIG_FILE} --out {out} --resume goes on as it was, or choose"
+                " another --out."
             )
 
 

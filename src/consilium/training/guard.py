@@ -50,6 +50,6 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ConsiliumError(
-                f"training stopped at step {step}: {name} is no longer finite, so nothing was saved; go on"
-                " from the last checkpoint with a lower learning rate."
+                f"training stopped at step {step}: {name} is no longer finite, so this step was not saved;"
+                " start anew with a lower --lr in another --out."
             )

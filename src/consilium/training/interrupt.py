@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,7 @@ from typing import Final
 
 BURST: Final = 2.0
 """Seconds in which more of the same is impatience, not a second decision: it must not lose the run."""
-_ANSWER: Final = b"\nstopping: the step in progress ends and is saved; Ctrl-C once more stops at once\n"
-_STANDARD_ERROR: Final = 2
+_ANSWER: Final = b"\nstopping: the step in progress ends and is saved; Ctrl-C after that stops at once\n"
 
 
 @contextlib.contextmanager
@@ -25,6 +25,7 @@ def polite_stop() -> Iterator[Callable[[], bool]]:
     function always answers no.
     """
     first: list[float] = []
+    shown = _standard_error()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -34,7 +35,8 @@ def polite_stop() -> Iterator[Callable[[], bool]]:
             first.append(now)
             # Not print: the signal may have come in the middle of one.
             with contextlib.suppress(OSError):
-                os.write(_STANDARD_ERROR, _ANSWER)
+                if shown is not None:
+                    os.write(shown, _ANSWER)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -45,3 +47,11 @@ def polite_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _standard_error() -> int | None:
+    """Its descriptor; None where it was closed, since another file may have taken the number 2."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +39,11 @@ def train(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     corpus: Corpus | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Finished:
     """Train in the run folder ``out`` and return how it ended.
+
+    ``stop`` says whether to end after the step in progress, by default once Ctrl-C or SIGTERM came.
 
     The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
     run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a model
@@ -60,11 +64,11 @@ def train(
         torch.set_num_threads(config.threads)
     if corpus is None:
         corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
-    with locked(out, notice), polite_stop() as asked:
+    with locked(out, notice), polite_stop() if stop is None else nullcontext(stop) as asked:
         run = open_run(config, out, corpus, resume=resume, notice=notice)
         emit(Started(config, out, run.progress.step))
         meter = Meter()
-        first = _evaluate(run, emit) if run.progress.step == 0 else None
+        first = _evaluate(run, emit) if run.progress.step == 0 and not asked() else None
         while run.progress.step < config.steps and not asked():
             _step(run, meter, emit)
         return _finish(run, meter, first, emit)

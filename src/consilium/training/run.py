@@ -131,7 +131,7 @@ def _restore(
 def _meta(config: Training, corpus: Corpus) -> RunMeta:
     parameters = plan(config.model).parameters
     return RunMeta(
-        model=config.model.family,
+        model=config.name or config.model.family,
         parameters_total=parameters.total,
         parameters_active=parameters.active,
         corpus=_corpus_name(config),

@@ -219,4 +219,9 @@ def _report(
             *lost,
             "the folder has no tokenizer.json, so the file holds none: give token ids to its reader.",
         )
+    elif vocabulary.composes:
+        lost = (
+            *lost,
+            "the tokenizer composes characters first (NFC) and llama.cpp does not: give it composed text.",
+        )
     return Exported(typed / sum(planned.values for planned in rows), lost)

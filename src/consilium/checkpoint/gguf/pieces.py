@@ -7,7 +7,7 @@ token's score is its place. SentencePiece's own models are like that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from consilium.errors import ConsiliumError
@@ -22,7 +22,7 @@ def scores(vocabulary: Mapping[str, int], merges: Sequence[Merge], where: str) -
     """
     order = [token for token, _ in groupby(left + right for left, right in merges)]
     found = {token: -float(place) for place, token in enumerate(order)}
-    lacking = next(_unlisted(vocabulary, found, set(merges)), None)
+    lacking = next(_unlisted(vocabulary, set(merges)), None)
     if len(found) < len(order) or lacking is not None:
         why = "are out of order" if lacking is None else f"lack {lacking[0]!r} + {lacking[1]!r}"
         raise ConsiliumError(
@@ -32,9 +32,9 @@ def scores(vocabulary: Mapping[str, int], merges: Sequence[Merge], where: str) -
     return found
 
 
-def _unlisted(vocabulary: Mapping[str, int], made: Iterable[str], merges: set[Merge]) -> Iterator[Merge]:
-    """Pairs of tokens that make another one and are no merge."""
-    for token in made:
+def _unlisted(vocabulary: Mapping[str, int], merges: set[Merge]) -> Iterator[Merge]:
+    """Pairs of tokens that spell another one and are no merge."""
+    for token in vocabulary:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair not in merges and pair[0] in vocabulary and pair[1] in vocabulary:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from consilium.data.vocabulary import BYTE_OF
 from consilium.errors import ConsiliumError
 
+Rules = tuple[tuple[str, str], ...]
 PIECES: Final = "sentence pieces"
 """SentencePiece's BPE, which cuts nothing: llama.cpp has a tokenizer of its own for it."""
 LETTERS: Final = r"\s?[A-Za-zµ"
@@ -34,12 +37,14 @@ _DEEPSEEK_LLM: Final = (
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
     _DIGITS,
 )
-_KNOWN: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
+_COMPOSED: Final = (("NFC", ""),)
+_KNOWN: Final[Mapping[tuple[Rules, tuple[str, ...]], str]] = MappingProxyType(
     {
-        (_GPT2,): "gpt-2",
-        (_QWEN2, _BYTES): "qwen2",
-        (*_DEEPSEEK_V3, _BYTES): "deepseek-v3",
-        (*_DEEPSEEK_LLM, _BYTES): "deepseek-llm",
+        ((), (_GPT2,)): "gpt-2",
+        ((), (_QWEN2, _BYTES)): "qwen2",
+        (_COMPOSED, (_QWEN2, _BYTES)): "qwen2",
+        ((), (*_DEEPSEEK_V3, _BYTES)): "deepseek-v3",
+        ((), (*_DEEPSEEK_LLM, _BYTES)): "deepseek-llm",
     }
 )
 _PIECES: Final = frozenset(
@@ -61,13 +66,18 @@ def split_of(description: Mapping[str, Any], where: str) -> str:
     if model["type"] == "BPE":
         if model.get("byte_fallback") and (rules, cuts) in _PIECES:
             return PIECES
-        if not rules and cuts in _KNOWN and not (_DIGITS in cuts and _long_numbers(model["vocab"])):
-            return _KNOWN[cuts]
+        if (rules, cuts) in _KNOWN and not (_DIGITS in cuts and _long_numbers(model["vocab"])):
+            return _KNOWN[rules, cuts]
     raise ConsiliumError(
-        f"{where} cuts text in a way that is none of {', '.join(sorted(_KNOWN.values()))} and {PIECES}, so"
+        f"{where} cuts text in a way that is none of {', '.join(sorted({*_KNOWN.values()}))} and {PIECES}, so"
         " llama.cpp would tokenize differently; convert this model with llama.cpp's own script, or without"
         " tokenizer.json."
     )
+
+
+def composes(description: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer composes characters first (NFC), as Qwen2's does; llama.cpp never does."""
+    return _rules(description.get("normalizer")) == _COMPOSED
 
 
 def _cuts(step: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -91,13 +101,15 @@ def _cuts(step: Mapping[str, Any] | None) -> tuple[str, ...]:
             return (_OTHER,)
 
 
-def _rules(step: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+def _rules(step: Mapping[str, Any] | None) -> Rules:
     """Each change of the text in short: what becomes what."""
     match step:
         case None:
             return ()
         case {"type": "Sequence", "normalizers": steps}:
             return tuple(rule for inner in steps for rule in _rules(inner))
+        case {"type": "NFC"}:
+            return _COMPOSED
         case {"type": "Prepend", "prepend": str() as text}:
             return (("prepend", text),)
         case {
@@ -112,4 +124,10 @@ def _rules(step: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
 
 def _long_numbers(vocabulary: Mapping[str, int]) -> bool:
     """Where a token has two digits, llama.cpp would merge what is cut here."""
-    return any(sum(letter.isdigit() for letter in token) > 1 for token in vocabulary)
+    return any(_digits(token) > 1 for token in vocabulary)
+
+
+def _digits(token: str) -> int:
+    """Numeric characters of the text behind a byte-level token, in which a letter stands for a byte."""
+    text = bytes(BYTE_OF.get(letter, 0) for letter in token).decode(errors="ignore")
+    return sum(unicodedata.category(letter).startswith("N") for letter in text)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from gguf import TokenType
 
 from consilium.checkpoint.gguf.pieces import scores
-from consilium.checkpoint.gguf.splits import PIECES, split_of
+from consilium.checkpoint.gguf.splits import PIECES, composes, split_of
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from consilium.data.vocabulary import BYTE_TOKEN
@@ -40,6 +40,7 @@ class Vocabulary:
     eos: int
     pad: int | None
     opens: bool
+    composes: bool
     chat_template: str | None
 
 
@@ -62,18 +63,18 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
     merges = tuple(map(_merge, model["merges"]))
     found = scores(model["vocab"], merges, str(path)) if split == PIECES else {}
     tokens, kinds = _tokens(description, size)
-    bos = tokenizer.opening_id
     return Vocabulary(
         split=split,
         tokens=tokens,
         kinds=kinds,
-        merges=() if found else tuple(map(" ".join, merges)) or (_NEVER,),
-        scores=tuple(found.get(token, _LAST) for token in tokens) if found else (),
+        merges=() if split == PIECES else tuple(map(" ".join, merges)) or (_NEVER,),
+        scores=tuple(found.get(token, _LAST) for token in tokens) if split == PIECES else (),
         unknown=tokenizer.special_id(model.get("unk_token") or ""),
-        bos=_special(tokenizer, config, "bos_token") if bos is None else bos,
+        bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
-        pad=_special(tokenizer, config, "pad_token"),
-        opens=bos is not None,
+        pad=tokenizer.named("pad_token"),
+        opens=tokenizer.opening_id is not None,
+        composes=composes(description),
         chat_template=_chat_template(folder, config),
     )
 
@@ -98,12 +99,6 @@ def _merge(merge: str | Sequence[str]) -> tuple[str, str]:
     """Two tokens, joined by a space in older files; no token of theirs has one inside."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
-
-
-def _special(tokenizer: Tokenizer, config: Mapping[str, Any], key: str) -> int | None:
-    named = config.get(key)
-    token = named.get("content") if isinstance(named, dict) else named
-    return tokenizer.special_id(token) if isinstance(token, str) else None
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -39,6 +39,8 @@ def run(options: Namespace) -> int:
 
 def refuse_unwritable(path: Path) -> None:
     """Raise ConsiliumError before minutes of measuring whose record could not be kept."""
+    if path.is_dir():
+        raise ConsiliumError(f"bench: --out {path} is a folder; give the name of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -47,8 +49,6 @@ def refuse_unwritable(path: Path) -> None:
         raise ConsiliumError(
             f"bench: cannot write {path}: {error.strerror or error}; choose another --out."
         ) from None
-    if path.is_dir():
-        raise ConsiliumError(f"bench: --out {path} is a folder; give the name of a file.")
 
 
 def record(name: str, command: str, figures: Sequence[Figure]) -> BenchRecord:

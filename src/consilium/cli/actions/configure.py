@@ -26,6 +26,8 @@ def training_config(model: str, options: Namespace, stored: Training | None = No
     base = _from_file(model) if is_file(model) else _from_recipe(model)
     if stored is not None and not is_file(model):
         base = _of_run(base, stored, options)
+    if stored is not None and options.dtype == "auto":  # measured when the run began
+        base, options = dataclasses.replace(base, dtype=stored.dtype), _without(options, "dtype")
     config = _apply(base, options)
     assignments = dict(_assignment(text) for text in options.set)
     return io.replace(config, assignments) if assignments else config
@@ -56,10 +58,10 @@ def _from_file(name: str) -> Training:
 
 def _of_run(asked: Training, stored: Training, options: Namespace) -> Training:
     """The run's own configuration; the dial alone starts from the recipe again, as it did at the start."""
-    if asked.model.family != stored.model.family:
+    if asked.name != stored.name:
         raise ConsiliumError(
-            f"cannot resume {options.out}: it trains {stored.model.family}, not {asked.model.family}; name"
-            " that recipe or choose another --out."
+            f"cannot resume {options.out}: it trains {stored.name or stored.model.family}, not {asked.name};"
+            " name that or choose another --out."
         )
     return stored if options.params is None else dataclasses.replace(stored, model=asked.model)
 
@@ -67,7 +69,8 @@ def _of_run(asked: Training, stored: Training, options: Namespace) -> Training:
 def _from_recipe(name: str) -> Training:
     found, size = catalogue.parse(name)
     model = found.model(size)
-    return Training(model=model, steps=1, optimizer=AdamW(learning_rate=default_rate(model)))
+    rate = AdamW(learning_rate=default_rate(model))
+    return Training(name=f"{found.name}:{size}", model=model, steps=1, optimizer=rate)
 
 
 def default_rate(model: Model) -> float:
@@ -101,6 +104,10 @@ def _model(model: Model, options: Namespace) -> Model:
     if options.params is not None:
         model = scale_to(model, options.params)
     return model if options.balance is None else with_balance(model, options.balance)
+
+
+def _without(options: Namespace, name: str) -> Namespace:
+    return Namespace(**(vars(options) | {name: None}))
 
 
 def _given(**values: object) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from consilium.checkpoint import store
 from consilium.cli.actions.configure import DEMO_MODEL, demo_config
 from consilium.cli.actions.live import Page
 from consilium.cli.actions.showcase import conclusion
-from consilium.cli.exits import tell_stopped
+from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.engine.engine import Engine
@@ -30,9 +29,11 @@ from consilium.report.build import build_report
 from consilium.training.budget import Minutes, with_budget
 from consilium.training.events import Finished, Notice
 from consilium.training.files import run_in, stored_config
+from consilium.training.interrupt import polite_stop
 from consilium.training.loop import train
 from consilium.training.summary import write_summary
 
+Stop = Callable[[], bool]
 PROMPT = "def add(self, other):\n"
 SAMPLE_TOKENS = 80
 VALIDATIONS = 5
@@ -47,13 +48,19 @@ def run(options: Namespace) -> int:
         )
     keep_memory()
     summary = _finished_before(options)
-    if summary is None:
-        summary = _train_and_study(options)
+    if summary is not None:
+        print(conclusion(options.out, summary, DEMO_MODEL))
+        return 0
+    prepared = _prepare(options)
+    # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
+    with polite_stop() as asked:
+        summary = _train_and_study(options, *prepared, asked)
         if summary is None:
-            words = shlex.join(["--minutes", f"{options.minutes:g}", "--out", str(options.out)])
-            return tell_stopped(f"stopped; go on with:\n  consilium demo {words}")
-    print(conclusion(options.out, summary, DEMO_MODEL))
-    return 0
+            words = command_line("demo", "--minutes", f"{options.minutes:g}", "--out", options.out)
+            print(f"stopped; go on with:\n  consilium {words}")
+            return INTERRUPTED
+        print(conclusion(options.out, summary, DEMO_MODEL))
+        return 0
 
 
 def _finished_before(options: Namespace) -> Summary | None:
@@ -73,7 +80,8 @@ def _refuse_another_run(out: Path) -> None:
         raise ConsiliumError(f"demo: {out} holds a run that is not this demo's; choose another --out.")
 
 
-def _train_and_study(options: Namespace) -> Summary | None:
+def _prepare(options: Namespace) -> tuple[Training, Corpus]:
+    """The run's configuration, of an earlier start or settled now, and its text."""
     with Page(Console()) as page:
 
         def notice(text: str) -> None:
@@ -81,16 +89,28 @@ def _train_and_study(options: Namespace) -> Summary | None:
 
         config = demo_config()
         corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
-        stored = stored_config(options.out)
-        settled = stored or _settled(config, options.minutes, corpus, notice)
-        finished = train(settled, options.out, resume=True, listeners=(page,), corpus=corpus)
-        if finished.interrupted:
+        return stored_config(options.out) or _settled(config, options.minutes, corpus, notice), corpus
+
+
+def _train_and_study(options: Namespace, config: Training, corpus: Corpus, stop: Stop) -> Summary | None:
+    """None after a stop that was asked for."""
+    with Page(Console()) as page:
+        finished = _train(config, options.out, corpus, page, stop)
+        dense = None
+        if options.compare == "dense" and not finished.interrupted:
+            name, model = f"dense twin of {config.name}", dense_twin(config.model)
+            twin = dataclasses.replace(config, name=name, model=model)
+            dense = _train(twin, options.out / "dense", corpus, page, stop)
+        if finished.interrupted or (dense is not None and dense.interrupted):
             return None
-        dense = _dense(options, settled, corpus, page) if options.compare == "dense" else None
-        if options.compare == "dense" and dense is None:
-            return None
-        notice("studying: a trigram model and xz on the same text, and which experts prefer which domain")
-        return _study(options.out, finished, corpus, dense)
+        page(
+            Notice("studying: a trigram model and xz on the same text, and which experts prefer which domain")
+        )
+        return _study(options.out, finished, corpus, None if dense is None else _dense(dense))
+
+
+def _train(config: Training, out: Path, corpus: Corpus, page: Page, stop: Stop) -> Finished:
+    return train(config, out, resume=True, listeners=(page,), corpus=corpus, stop=stop)
 
 
 def _settled(config: Training, minutes: float, corpus: Corpus, notice: Callable[[str], None]) -> Training:
@@ -104,17 +124,11 @@ def _with_length(config: Training, steps: int) -> Training:
     )
 
 
-def _dense(options: Namespace, config: Training, corpus: Corpus, page: Page) -> Dense | None:
-    """The twin, trained; None after a stop that was asked for."""
-    twin = dataclasses.replace(config, model=dense_twin(config.model))
-    finished = train(twin, options.out / "dense", resume=True, listeners=(page,), corpus=corpus)
-    if finished.last is None:
-        return None
-    model = store.load(finished.checkpoint)
+def _dense(finished: Finished) -> Dense:
     summary = write_summary(finished.out, finished)
     return Dense(
         bits_per_byte=summary.trained,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in store.load(finished.checkpoint).parameters()),
         tokens_per_second=summary.tokens_per_second,
     )
 

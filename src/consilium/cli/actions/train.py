@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from argparse import Namespace
 
 from rich.console import Console
 
 from consilium.cli.actions.configure import chosen_budget, is_file, training_config
 from consilium.cli.actions.live import Page
-from consilium.cli.exits import tell_stopped
+from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.ops.allocator import keep_memory
@@ -19,6 +18,7 @@ from consilium.training.budget import Budget, Minutes, Steps, with_budget
 from consilium.training.events import Finished, Notice
 from consilium.training.files import CONFIG_FILE, run_in
 from consilium.training.guard import check_memory
+from consilium.training.interrupt import polite_stop
 from consilium.training.loop import train
 from consilium.training.summary import write_summary
 
@@ -29,11 +29,16 @@ def run(options: Namespace) -> int:
     config = training_config(options.model, options, stored)
     budget = chosen_budget(options, _default(options, config))
     check_memory(config.model)
-    with Page(Console(stderr=False)) as page:
+    with Page(Console()) as page:
         corpus = build_corpus(config.data, config.model.vocab_size, progress=lambda text: page(Notice(text)))
         config = settle_steps(config, stored, budget, corpus, page)
-        finished = train(config, options.out, resume=options.resume, listeners=(page,), corpus=corpus)
-    return _stopped(finished, options) if finished.interrupted else _done(finished, options)
+    # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
+    with polite_stop() as asked:
+        with Page(Console()) as page:
+            finished = train(
+                config, options.out, resume=options.resume, listeners=(page,), corpus=corpus, stop=asked
+            )
+        return _stopped(finished, options) if finished.interrupted else _done(finished, options)
 
 
 def settle_steps(
@@ -51,10 +56,10 @@ def _default(options: Namespace, config: Training) -> Budget:
 
 def _stopped(finished: Finished, options: Namespace) -> int:
     """The run's own configuration goes on whatever options it began with."""
-    words = shlex.join([str(options.out / CONFIG_FILE), "--out", str(options.out)])
-    code = tell_stopped(f"stopped at step {finished.steps}; go on with:\n  consilium train {words} --resume")
+    words = command_line("train", options.out / CONFIG_FILE, "--out", options.out, "--resume")
+    print(f"stopped at step {finished.steps}; go on with:\n  consilium {words}")
     print(f"report so far: {build_report(options.out)}")
-    return code
+    return INTERRUPTED
 
 
 def _done(finished: Finished, options: Namespace) -> int:
