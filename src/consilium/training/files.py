@@ -69,8 +69,8 @@ def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
     _refuse_foreign(out)
     made = not out.exists()
     lock = FileLock(out / LOCK_FILE, blocking=False, fallback_to_soft=False)
+    _acquire(lock, out, notice)
     try:
-        _acquire(lock, out, notice)
         yield
     finally:
         lock.release()
