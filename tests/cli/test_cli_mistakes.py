@@ -143,6 +143,26 @@ def test_nan_in_weights_is_named(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "model.norm.weight" in said
 
 
+def test_an_older_checkpoint_is_named_beside_a_damaged_one(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "checkpoints/step-3", run / "checkpoints/step-9")
+    weights = run / "checkpoints/step-9/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    said = complaint(capsys, "generate", str(run), "--prompt", "a")
+    assert "step-9" in said
+    assert f"{run / 'checkpoints/step-3'} is an older one." in said
+
+
+def test_a_mistyped_path_is_no_name_on_the_hub(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    said = complaint(capsys, "generate", f"{run.parent.name}/rnu", "--prompt", "a")
+    assert "no such folder" in said
+    assert "hf download" not in said
+
+
 @pytest.mark.parametrize("verb", ["generate", "eval"])
 def test_a_truncated_checkpoint_is_named(verb: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run / "checkpoints/step-3/model.safetensors"

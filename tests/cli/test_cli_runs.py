@@ -81,6 +81,14 @@ def test_an_option_overrides_the_configuration(run: Path, tmp_path: Path, text: 
     assert config.model.moe.balance.losses == ()
 
 
+def test_a_resume_of_nothing_says_that_it_starts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(run / "config.yaml"), "--out", str(tmp_path / "o"), "--resume"]
+    assert "holds no run yet: a new one starts there" in said(capsys, *words)
+    assert "holds no run yet" not in said(capsys, *words)
+
+
 def test_tokens_are_turned_into_steps(run: Path, tmp_path: Path) -> None:
     assert main(["train", str(run / "config.yaml"), "--out", str(tmp_path / "o"), "--tokens", "96"]) == 0
     assert io.read_yaml(Training, tmp_path / "o/config.yaml").steps == 2

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from consilium.cli.arguments import Parser
 from consilium.cli.main import VERBS
@@ -64,8 +63,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pyte
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = [body for language, body in FENCE.findall(text) if language == "python"]
     monkeypatch.chdir(tmp_path)
-    names = {"tokens_BS": torch.zeros(1, 8, dtype=torch.int64), "prompts": [[1, 2, 3]]}
-    exec(example.replace("max_tokens=64", "max_tokens=2"), names)
+    exec(example.replace("max_tokens=64", "max_tokens=2"), {})
     assert (tmp_path / "folder" / "config.json").exists()
 
 

@@ -14,6 +14,8 @@ import torch
 
 import consilium as cs
 from consilium.checkpoint import store
+from consilium.cli.main import main
+from consilium.config.io import to_yaml
 from consilium.config.training import Data, Training
 from consilium.config.training import Path as PathSource
 from consilium.errors import ConsiliumError
@@ -63,7 +65,9 @@ def test_what_a_crash_left_before_the_first_step_is_no_obstacle(config: Training
     assert train(config, tmp_path).steps == 2
 
 
-def test_two_processes_do_not_train_in_one_folder(config: Training, tmp_path: Path) -> None:
+def test_two_processes_do_not_train_in_one_folder(
+    config: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")],
         stdin=subprocess.PIPE,
@@ -74,6 +78,11 @@ def test_two_processes_do_not_train_in_one_folder(config: Training, tmp_path: Pa
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ConsiliumError, match="in use by another process"):
             train(config, tmp_path / "run")
+        # The command asks before it reads text and measures speed, for which --minutes would take seconds.
+        (tmp_path / "run.yaml").write_text(to_yaml(config))
+        words = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--minutes", "1"]
+        monkeypatch.setattr("consilium.cli.actions.train.build_corpus", pytest.fail)
+        assert main(words) == 2
         other.kill()
         other.wait()
     assert train(config, tmp_path / "run").steps == 2

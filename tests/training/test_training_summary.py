@@ -10,6 +10,7 @@ from consilium.config.training import Data, Training
 from consilium.config.training import Path as PathSource
 from consilium.records.metrics import METRICS_FILE, read_metrics
 from consilium.records.run import StepRecord
+from consilium.training.budget import Minutes, Steps, missed
 from consilium.training.events import Event, Stepped
 from consilium.training.loop import train
 from consilium.training.summary import spent, write_summary
@@ -48,3 +49,13 @@ def test_time_and_speed_are_those_of_all_processes(tmp_path: Path) -> None:
     assert first.seconds == pytest.approx(spent(records))
     assert first.tokens_per_second == pytest.approx(first.tokens / first.seconds)
     assert write_summary(tmp_path / "run", train(config, tmp_path / "run", resume=True)) == first
+
+
+def test_a_run_far_from_its_minutes_says_so() -> None:
+    for seconds in (41.0, 60.0, 89.0):
+        assert missed(Minutes(1), seconds) is None
+    for seconds in (8.0, 91.0):
+        said = missed(Minutes(1), seconds)
+        assert said is not None
+        assert f"{seconds:.0f} s of training for the 60 s asked for" in said
+    assert missed(Steps(3), 1e9) is None

@@ -88,11 +88,17 @@ def latest(
             verify(path)
         except ConsiliumError as error:
             if not fall_back:
-                raise
+                raise _with_older(error, parent, path) from None
             notice(f"{error} Skipped.")
             continue
         return path
     return None
+
+
+def _with_older(error: ConsiliumError, parent: Path, damaged: Path) -> ConsiliumError:
+    """The same, with the name of a checkpoint that may be used instead."""
+    whole = [path for _, path in steps(parent) if path != damaged and _is_whole(path)]
+    return ConsiliumError(f"{error} {whole[-1]} is an older one.") if whole else error
 
 
 def prune(parent: Path, keep: int, *, current: Path | None = None, files: Filesystem = DISK) -> None:

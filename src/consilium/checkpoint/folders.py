@@ -38,7 +38,7 @@ def checkpoint_in(folder: Path) -> Path:
         raise ConsiliumError(
             f"{name} is a recipe without weights; train it first: consilium train {name} --out runs/x."
         )
-    if not folder.exists() and name.count("/") == 1:
+    if not folder.exists() and name.count("/") == 1 and not folder.parent.exists():
         raise ConsiliumError(
             f"no folder {name}; a hub id is not fetched here: hf download {name} --local-dir {folder.name},"
             f" then give {folder.name}."

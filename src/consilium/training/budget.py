@@ -20,6 +20,9 @@ from consilium.training.step import train_step
 
 CALIBRATION_SECONDS = 6.0
 WARM_UP_STEPS = 2
+FEWEST_STEPS = 5
+FAR_OFF = 1.5
+"""Times the minutes that were asked for, or their fraction, from which the end says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,11 @@ def with_budget(
 
 
 def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATION_SECONDS) -> float:
-    """Median time of a training step, measured on a throw-away copy of the run for about ``seconds``."""
+    """Time of a training step, measured on a throw-away copy of the run for about ``seconds``.
+
+    A quarter of the steps is faster: other work on the machine only ever slows a step down, and a few slow
+    ones must not make a run a tenth of what was asked for.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = build(config.model, seed=config.seed)
@@ -70,10 +77,20 @@ def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATI
     loader = loader_of(config, corpus)
     measured: list[float] = []
     step = 0
-    while step < WARM_UP_STEPS + 3 or sum(measured) < seconds:
+    while step < WARM_UP_STEPS + FEWEST_STEPS or sum(measured) < seconds:
         begun = time.perf_counter()
         train_step(model, optimizer, loader, config, step)
         if step >= WARM_UP_STEPS:
             measured.append(time.perf_counter() - begun)
         step += 1
-    return statistics.median(measured)
+    return statistics.quantiles(measured, n=4)[0]
+
+
+def missed(budget: Budget, seconds: float) -> str | None:
+    """A sentence where a run took far more or less time than the minutes that it was given."""
+    if not isinstance(budget, Minutes) or 1 / FAR_OFF < seconds / (60 * budget.count) < FAR_OFF:
+        return None
+    return (
+        f"note: {seconds:.0f} s of training for the {60 * budget.count:.0f} s asked for: steps are counted"
+        " out at the start, and the machine was busier, or freer, while its speed was measured"
+    )

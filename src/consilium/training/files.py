@@ -64,11 +64,12 @@ def _refuse_foreign(out: Path) -> None:
 def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes from training in ``out`` meanwhile; a folder made for nothing goes again.
 
+    The same thread may take it again inside: a command holds it while it prepares what ``train`` then does.
     Raises ConsiliumError where one does, where other files are, or where the folder cannot be made.
     """
     _refuse_foreign(out)
     made = not out.exists()
-    lock = FileLock(out / LOCK_FILE, blocking=False, fallback_to_soft=False)
+    lock = FileLock(out.absolute() / LOCK_FILE, blocking=False, fallback_to_soft=False, is_singleton=True)
     _acquire(lock, out, notice)
     try:
         yield

@@ -26,9 +26,9 @@ from consilium.records.io import read_json_if_present, write_json
 from consilium.records.run import SUMMARY_FILE, Dense, Sample, Summary
 from consilium.records.specialisation import SPECIALISATION_FILE
 from consilium.report.build import build_report
-from consilium.training.budget import Minutes, with_budget
+from consilium.training.budget import Minutes, missed, with_budget
 from consilium.training.events import Finished, Notice
-from consilium.training.files import run_in, stored_config
+from consilium.training.files import locked, run_in, stored_config
 from consilium.training.interrupt import polite_stop
 from consilium.training.loop import train
 from consilium.training.summary import write_summary
@@ -51,6 +51,11 @@ def run(options: Namespace) -> int:
     if summary is not None:
         print(conclusion(options.out, summary, DEMO_MODEL))
         return 0
+    with locked(options.out, print):
+        return _run(options)
+
+
+def _run(options: Namespace) -> int:
     prepared = _prepare(options)
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
@@ -60,6 +65,8 @@ def run(options: Namespace) -> int:
             print(f"stopped; go on with:\n  consilium {words}")
             return INTERRUPTED
         print(conclusion(options.out, summary, DEMO_MODEL))
+        if (note := missed(Minutes(options.minutes), summary.seconds)) is not None:
+            print(note)
         return 0
 
 

@@ -50,7 +50,7 @@ class Page:
             Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         )
         self._started: Started | None = None
-        self._bits: float | None = None
+        self._bits = ""
         self._printed = 0.0
 
     def __enter__(self) -> Page:
@@ -70,7 +70,7 @@ class Page:
             case Stepped():
                 self._stepped(event)
             case Evaluated(step=step, evaluation=evaluation):
-                self._bits = evaluation.bits_per_byte
+                self._bits = f"  held-out {evaluation.bits_per_byte:.3f} bits/byte at step {step}"
                 parts = "  ".join(f"{name} {bits:.2f}" for name, bits in evaluation.domains.items())
                 self._print(
                     f"step {step:>5}  held-out bits per byte {evaluation.bits_per_byte:.3f}   ({parts})"
@@ -102,10 +102,9 @@ class Page:
 
     def _line(self, event: Stepped) -> Text:
         steps = self._started.config.steps if self._started else event.step
-        bits = "" if self._bits is None else f"  held-out {self._bits:.3f} bits/byte"
         return Text(
             f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%"
-            f"  loss {event.result.ce:.3f}{bits}"
+            f"  loss {event.result.ce:.3f}{self._bits}"
             f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
         )
 

@@ -14,9 +14,9 @@ from consilium.config.training import Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.ops.allocator import keep_memory
 from consilium.report.build import build_report
-from consilium.training.budget import Budget, Minutes, Steps, with_budget
+from consilium.training.budget import Budget, Minutes, Steps, missed, with_budget
 from consilium.training.events import Finished, Notice
-from consilium.training.files import CONFIG_FILE, run_in
+from consilium.training.files import CONFIG_FILE, locked, run_in
 from consilium.training.guard import check_memory
 from consilium.training.interrupt import polite_stop
 from consilium.training.loop import train
@@ -29,6 +29,13 @@ def run(options: Namespace) -> int:
     config = training_config(options.model, options, stored)
     budget = chosen_budget(options, _default(options, config))
     check_memory(config.model)
+    if options.resume and stored is None:
+        print(f"{options.out} holds no run yet: a new one starts there")
+    with locked(options.out, print):
+        return _run(config, stored, budget, options)
+
+
+def _run(config: Training, stored: Training | None, budget: Budget, options: Namespace) -> int:
     with Page(Console()) as page:
         corpus = build_corpus(config.data, config.model.vocab_size, progress=lambda text: page(Notice(text)))
         config = settle_steps(config, stored, budget, corpus, page)
@@ -38,7 +45,7 @@ def run(options: Namespace) -> int:
             finished = train(
                 config, options.out, resume=options.resume, listeners=(page,), corpus=corpus, stop=asked
             )
-        return _stopped(finished, options) if finished.interrupted else _done(finished, options)
+        return _stopped(finished, options) if finished.interrupted else _done(finished, budget, options)
 
 
 def settle_steps(
@@ -62,7 +69,7 @@ def _stopped(finished: Finished, options: Namespace) -> int:
     return INTERRUPTED
 
 
-def _done(finished: Finished, options: Namespace) -> int:
+def _done(finished: Finished, budget: Budget, options: Namespace) -> int:
     summary = write_summary(options.out, finished)
     report = build_report(options.out)
     print(
@@ -72,4 +79,6 @@ def _done(finished: Finished, options: Namespace) -> int:
         f"  checkpoint  {finished.checkpoint}\n"
         f'  next        consilium generate {options.out} --prompt "def "'
     )
+    if (note := missed(budget, summary.seconds)) is not None:
+        print(note)
     return 0
