@@ -45,7 +45,9 @@ def test_no_option_is_wanted_again(run: Path, capsys: pytest.CaptureFixture[str]
     assert resumed(run, model=str(run / CONFIG_FILE)) == 0
     assert resumed(run, "--batch", "2", "--lr", "0.001", "--balance", "switch", "--minutes", "3") == 0
     assert (run / CONFIG_FILE).read_text() == before
-    assert "calibrated" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "calibrated" not in said
+    assert "asked for" not in said  # steps were, and no minutes
 
 
 @pytest.mark.parametrize(

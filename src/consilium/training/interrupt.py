@@ -14,7 +14,9 @@ from typing import Final
 
 BURST: Final = 2.0
 """Seconds in which more of the same is impatience, not a second decision: it must not lose the run."""
-_ANSWER: Final = b"\nstopping: the step in progress ends and is saved; Ctrl-C after that stops at once\n"
+_ANSWER: Final = (
+    b"\nstopping: the step in progress ends and is saved; Ctrl-C again, two seconds on, stops at once\n"
+)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
-    prepared = _prepare(options)
+    fresh, prepared = stored_config(options.out) is None, _prepare(options)
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
         summary = _train_and_study(options, *prepared, asked)
@@ -65,7 +65,7 @@ def _run(options: Namespace) -> int:
             print(f"stopped; go on with:\n  consilium {words}")
             return INTERRUPTED
         print(conclusion(options.out, summary, DEMO_MODEL))
-        if (note := missed(Minutes(options.minutes), summary.seconds)) is not None:
+        if fresh and (note := missed(Minutes(options.minutes), summary.seconds)) is not None:
             print(note)
         return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from consilium.cli.actions.configure import chosen_budget, is_file, training_con
 from consilium.cli.actions.live import Page
 from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.config.training import Training
-from consilium.data.corpus import Corpus, build_corpus
+from consilium.data.corpus import build_corpus
 from consilium.ops.allocator import keep_memory
 from consilium.report.build import build_report
 from consilium.training.budget import Budget, Minutes, Steps, missed, with_budget
@@ -27,18 +26,22 @@ def run(options: Namespace) -> int:
     keep_memory()
     stored = run_in(options.out, resume=options.resume)
     config = training_config(options.model, options, stored)
-    budget = chosen_budget(options, _default(options, config))
+    budget = _budget(options, config, stored)
     check_memory(config.model)
     if options.resume and stored is None:
         print(f"{options.out} holds no run yet: a new one starts there")
     with locked(options.out, print):
-        return _run(config, stored, budget, options)
+        return _run(config, budget, options)
 
 
-def _run(config: Training, stored: Training | None, budget: Budget, options: Namespace) -> int:
+def _run(config: Training, budget: Budget, options: Namespace) -> int:
     with Page(Console()) as page:
-        corpus = build_corpus(config.data, config.model.vocab_size, progress=lambda text: page(Notice(text)))
-        config = settle_steps(config, stored, budget, corpus, page)
+
+        def notice(text: str) -> None:
+            page(Notice(text))
+
+        corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
+        config = with_budget(config, budget, corpus, notice=notice)
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
         with Page(Console()) as page:
@@ -48,13 +51,10 @@ def _run(config: Training, stored: Training | None, budget: Budget, options: Nam
         return _stopped(finished, options) if finished.interrupted else _done(finished, budget, options)
 
 
-def settle_steps(
-    config: Training, stored: Training | None, budget: Budget, corpus: Corpus, page: Page
-) -> Training:
-    """Steps of a run that goes on were settled when it began; a new run settles them now."""
-    if stored is not None and isinstance(budget, Minutes):
-        return dataclasses.replace(config, steps=stored.steps)
-    return with_budget(config, budget, corpus, notice=lambda text: page(Notice(text)))
+def _budget(options: Namespace, config: Training, stored: Training | None) -> Budget:
+    """Minutes of a run that goes on were turned into steps when it began."""
+    budget = chosen_budget(options, _default(options, config))
+    return Steps(stored.steps) if stored is not None and isinstance(budget, Minutes) else budget
 
 
 def _default(options: Namespace, config: Training) -> Budget:
