@@ -22,7 +22,7 @@ from typing import get_args
 import torch
 
 from consilium.cli.actions.bench import record
-from consilium.ops.allocator import keep_memory
+from consilium.machine.allocator import keep_memory
 from consilium.ops.grouped import Backend, experts
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mistakes import INPUTS, MEANS, MISTAKES, TOKENS, V3, Effect, Leak, zero_masks
 
-from consilium.analysis.conformance import TOLERANCE, Vectors, shipped
+from consilium.conformance.suite import TOLERANCE, Vectors, shipped
 from consilium.report.bars import Bar, bar_chart
 
 DOCS = Path(__file__).parent

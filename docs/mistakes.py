@@ -19,7 +19,7 @@ from torch import Tensor
 from consilium.config import io
 from consilium.config.moe import MoE
 from consilium.config.router import Groups, TopK
-from consilium.moe.router import Router
+from consilium.moe.routing.router import Router
 from consilium.moe.types import Mode, Routing, Tokens
 from consilium.recipes import catalogue
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from consilium.checkpoint.hf_architecture import Architecture
+from consilium.checkpoint.hf.architecture import Architecture
 from consilium.config.attention import GQA, MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, SignBias
 from consilium.config.feed_forward import FeedForward

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from consilium.checkpoint.files import DISK, Chunk
+from consilium.disk.files import DISK, Chunk
 
 Loss = Literal["nothing", "data", "everything"]
 """What was not synced and is gone: nothing (the process died), file contents, or names too."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.models import HUGGING_FACE, llama, mixtral
-from consilium.checkpoint.hf_config import to_hugging_face
+from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config.attention import GQA
 from consilium.config.balance import Balance
 from consilium.config.model import Model

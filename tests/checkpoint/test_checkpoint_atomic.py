@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from consilium.checkpoint.atomic import commit_folder, latest, prune, sweep, verify
+from consilium.disk.atomic import commit_folder, latest, prune, sweep, verify
 from consilium.errors import ConsiliumError
 
 

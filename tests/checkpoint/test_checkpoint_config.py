@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from checkpoint.architectures import KINDS, described
 from checkpoint.keys import YARN_KEYS, computed, folder_with, foreign, with_gqa, with_moe
 from checkpoint.models import ALL, deepseek_v2, deepseek_v3, llama
-from consilium.checkpoint.hf_architecture import CLASSES, Architecture, architecture
-from consilium.checkpoint.hf_config import config_from_folder, generation_config, to_hugging_face
+from consilium.checkpoint.hf.architecture import CLASSES, Architecture, architecture
+from consilium.checkpoint.hf.config import config_from_folder, generation_config, to_hugging_face
 from consilium.checkpoint.naming import TABLES
 from consilium.config.attention import MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, BalanceLoss, ImportanceLoss, LoadLoss, SequenceLoss, SwitchLoss
@@ -211,7 +211,7 @@ def test_generation_has_the_tokens_that_are_known(end: int | None) -> None:
 
 
 def test_reading_a_configuration_does_not_import_torch() -> None:
-    code = "import sys, consilium.checkpoint.hf_config; print('torch' in sys.modules)"
+    code = "import sys, consilium.checkpoint.hf.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from checkpoint.models import ALL, answer, deepseek_v3, llama, mixtral, saved, trained
 from consilium.checkpoint import safetensors_io, store
 from consilium.checkpoint.convert import convert
-from consilium.checkpoint.files import DISK, Chunk
 from consilium.data.tokenizer import Tokenizer
+from consilium.disk.files import DISK, Chunk
 from consilium.errors import ConsiliumError
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from checkpoint.models import deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.atomic import commit_folder, verify
 from consilium.checkpoint.naming import parts
+from consilium.disk.atomic import commit_folder, verify
 from consilium.errors import ConsiliumError
 
 WEIGHTS = "model.safetensors"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint.crashing import LOSSES, Crash, CrashingDisk, Loss
-from consilium.checkpoint.atomic import commit_folder, latest, prune, recover, sweep, verify
-from consilium.checkpoint.files import DISK, Filesystem
+from consilium.disk.atomic import commit_folder, latest, prune, recover, sweep, verify
+from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 
 Scenario = Callable[[Path, Filesystem], None]

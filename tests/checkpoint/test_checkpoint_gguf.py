@@ -19,12 +19,12 @@ from torch import Tensor
 from checkpoint.gguf_models import CASES, deepseek_v2, deepseek_v3, llama, mixtral, qwen3, yarn
 from checkpoint.models import switch, trained
 from consilium.checkpoint import store
-from consilium.checkpoint.files import DISK
 from consilium.checkpoint.gguf.export import export
 from consilium.config.attention import GQA, MLA
 from consilium.config.model import Model
 from consilium.config.router import Groups, Raw, Router, TopK
 from consilium.data.tokenizer import Tokenizer
+from consilium.disk.files import DISK
 from consilium.errors import ConsiliumError
 
 

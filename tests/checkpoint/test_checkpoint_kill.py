@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.atomic import commit_folder, latest, prune, sweep, verify
-from consilium.checkpoint.files import DISK
+from consilium.disk.atomic import commit_folder, latest, prune, sweep, verify
+from consilium.disk.files import DISK
 
 LONGEST_SECONDS = 0.04
 

@@ -22,9 +22,9 @@ from checkpoint.keys import (
     with_moe,
 )
 from checkpoint.models import deepseek_v3, llama, mixtral
-from consilium.checkpoint.hf_architecture import Architecture, architecture
-from consilium.checkpoint.hf_config import config_from_folder, to_hugging_face
-from consilium.checkpoint.hf_read import from_hugging_face
+from consilium.checkpoint.hf.architecture import Architecture, architecture
+from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
+from consilium.checkpoint.hf.read import from_hugging_face
 from consilium.config.attention import Rope
 from consilium.config.balance import AdaptiveLoss, Balance, SignBias
 from consilium.config.model import Model

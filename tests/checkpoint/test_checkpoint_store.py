@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint.models import ALL, answer, deepseek_v3, llama, mixtral, representable, saved, trained
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.hf_architecture import architecture
+from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.naming import parts
 from consilium.config.model import MTP, Model
 from consilium.errors import ConsiliumError

@@ -14,7 +14,7 @@ import transformers
 from checkpoint.keys import NAMED, folder_with, foreign
 from checkpoint.models import HUGGING_FACE, answer, deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.hf_config import config_from_folder, to_hugging_face
+from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.data.tokenizer import Tokenizer
 from consilium.recipes.catalogue import recipe
 from support import relative_error

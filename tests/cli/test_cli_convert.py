@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,17 +124,6 @@ def test_an_architecture_without_gguf_says_which_there_are(
     store.save(trained(switch()), tmp_path / "model")
     answer = complaint(capsys, tmp_path / "model", tmp_path / "out.gguf", "--to", "gguf")
     assert "llama, mixtral, qwen3_moe, deepseek_v2, deepseek_v3" in answer
-
-
-def test_without_the_gguf_package_the_answer_is_how_to_install_it(source: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['gguf'] = None; from consilium.cli.main import main;"
-        " raise SystemExit(main(['convert', sys.argv[1], sys.argv[2], '--to', 'gguf']))"
-    )
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "pip install 'consilium-moe[gguf]'" in done.stderr
 
 
 def clock_of(times: list[float]) -> Callable[[], float]:

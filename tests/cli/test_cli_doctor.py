@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from consilium.analysis import conformance
 from consilium.cli.main import main
+from consilium.conformance import suite as conformance
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:

@@ -104,7 +104,7 @@ def test_wrong_training_options(
 def test_a_model_larger_than_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consilium.ops.memory.memory_limit", lambda: 2**36)
+    monkeypatch.setattr("consilium.machine.memory.memory_limit", lambda: 2**36)
     answer = complaint(capsys, "train", "deepseek-v3", "--out", str(tmp_path / "run"))
     assert "training deepseek-v3 with 671,026,404,352 parameters needs 10,172.1 GiB of memory" in answer
     assert not (tmp_path / "run").exists()

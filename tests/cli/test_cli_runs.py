@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from runs import write_config, write_text
 
+from consilium.benchmarking import benchmarks
 from consilium.checkpoint import store
-from consilium.cli.actions import benchmarks
 from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.model import MTP

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilium.analysis.conformance import Case, Vectors
 from consilium.config.balance import AdaptiveLoss
 from consilium.config.feed_forward import GATED
 from consilium.config.moe import MoE
-from consilium.moe.router import Router
+from consilium.conformance.suite import Case, Vectors
+from consilium.moe.routing.router import Router
 from consilium.recipes.catalogue import recipe
 from model.reference_cases import hyper_of
 from reference import (

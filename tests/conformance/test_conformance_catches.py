@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium.analysis import conformance
-from consilium.analysis.conformance import Vectors, Verdict
-from consilium.moe import admission, gate, select
-from consilium.moe.router import Router
+from consilium.conformance import suite as conformance
+from consilium.conformance.suite import Vectors, Verdict
+from consilium.moe import admission
+from consilium.moe.routing import gate, select
+from consilium.moe.routing.router import Router
 from consilium.moe.types import Routing
 
 VECTORS = {vectors.model: vectors for vectors in conformance.shipped()}

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.analysis import conformance
 from consilium.config.moe import Capacity, DeviceCapacity, MoE
 from consilium.config.router import (
     ExpertChoice,
@@ -26,8 +25,9 @@ from consilium.config.router import (
     TopP,
     TwoLevel,
 )
+from consilium.conformance import suite as conformance
 from consilium.moe.admission import admit
-from consilium.moe.router import Router as RouterModule
+from consilium.moe.routing.router import Router as RouterModule
 from consilium.moe.types import Mode, Routing, Tokens
 
 TOKENS, HIDDEN, EXPERTS = 14, 6, 8

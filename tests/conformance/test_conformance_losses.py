@@ -29,9 +29,9 @@ from consilium.config.balance import (
 from consilium.config.balance import Balance as BalanceConfig
 from consilium.config.router import LearnedNoise, Router, SampledSecond, Sigmoid, SoftmaxOfSelected, TopK
 from consilium.moe.balance import Balance
-from consilium.moe.chance import chance
-from consilium.moe.gate import Level
-from consilium.moe.router import Router as RouterModule
+from consilium.moe.routing.chance import chance
+from consilium.moe.routing.gate import Level
+from consilium.moe.routing.router import Router as RouterModule
 from consilium.moe.types import Mode, Routing, Tokens
 
 EXPERTS, K = 16, 4

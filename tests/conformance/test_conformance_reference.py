@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conformance.revealing import LAYERS, asked, valid_of
-from consilium.analysis import conformance
-from consilium.analysis.conformance import Case, Vectors
+from consilium.conformance import suite as conformance
+from consilium.conformance.suite import Case, Vectors
 
 SHIPPED = conformance.shipped()
 BEYOND = {

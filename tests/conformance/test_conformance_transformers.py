@@ -40,7 +40,7 @@ from consilium.config.router import (
     SqrtSoftplus,
     TopK,
 )
-from consilium.moe.router import Router as RouterModule
+from consilium.moe.routing.router import Router as RouterModule
 from consilium.moe.types import Mode, Tokens
 
 TOKENS, HIDDEN, EXPERTS, K = 400, 12, 32, 6

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conformance import by_hand, generate, oracles
-from consilium.analysis import conformance
-from consilium.analysis.conformance import Vectors
+from consilium.conformance import suite as conformance
+from consilium.conformance.suite import Vectors
 from consilium.recipes import catalogue
 
 SHIPPED = conformance.shipped()

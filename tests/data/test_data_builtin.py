@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from consilium.data import builtin
-from consilium.data.arithmetic import mathematics_texts
-from consilium.data.bilingual import bilingual_texts
-from consilium.data.builtin import DOMAINS, available_domains, builtin_documents
-from consilium.data.code import Module, question_texts, read_modules
+from consilium.data.builtin import domains as builtin
+from consilium.data.builtin.arithmetic import mathematics_texts
+from consilium.data.builtin.bilingual import bilingual_texts
+from consilium.data.builtin.code import Module, question_texts, read_modules
+from consilium.data.builtin.domains import DOMAINS, available_domains, builtin_documents
 from consilium.data.documents import Document, Text
 from consilium.errors import ConsiliumError
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.data.numerals import LIMIT, chinese, chinese_count, chinese_digits, english
+from consilium.data.builtin.numerals import LIMIT, chinese, chinese_count, chinese_digits, english
 
 DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")}
 SIZES = {"十": 10, "百": 100, "千": 1000}

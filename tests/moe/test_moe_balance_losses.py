@@ -31,8 +31,8 @@ from consilium.config.router import (
 )
 from consilium.moe import losses
 from consilium.moe.balance import Balance
-from consilium.moe.chance import chance
-from consilium.moe.gate import Level
+from consilium.moe.routing.chance import chance
+from consilium.moe.routing.gate import Level
 from consilium.moe.types import Mode, Routing, Tokens
 from moe.cases import SYSTEMS, V3, layer, moe, some_tokens, tokens, vectors
 from support import relative_error

@@ -32,11 +32,11 @@ from consilium.config.router import (
     Weight,
 )
 from consilium.config.router import Router as RouterConfig
-from consilium.moe.router import Router
-from consilium.moe.score import score, transform
-from consilium.moe.select import Choice
+from consilium.moe.routing.router import Router
+from consilium.moe.routing.score import score, transform
+from consilium.moe.routing.select import Choice
+from consilium.moe.routing.weigh import weigh
 from consilium.moe.types import Mode, Routing
-from consilium.moe.weigh import weigh
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, V2, V3, layer, moe, tokens, vectors
 from support import relative_error
 

@@ -26,7 +26,7 @@ from consilium.config.router import (
     Uniform,
 )
 from consilium.moe.ordering import highest, place_within
-from consilium.moe.select import Evidence, choose, hash_table
+from consilium.moe.routing.select import Evidence, choose, hash_table
 from consilium.moe.types import Mode, Override, Routing
 from moe.cases import CAUSAL, EXPERTS, SYSTEMS, layer, moe, some_tokens, tokens, vectors
 from support import relative_error

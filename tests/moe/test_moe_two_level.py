@@ -14,11 +14,11 @@ from torch import Tensor
 from consilium.config.balance import Balance, ImportanceLoss, LoadLoss, ZLoss
 from consilium.config.moe import MoE
 from consilium.config.router import LearnedNoise, Router, SoftmaxOfSelected, TwoLevel
-from consilium.moe.chance import joint_chance
-from consilium.moe.gate import Level
 from consilium.moe.layer import MoELayer
 from consilium.moe.losses import squared_variation
-from consilium.moe.router import Router as RouterModule
+from consilium.moe.routing.chance import joint_chance
+from consilium.moe.routing.gate import Level
+from consilium.moe.routing.router import Router as RouterModule
 from consilium.moe.types import Mode, Override, Routing
 from moe import naive_levels
 from moe.cases import HIDDEN, layer, tokens, vectors

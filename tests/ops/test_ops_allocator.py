@@ -12,7 +12,7 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 SCRIPT = """
 import resource, sys
 import torch
-from consilium.ops.allocator import keep_memory
+from consilium.machine.allocator import keep_memory
 
 if sys.argv[1] == "late":
     torch.zeros(1)
@@ -58,7 +58,7 @@ def test_too_late_changes_nothing() -> None:
 def test_elsewhere_it_is_a_no_op() -> None:
     script = (
         "import os, platform; platform.libc_ver = lambda: ('', '');"
-        "from consilium.ops.allocator import keep_memory;"
+        "from consilium.machine.allocator import keep_memory;"
         "print(keep_memory(), 'THP_MEM_ALLOC_ENABLE' in os.environ)"
     )
     assert python([sys.executable, "-c", script]).split() == ["False", "False"]

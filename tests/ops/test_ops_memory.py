@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import consilium as cs
-from consilium.ops import memory
-from consilium.ops.memory import memory_limit, physical_memory, refuse_beyond_memory
+from consilium.machine import memory
+from consilium.machine.memory import memory_limit, physical_memory, refuse_beyond_memory
 
 FILES = {
     "meminfo": "proc/meminfo",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.hf_config import config_from_folder
+from consilium.checkpoint.hf.config import config_from_folder
 from consilium.errors import ConsiliumError
 from parity.published import HEAD_DIM, LAYERS, PUBLISHED, VOCABULARY
 from parity.theirs import some_ids

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.hf_architecture import architecture
+from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.naming import TABLES, parts
 from consilium.engine.engine import Engine
 from consilium.model.decoder import Decoder

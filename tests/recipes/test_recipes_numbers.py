@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from consilium.checkpoint.hf_config import to_hugging_face
+from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config import io
 from consilium.recipes import catalogue
 from consilium.recipes.catalogue import recipe

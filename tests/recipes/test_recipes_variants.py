@@ -9,10 +9,9 @@ from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, Capacity, Dropless, MoE
 from consilium.config.router import Raw, Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
 from consilium.errors import ConsiliumError
-from consilium.planner.dial import scale_to
 from consilium.planner.parameters import parameters
+from consilium.planner.scaling import scale_to, scaled
 from consilium.recipes.catalogue import names, recipe, systems
-from consilium.recipes.scaling import scaled
 from consilium.recipes.variants import BALANCES, dense_twin, with_balance
 
 TINY = [f"{name}:tiny" for name in names()]

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from consilium.checkpoint import atomic, store
+from consilium.checkpoint import store
 from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.model import MTP
 from consilium.config.training import Data, Training
 from consilium.config.training import Path as PathSource
+from consilium.disk import atomic
 from consilium.training.loop import train
 from small import DEEPSEEK
 

@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite_are_never_saved(config: Training, tmp_path:
 def test_a_model_that_memory_cannot_hold_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consilium.ops.memory.memory_limit", lambda: 2**36)
+    monkeypatch.setattr("consilium.machine.memory.memory_limit", lambda: 2**36)
     large = Training(model=cs.recipe("deepseek-v3"), data=Data(source=PathSource(path="nowhere")), steps=1)
     with pytest.raises(ConsiliumError, match=r"training deepseek-v3 with 671,026,404,352 parameters needs"):
         train(large, tmp_path / "run")

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import consilium
-from consilium.checkpoint import atomic, store
+from consilium.checkpoint import store
 from consilium.config.model import Model
 from consilium.config.training import Data, Training
 from consilium.config.training import Path as PathSource
+from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.records.loads import LoadFile
 from consilium.records.metrics import read_metrics

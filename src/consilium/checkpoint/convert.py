@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.atomic import commit_folder
-from consilium.checkpoint.files import DISK, Filesystem
-from consilium.checkpoint.hf_architecture import architecture
-from consilium.checkpoint.hf_config import NAME as CONFIG
-from consilium.checkpoint.hf_config import generation_config, to_hugging_face
+from consilium.checkpoint.hf.architecture import architecture
+from consilium.checkpoint.hf.config import NAME as CONFIG
+from consilium.checkpoint.hf.config import generation_config, to_hugging_face
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.naming import TABLES
 from consilium.checkpoint.source import Source, named
 from consilium.checkpoint.store import open_folder
+from consilium.disk.atomic import commit_folder
+from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 
 Progress = Callable[[int, int], None]

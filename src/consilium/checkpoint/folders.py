@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from consilium.checkpoint import atomic
+from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from consilium.checkpoint.hf_architecture import Architecture
+from consilium.checkpoint.hf.architecture import Architecture
 from consilium.config.model import Model
 from consilium.recipes import layout, layout_fused, layout_remote
 from consilium.recipes.layout import Row, Table

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from consilium.checkpoint.files import DISK, Chunk, Filesystem
+from consilium.disk.files import DISK, Chunk, Filesystem
 from consilium.errors import ConsiliumError
 
 SINGLE: Final = "model.safetensors"

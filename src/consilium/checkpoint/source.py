@@ -12,14 +12,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from consilium.checkpoint import fp8, manifest, safetensors_io, weights
+from consilium.checkpoint import fp8, safetensors_io, weights
 from consilium.checkpoint.fp8 import Scaled, Stored
-from consilium.checkpoint.hf_architecture import architecture
-from consilium.checkpoint.hf_config import NAME as CONFIG
+from consilium.checkpoint.hf.architecture import architecture
+from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.naming import parts, redundant, table_of
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.config.model import MTP, Model
+from consilium.disk import manifest
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES
 from consilium.planner.parameters import parameters

@@ -10,16 +10,17 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from consilium.checkpoint import manifest, safetensors_io
-from consilium.checkpoint.atomic import commit_folder, recover
-from consilium.checkpoint.files import DISK, Filesystem
+from consilium.checkpoint import safetensors_io
 from consilium.checkpoint.folders import newest_of_run
 from consilium.checkpoint.fp8 import Stored
-from consilium.checkpoint.hf_config import NAME as CONFIG
-from consilium.checkpoint.hf_config import config_from_folder, generation_config, to_hugging_face
+from consilium.checkpoint.hf.config import NAME as CONFIG
+from consilium.checkpoint.hf.config import config_from_folder, generation_config, to_hugging_face
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, named, stored_dtype
 from consilium.config.model import Model
+from consilium.disk import manifest
+from consilium.disk.atomic import commit_folder, recover
+from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 from consilium.model.build import build, refuse_too_large, torch_dtype
 from consilium.model.decoder import Decoder

@@ -51,7 +51,7 @@ def _read_yaml(path: Path) -> Model:
 
 def _read_folder(folder: Path) -> Model:
     """Read a run folder's config.yaml, or the config.json of a checkpoint, ours or Hugging Face's."""
-    from consilium.checkpoint.hf_config import config_from_folder
+    from consilium.checkpoint.hf.config import config_from_folder
 
     if (folder / "config.yaml").is_file():
         return _read_yaml(folder / "config.yaml")

@@ -1,6 +1,6 @@
 """The router as data: score, select, weigh, behind a projection, logit transforms and noise.
 
-Each choice is a closed union; ``consilium.moe.router`` implements every member.
+Each choice is a closed union; ``consilium.moe.routing.router`` implements every member.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import tokenizers
 
 from consilium.config.training import BuiltIn, Data
 from consilium.config.training import Path as PathSource
-from consilium.data.builtin import builtin_documents
+from consilium.data.builtin.domains import builtin_documents
 from consilium.data.documents import Document, corpus_sha256, split
 from consilium.data.encoding import Progress, TokenizedText, arrays, encode_documents, join
 from consilium.data.paths import path_texts

@@ -6,9 +6,9 @@ import torch
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
+from consilium.machine.memory import refuse_beyond_memory
 from consilium.model.decoder import Decoder
 from consilium.model.init import initialise
-from consilium.ops.memory import refuse_beyond_memory
 from consilium.planner.parameters import parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from consilium.config.router import LinearGate, Raw, TopK
 from consilium.config.router import Router as RouterConfig
-from consilium.moe.router import Router
+from consilium.moe.routing.router import Router
 from consilium.moe.types import Mode, Routing, Tokens
 
 Unit = Literal["linear", "logistic"]

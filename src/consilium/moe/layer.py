@@ -15,7 +15,7 @@ from consilium.moe.admission import admit
 from consilium.moe.balance import Balance
 from consilium.moe.experts import Experts
 from consilium.moe.latent import Latent
-from consilium.moe.router import Router
+from consilium.moe.routing.router import Router
 from consilium.moe.shared import Shared
 from consilium.moe.transport import Local, Transport
 from consilium.moe.types import Mode, Report, Routing, Tokens

@@ -9,7 +9,7 @@ from torch import nn
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
-from consilium.ops.memory import refuse_beyond_memory
+from consilium.machine.memory import refuse_beyond_memory
 from consilium.planner.plan import plan
 
 PATIENCE = 10

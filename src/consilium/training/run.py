@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 
 import consilium
-from consilium.checkpoint import atomic, store
+from consilium.checkpoint import store
 from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import BuiltIn, Training
 from consilium.config.training import Path as PathSource
 from consilium.data.corpus import Corpus
 from consilium.data.loader import Loader
+from consilium.disk import atomic
 from consilium.errors import ConsiliumError
+from consilium.machine.memory import physical_memory
+from consilium.machine.processors import cpu_name
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
-from consilium.ops.memory import physical_memory
 from consilium.planner.plan import plan
 from consilium.records.io import write_json
 from consilium.records.run import META_FILE, Hardware, RunMeta, Versions
@@ -151,13 +153,3 @@ def _corpus_name(config: Training) -> str:
             return "builtin"
         case PathSource(path=path):
             return path
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

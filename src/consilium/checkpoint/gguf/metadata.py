@@ -7,7 +7,7 @@ from typing import Final
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, Keys, RopeScalingType
 
-from consilium.checkpoint.hf_architecture import architecture
+from consilium.checkpoint.hf.architecture import architecture
 from consilium.config.attention import GQA, MLA, Attention, Rope, Unscaled, Yarn
 from consilium.config.model import Model
 from consilium.config.moe import MoE

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 import consilium
-from consilium.cli.actions import benchmarks
+from consilium.benchmarking import benchmarks
 from consilium.cli.bench import NAMES
 from consilium.errors import ConsiliumError, nearest
-from consilium.ops.allocator import keep_memory
+from consilium.machine.allocator import keep_memory
+from consilium.machine.processors import cpu_name
 from consilium.records.bench import BenchRecord, Figure
 from consilium.records.io import to_json, write_json
-from consilium.training.run import cpu_name
 
 
 def run(options: Namespace) -> int:

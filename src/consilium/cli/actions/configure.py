@@ -11,7 +11,7 @@ from consilium.config.model import Model
 from consilium.config.training import AdamW, Training
 from consilium.config.training import Path as PathSource
 from consilium.errors import ConsiliumError
-from consilium.planner.dial import scale_to
+from consilium.planner.scaling import scale_to
 from consilium.recipes import catalogue
 from consilium.recipes.variants import with_balance
 from consilium.training import budget

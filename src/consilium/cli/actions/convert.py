@@ -73,14 +73,8 @@ def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Shown) -
         raise ConsiliumError(
             f"convert: {destination} is no name of a GGUF file; give one that ends in .gguf."
         )
-    try:
-        from consilium.checkpoint.gguf.export import export
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ConsiliumError(
-            "convert --to gguf needs the gguf package; install it: pip install 'consilium-moe[gguf]'."
-        ) from None
+    from consilium.checkpoint.gguf.export import export
+
     done = export(source, destination, dtype=dtype, progress=shown)
     return (f"{done.typed:.1%} of the values are of this type, the others float32", *done.notices)
 

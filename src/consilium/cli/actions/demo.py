@@ -20,7 +20,7 @@ from consilium.data.corpus import Corpus, build_corpus
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError
 from consilium.evaluation.baselines import baselines
-from consilium.ops.allocator import keep_memory
+from consilium.machine.allocator import keep_memory
 from consilium.recipes.variants import dense_twin
 from consilium.records.io import read_json_if_present, write_json
 from consilium.records.run import SUMMARY_FILE, Dense, Sample, Summary

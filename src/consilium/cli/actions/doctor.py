@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 import consilium
-from consilium.analysis import conformance
-from consilium.analysis.conformance import Verdict
 from consilium.cli.table import columns
-from consilium.data.builtin import available_domains
+from consilium.conformance import suite as conformance
+from consilium.conformance.suite import Verdict
+from consilium.data.builtin.domains import available_domains
 from consilium.errors import ConsiliumError
+from consilium.machine.processors import cpu_name
 from consilium.model.build import build
 from consilium.recipes import catalogue
 from consilium.training.precision import faster_dtype
-from consilium.training.run import cpu_name
 
 LOW_DISK = 2 * 2**30
 

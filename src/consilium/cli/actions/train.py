@@ -11,7 +11,7 @@ from consilium.cli.actions.live import Page
 from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.config.training import Training
 from consilium.data.corpus import build_corpus
-from consilium.ops.allocator import keep_memory
+from consilium.machine.allocator import keep_memory
 from consilium.report.build import build_report
 from consilium.training.budget import Budget, Minutes, Steps, missed, with_budget
 from consilium.training.events import Finished, Notice

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from consilium.checkpoint.hf_config import to_hugging_face
+from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config.model import MTP, Model
 from consilium.config.training import AdamW
 from consilium.data.batch import Batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from consilium.checkpoint.hf_architecture import Architecture
+from consilium.checkpoint.hf.architecture import Architecture
 from consilium.config.attention import GQA
 from consilium.config.balance import ImportanceLoss, SequenceLoss, SwitchLoss
 from consilium.config.model import Model

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consilium.moe.gate import Level
+from consilium.moe.routing.gate import Level
 
 
 def chance(level: Level, k: int) -> Tensor:

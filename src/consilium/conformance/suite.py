@@ -24,7 +24,7 @@ from consilium.config.base import STRICT
 from consilium.config.moe import MoE
 from consilium.moe.admission import admit
 from consilium.moe.balance import Balance
-from consilium.moe.router import Router
+from consilium.moe.routing.router import Router
 from consilium.moe.types import Mode, Routing, Tokens
 from consilium.recipes import catalogue
 

@@ -1,4 +1,4 @@
-"""A model with all widths and the depth scaled: the one dial of ``consilium train --params``."""
+"""One dial: a recipe with all widths and the depth scaled to a number of parameters (``--params``)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,29 @@ import dataclasses
 from consilium.config.attention import GQA, MLA
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, MoE, SigmoidGated
+from consilium.errors import ConsiliumError
+from consilium.planner.parameters import parameters
+
+TOLERANCE = 0.25
+
+
+def scale_to(model: Model, wanted: int) -> Model:
+    """Return ``model`` scaled so that its total is as near to ``wanted`` parameters as whole widths allow.
+
+    Raises ConsiliumError when even the nearest is more than a quarter off, as with a vocabulary that alone is
+    larger.
+    """
+    low, high = 0.02, 64.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if _total(scaled(model, middle)) < wanted else (low, middle)
+    best = min((scaled(model, low), scaled(model, high)), key=lambda m: abs(_total(m) - wanted))
+    if abs(_total(best) - wanted) > TOLERANCE * wanted:
+        raise ConsiliumError(
+            f"--params {wanted:,}: {model.family} comes no nearer than {_total(best):,} parameters;"
+            " choose another size or recipe."
+        )
+    return best
 
 
 def scaled(model: Model, factor: float) -> Model:
@@ -52,3 +75,8 @@ def _scaled_moe(moe: MoE, factor: float) -> MoE:
         shared = dataclasses.replace(shared, width=width(shared.width))
     latent = moe.latent and width(moe.latent)
     return dataclasses.replace(moe, width=width(moe.width), latent=latent, shared=shared)
+
+
+def _total(model: Model) -> int:
+    counts = parameters(model)
+    return counts.total + counts.mtp

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from consilium.checkpoint.files import Filesystem
+from consilium.disk.files import Filesystem
 from consilium.errors import ConsiliumError
 
 NAME: Final = "manifest.json"

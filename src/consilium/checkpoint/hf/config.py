@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from consilium.checkpoint.hf_architecture import CLASSES, architecture
-from consilium.checkpoint.hf_read import from_hugging_face
-from consilium.checkpoint.hf_write import network
+from consilium.checkpoint.hf.architecture import CLASSES, architecture
+from consilium.checkpoint.hf.read import from_hugging_face
+from consilium.checkpoint.hf.write import network
 from consilium.checkpoint.json_file import read_object
 from consilium.config.attention import GQA, MLA, Attention, Rope, Unscaled, Yarn
 from consilium.config.io import from_data, to_data

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.router import ClampedSum, Normalised, Raw, Router, SoftmaxOfSelected, TwoLevel, Uniform
-from consilium.moe.select import Choice
+from consilium.moe.routing.select import Choice
 
 
 def weigh(config: Router, logits_TE: Tensor, scores_TE: Tensor, choice: Choice) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from consilium.checkpoint.files import DISK, Filesystem, make_parents, remove_tree, write_failure
-from consilium.checkpoint.manifest import NAME, list_files, read_manifest, seal, verify
+from consilium.disk.files import DISK, Filesystem, make_parents, remove_tree, write_failure
+from consilium.disk.manifest import NAME, list_files, read_manifest, seal, verify
 from consilium.errors import ConsiliumError
 
 _STEP: Final = re.compile(r"step-(\d{1,18})")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from consilium.data.builtin.numerals import chinese, chinese_count, chinese_digits, english
 from consilium.data.documents import Text
-from consilium.data.numerals import chinese, chinese_count, chinese_digits, english
 
 SHARDS = 200
 SHARD_BYTES = 2000

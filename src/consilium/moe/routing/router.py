@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from consilium.config.router import Hash, Jitter, LearnedNoise, LinearGate, MLPGate, NoGate, TwoLevel
 from consilium.config.router import Router as RouterConfig
-from consilium.moe.chance import chance, joint_chance
-from consilium.moe.gate import Gate, Level, TanhGate, ZeroGate, joint, level
-from consilium.moe.score import score, transform
-from consilium.moe.select import Choice, Evidence, choose, hash_table, used_groups
+from consilium.moe.routing.chance import chance, joint_chance
+from consilium.moe.routing.gate import Gate, Level, TanhGate, ZeroGate, joint, level
+from consilium.moe.routing.score import score, transform
+from consilium.moe.routing.select import Choice, Evidence, choose, hash_table, used_groups
+from consilium.moe.routing.weigh import weigh
 from consilium.moe.types import Mode, Routing, Tokens
-from consilium.moe.weigh import weigh
 
 
 @dataclass(frozen=True, slots=True)

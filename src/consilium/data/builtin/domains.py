@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from consilium.data.arithmetic import mathematics_texts
-from consilium.data.bilingual import bilingual_texts
-from consilium.data.code import code_texts, question_texts, read_modules, standard_library
+from consilium.data.builtin.arithmetic import mathematics_texts
+from consilium.data.builtin.bilingual import bilingual_texts
+from consilium.data.builtin.code import code_texts, question_texts, read_modules, standard_library
 from consilium.data.documents import Document, Text, split
 from consilium.errors import ConsiliumError
 

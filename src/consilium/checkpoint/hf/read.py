@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from consilium.checkpoint.hf_architecture import CLASSES
-from consilium.checkpoint.hf_keys import (
+from consilium.checkpoint.hf.architecture import CLASSES
+from consilium.checkpoint.hf.keys import (
     Keys,
     first,
     gqa,
@@ -22,7 +22,7 @@ from consilium.checkpoint.hf_keys import (
     switch_loss,
     unsupported,
 )
-from consilium.checkpoint.hf_read_remote import grok, llama_moe, skywork_moe
+from consilium.checkpoint.hf.read_remote import grok, llama_moe, skywork_moe
 from consilium.config.io import from_data
 from consilium.config.model import MOST_LAYERS, Model
 from consilium.errors import ConsiliumError, nearest

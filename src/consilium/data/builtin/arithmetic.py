@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from consilium.data.builtin.numerals import english
 from consilium.data.documents import Text
-from consilium.data.numerals import english
 
 SHARDS = 200
 SHARD_CHARACTERS = 2000

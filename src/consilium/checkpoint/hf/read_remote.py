@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from consilium.checkpoint.hf_keys import Keys, first, gqa, listed, number, only, switch_loss, unsupported
+from consilium.checkpoint.hf.keys import Keys, first, gqa, listed, number, only, switch_loss, unsupported
 
 
 def grok(keys: Keys, path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Every router against its golden vectors."""

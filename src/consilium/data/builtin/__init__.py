@@ -1,0 +1,1 @@
+"""Text that every Python already has, or that is generated."""

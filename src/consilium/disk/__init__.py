@@ -1,0 +1,1 @@
+"""The one way to write a file or a folder that survives a crash."""

@@ -1,0 +1,1 @@
+"""Processors, memory and its limits, the allocator."""
