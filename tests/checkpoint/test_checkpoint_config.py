@@ -15,7 +15,7 @@ from checkpoint.architectures import KINDS, described
 from checkpoint.keys import YARN_KEYS, computed, folder_with, foreign, with_gqa, with_moe
 from checkpoint.models import ALL, deepseek_v2, deepseek_v3, llama
 from consilium.checkpoint.hf.architecture import CLASSES, Architecture, architecture
-from consilium.checkpoint.hf.config import config_from_folder, generation_config, to_hugging_face
+from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.checkpoint.naming import TABLES
 from consilium.config.attention import MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, BalanceLoss, ImportanceLoss, LoadLoss, SequenceLoss, SwitchLoss
@@ -203,15 +203,8 @@ def test_an_attention_factor_that_a_file_leaves_out_is_the_papers(tmp_path: Path
     assert found.rotation_scale == pytest.approx(0.1 * math.log(8) + 1, rel=1e-15)
 
 
-@pytest.mark.parametrize("end", [None, 0, 5])
-def test_generation_has_the_tokens_that_are_known(end: int | None) -> None:
-    found = generation_config(2, end)
-    assert (found.get("bos_token_id"), found.get("eos_token_id")) == (2, end)
-    assert "bos_token_id" not in generation_config(None, end)
-
-
 def test_reading_a_configuration_does_not_import_torch() -> None:
-    code = "import sys, consilium.checkpoint.hf.config; print('torch' in sys.modules)"
+    code = "import sys, consilium.checkpoint.hf.config, consilium.checkpoint.hf.generation; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

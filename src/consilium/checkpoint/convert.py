@@ -13,7 +13,9 @@ from torch import Tensor
 from consilium.checkpoint import safetensors_io
 from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.config import NAME as CONFIG
-from consilium.checkpoint.hf.config import generation_config, to_hugging_face
+from consilium.checkpoint.hf.config import to_hugging_face
+from consilium.checkpoint.hf.generation import NAME as GENERATION
+from consilium.checkpoint.hf.generation import generation_config, read_generation
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.naming import TABLES
 from consilium.checkpoint.source import Source, named
@@ -25,9 +27,7 @@ from consilium.errors import ConsiliumError
 Progress = Callable[[int, int], None]
 """Hears of bytes done and bytes in all."""
 
-_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-_GENERATION: Final = "generation_config.json"
 _CARRIED: Final = (
     "tokenizer.json",
     "special_tokens_map.json",
@@ -119,25 +119,16 @@ def _told(
 
 
 def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
-    before = read_object(folder / CONFIG)
-    tokens = {key: before[key] for key in _TOKENS if key in before}
+    generation = read_generation(folder)
     dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
     described: dict[str, bytes] = {
-        CONFIG: _json(to_hugging_face(source.config, dtype=dtype) | tokens),
-        _GENERATION: _json(_generation(folder, tokens)),
+        CONFIG: _json(to_hugging_face(source.config, dtype=dtype, generation=generation)),
+        GENERATION: _json(generation_config(generation)),
     }
     if (folder / _TOKENIZER_CONFIG).exists():
         described[_TOKENIZER_CONFIG] = _json(_tokenizer_config(read_object(folder / _TOKENIZER_CONFIG)))
     carried = (name for name in _CARRIED if (folder / name).exists())
     return described | {name: read_bytes(folder / name) for name in carried}
-
-
-def _generation(folder: Path, tokens: Mapping[str, Any]) -> dict[str, Any]:
-    if (folder / _GENERATION).exists():
-        return read_object(folder / _GENERATION)
-    ends = (tokens.get(f"{name}_token_id") for name in ("bos", "eos"))
-    begin, end = (token if isinstance(token, int) else None for token in ends)
-    return generation_config(begin, end)
 
 
 def _tokenizer_config(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from consilium.checkpoint import safetensors_io
 from consilium.checkpoint.folders import newest_of_run
 from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.hf.config import NAME as CONFIG
-from consilium.checkpoint.hf.config import config_from_folder, generation_config, to_hugging_face
+from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
+from consilium.checkpoint.hf.generation import NAME as GENERATION
+from consilium.checkpoint.hf.generation import generation_config, read_generation
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, named, stored_dtype
 from consilium.config.model import Model
@@ -92,7 +94,7 @@ def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = F
     kind = torch_dtype(dtype or stored_dtype(config, found))
     refuse_too_large(config, kind)
     # Parameters are allocated without being touched, so that a conversion of all of them needs no memory yet.
-    model = Decoder(config).to(kind)
+    model = Decoder(config, read_generation(folder)).to(kind)
     _fill(model, fitted(folder, config, found, model.state_dict(), check_finite=check_finite))
     return model
 
@@ -137,11 +139,13 @@ def load_training_state(folder: Path | str, *, verified: bool = False) -> Traini
 
 
 def _descriptions(model: Decoder, tokenizer: Savable | None) -> dict[str, bytes]:
-    begin, end = (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
+    generation = model.generation
+    if tokenizer is not None:
+        generation = generation.or_tokens(tokenizer.bos_id, tokenizer.eos_id)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     return {
-        CONFIG: _json(to_hugging_face(model.config, dtype=dtype, begin_of_text=begin, end_of_text=end)),
-        "generation_config.json": _json(generation_config(begin, end)),
+        CONFIG: _json(to_hugging_face(model.config, dtype=dtype, generation=generation)),
+        GENERATION: _json(generation_config(generation)),
         **({} if tokenizer is None else tokenizer.files()),
     }
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from consilium.attention.context import build_context
 from consilium.attention.types import Context
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.kv.types import Cache
@@ -34,12 +35,13 @@ class Decoder(nn.Module):
     """A language model. ``model(tokens_BS)`` returns logits [B, S, V] and one report a MoE layer.
 
     Build it with ``consilium.build``. Modules hold weights and balance state only: what a pass measures is
-    in what it returns.
+    in what it returns. ``generation`` is what the files that it was loaded from say of ending and sampling.
     """
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, generation: GenerationDefaults = GenerationDefaults()) -> None:
         super().__init__()
         self.config = config
+        self.generation = generation
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from consilium.checkpoint.hf.architecture import CLASSES, architecture
+from consilium.checkpoint.hf.generation import token_keys
 from consilium.checkpoint.hf.read import from_hugging_face
 from consilium.checkpoint.hf.write import network
 from consilium.checkpoint.json_file import read_object
 from consilium.config.attention import GQA, MLA, Attention, Rope, Unscaled, Yarn
+from consilium.config.generation import GenerationDefaults
 from consilium.config.io import from_data, to_data
 from consilium.config.model import FanIn, Model, Normal
 from consilium.errors import ConsiliumError
@@ -44,23 +46,16 @@ def config_from_folder(folder: Path) -> Model:
 
 
 def to_hugging_face(
-    config: Model, *, dtype: str, begin_of_text: int | None = None, end_of_text: int | None = None
+    config: Model, *, dtype: str, generation: GenerationDefaults = GenerationDefaults()
 ) -> dict[str, Any]:
-    """Return the contents of config.json; ``dtype`` is that of the matrices, the others are token ids."""
+    """Return the contents of config.json; ``dtype`` is that of the matrices."""
     found = architecture(config)
     named: dict[str, Any] = {"architectures": ["ConsiliumForCausalLM"], "model_type": OWN}
-    ends = {"bos_token_id": begin_of_text, "eos_token_id": end_of_text}
-    shared = _shared(config, dtype) | ends
+    shared = _shared(config, dtype) | token_keys(generation)
     if found is not None:
         named = {"architectures": [CLASSES[found]], "model_type": found}
         shared |= _attention(config.attention) | network(config, found)
     return named | shared | {OWN: to_data(config)}
-
-
-def generation_config(begin_of_text: int | None, end_of_text: int | None) -> dict[str, Any]:
-    """Return the contents of generation_config.json."""
-    tokens = {"bos_token_id": begin_of_text, "eos_token_id": end_of_text}
-    return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value is not None}}
 
 
 def _shared(config: Model, dtype: str) -> dict[str, Any]:
@@ -79,7 +74,6 @@ def _shared(config: Model, dtype: str) -> dict[str, Any]:
         "initializer_range": spread,
         "hidden_act": "silu",
         "use_cache": True,
-        "pad_token_id": None,
         # Readers before and after transformers 5 look for different spellings; each finds its own.
         "dtype": dtype,
         "torch_dtype": dtype,
