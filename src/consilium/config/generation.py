@@ -34,4 +34,6 @@ class GenerationDefaults:
         """The same, with the ids of a tokenizer where no file names an end."""
         if self.ends:
             return self
-        return dataclasses.replace(self, begin=begin, ends=(end,), in_config=_NONE, in_generation_config=_NONE)
+        return dataclasses.replace(
+            self, begin=begin, ends=(end,), in_config=_NONE, in_generation_config=_NONE
+        )

@@ -110,4 +110,6 @@ def _number(keys: Mapping[str, Any], path: Path, key: str, least: float, most: f
 
 
 def _wrong(path: Path, key: str, value: object, wanted: str) -> ConsiliumError:
-    return ConsiliumError(f"{path}: {key} is {repr(value)[:60]} and must be {wanted}; mend or remove the key.")
+    return ConsiliumError(
+        f"{path}: {key} is {repr(value)[:60]} and must be {wanted}; mend or remove the key."
+    )
