@@ -204,7 +204,8 @@ def test_an_attention_factor_that_a_file_leaves_out_is_the_papers(tmp_path: Path
 
 
 def test_reading_a_configuration_does_not_import_torch() -> None:
-    code = "import sys, consilium.checkpoint.hf.config, consilium.checkpoint.hf.generation; print('torch' in sys.modules)"
+    modules = "sys, consilium.checkpoint.hf.config, consilium.checkpoint.hf.generation"
+    code = f"import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
