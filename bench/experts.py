@@ -23,7 +23,8 @@ import torch
 
 from consilium.cli.actions.bench import record
 from consilium.machine.allocator import keep_memory
-from consilium.ops.grouped import Backend, experts
+from consilium.ops.grouped import Backend, stacked_feed_forward
+from consilium.ops.weights import DenseStack
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
 
@@ -65,7 +66,8 @@ def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[], None]]
 
     def step(backend: Backend) -> None:
         x.grad = up.grad = down.grad = None
-        experts(x, counts, up, down, "swiglu", backend).backward(grad)
+        stacks = DenseStack(up), DenseStack(down)
+        stacked_feed_forward(x, counts, *stacks, "swiglu", backend).backward(grad)
 
     return {backend: lambda backend=backend: step(backend) for backend in BACKENDS}
 

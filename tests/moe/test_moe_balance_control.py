@@ -25,15 +25,15 @@ def balance(rule: BiasRule, router: Router = BIASED, experts: int = 4) -> Balanc
 
 def test_the_sign_rule_moves_each_expert_by_the_rate_towards_the_mean() -> None:
     built = balance(SignBias(rate=0.001))
-    built.step(torch.tensor([8, 4, 4, 0]), 0.0)
-    built.step(torch.tensor([8, 4, 3, 1]), 0.0)
+    built.step(torch.tensor([8, 4, 4, 0]))
+    built.step(torch.tensor([8, 4, 3, 1]))
     assert built.bias_E is not None
     assert torch.equal(built.bias_E, torch.tensor([-0.002, 0, 0.001, 0.002]))
 
 
 def test_the_linear_rule_moves_in_proportion_to_the_relative_excess() -> None:
     built = balance(LinearBias(rate=0.01))
-    built.step(torch.tensor([8, 4, 3, 1]), 0.0)
+    built.step(torch.tensor([8, 4, 3, 1]))
     assert built.bias_E is not None
     torch.testing.assert_close(built.bias_E, 0.01 * torch.tensor([-1, 0, 0.25, 0.75]))
 
@@ -41,7 +41,7 @@ def test_the_linear_rule_moves_in_proportion_to_the_relative_excess() -> None:
 @given(st.lists(st.integers(0, 2**40), min_size=3, max_size=3))
 def test_the_sign_is_exact_for_any_counts(counts: list[int]) -> None:
     built = balance(SignBias(rate=1.0), experts=3)
-    built.step(torch.tensor(counts), 0.0)
+    built.step(torch.tensor(counts))
     assert built.bias_E is not None
     mean_times_three = sum(counts)
     expected = [(mean_times_three > 3 * c) - (mean_times_three < 3 * c) for c in counts]
@@ -52,16 +52,16 @@ def test_the_sign_is_exact_for_any_counts(counts: list[int]) -> None:
 def test_a_step_without_tokens_moves_nothing(rule: SignBias | LinearBias) -> None:
     built = Balance(BalanceConfig(losses=(AdaptiveLoss(),), bias=rule), BIASED, 4)
     before = {name: value.clone() for name, value in built.state_dict().items()}
-    built.step(torch.zeros(4, dtype=torch.int64), 0.0)
+    built.step(torch.zeros(4, dtype=torch.int64))
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 
 def test_the_coefficient_follows_the_drop_rate_with_momentum_and_saturates() -> None:
     config = BalanceConfig(losses=(AdaptiveLoss(start=0.004, most=0.01, slope=0.2, momentum=0.9),))
-    built, load_E = Balance(config, Router(select=TopK(k=2)), 4), torch.ones(4, dtype=torch.int64)
+    built, wanted_E = Balance(config, Router(select=TopK(k=2)), 4), torch.ones(4, dtype=torch.int64)
     expected = 0.004
     for dropped, target in ((0.0, 0.0), (0.02, 0.004), (0.05, 0.01), (0.5, 0.01)):
-        built.step(load_E, dropped)
+        built.step(wanted_E, dropped)
         expected = 0.9 * expected + 0.1 * target
         assert built.coefficient is not None
         assert built.coefficient.item() == pytest.approx(expected, rel=1e-6)
@@ -75,7 +75,7 @@ def test_the_adaptive_loss_uses_the_coefficient_of_the_moment() -> None:
     )
     built, mode = layer(config), Mode(training=True)
     first = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
-    built.balance.step(torch.ones(EXPERTS, dtype=torch.int64), 0.0)
+    built.balance.step(torch.ones(EXPERTS, dtype=torch.int64))
     second = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
     assert second.item() == pytest.approx(first.item() / 2, rel=1e-6)
 
@@ -99,7 +99,7 @@ def test_a_bias_is_stored_exactly_where_the_router_selects_with_one(
 def test_no_rule_leaves_a_loaded_bias_alone() -> None:
     built = balance(NoBias())
     built.load_state_dict({"bias_E": torch.tensor([1.0, 2, 3, 4])})
-    built.step(torch.tensor([9, 0, 0, 0]), 0.0)
+    built.step(torch.tensor([9, 0, 0, 0]))
     assert built.bias_E is not None
     assert built.bias_E.tolist() == [1, 2, 3, 4]
 
@@ -119,7 +119,7 @@ def test_control_state_keeps_its_exact_values_when_the_model_is_cast(cast: torch
         assert value.dtype == torch.float32
         assert torch.equal(value, before[name])
     assert set(model.state_dict()) == {f"0.{name}" for name in layer(config).state_dict()}
-    state.step(torch.tensor([1, 0, 0, 0, 0, 0, 0, 7]), 0.0)
+    state.step(torch.tensor([1, 0, 0, 0, 0, 0, 0, 7]))
     assert (state.bias_E != before["bias_E"]).sum() == EXPERTS - 1
 
 
@@ -153,6 +153,23 @@ def layer_on_meta() -> Balance:
     return Balance(BalanceConfig(losses=(AdaptiveLoss(),), bias=SignBias()), BIASED, EXPERTS)
 
 
+@pytest.mark.parametrize("rule", [SignBias(rate=0.02), LinearBias(rate=0.02)], ids=lambda rule: rule.kind)
+def test_with_a_capacity_an_expert_below_the_mean_moves_up(rule: SignBias | LinearBias) -> None:
+    """Drops cut what is wanted to one load: by loads alone an expert below the mean can lie above it."""
+    router = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
+    config = moe(router, admission=Capacity(factor=0.5), balance=BalanceConfig(bias=rule))
+    built = layer(config)
+    built.balance.bias_E.zero_()
+    x_TD = vectors(512) + 2 * built.router.projection.weight[0].detach()
+    report = built(x_TD, tokens(512), Mode(training=True)).report
+    wanted_E, load_E = report.wanted_E, report.load_E
+    misled_E = (wanted_E < wanted_E.float().mean()) & (load_E > load_E.float().mean())
+    assert misled_E.any()
+    built.balance.step(wanted_E)
+    assert (built.balance.bias_E[wanted_E < wanted_E.float().mean()] > 0).all()
+    assert (built.balance.bias_E[wanted_E > wanted_E.float().mean()] < 0).all()
+
+
 def test_the_bias_brings_a_collapsed_router_back_into_balance() -> None:
     """Scores favour one expert by far; only the bias moves, as in training with the sign rule."""
     router = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
@@ -162,7 +179,7 @@ def test_the_bias_brings_a_collapsed_router_back_into_balance() -> None:
     loads = []
     for _ in range(150):
         report = built(x_TD, tokens(512), Mode(training=True)).report
-        built.balance.step(report.load_E, 0.0)
+        built.balance.step(report.wanted_E)
         loads.append(float(report.load_E.max() / report.load_E.float().mean()))
     assert loads[0] > 3
     assert loads[-1] < 1.2

@@ -12,7 +12,7 @@ from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
 from consilium.moe.experts import Experts
 from consilium.moe.types import Mode, Routing, Rows, Tokens
-from consilium.ops.feed_forward import feed_forward
+from consilium.ops.feed_forward import activate
 from consilium.ops.grouped import Backend
 from support import relative_error
 
@@ -57,7 +57,7 @@ def naive(experts: Experts, rows: Rows) -> Tensor:
     owner = [e for e, count in enumerate(rows.counts_E) for _ in range(count)]
     return torch.stack(
         [
-            feed_forward(row, experts.up[e], experts.down[e], experts.activation)
+            experts.down[e] @ activate(experts.up[e] @ row, experts.activation)
             for e, row in zip(owner, rows.x_RD, strict=True)
         ]
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.feed_forward import GATED, Activation
-from consilium.ops.feed_forward import activate, activate_backward, feed_forward
+from consilium.ops.feed_forward import DenseNetwork, activate, activate_backward
 from support import relative_error
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -79,6 +79,12 @@ def test_gradient_at_zero_is_zero(activation: Activation) -> None:
     assert torch.equal(grad_h, torch.zeros(1, 3))
 
 
+def network(up: Tensor, down: Tensor, activation: Activation) -> DenseNetwork:
+    built = DenseNetwork(down.shape[0], down.shape[1], activation)
+    built.load_state_dict({"up.weight": up, "down.weight": down})
+    return built
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_is_up_activation_down(activation: Activation) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -86,15 +92,14 @@ def test_feed_forward_is_up_activation_down(activation: Activation) -> None:
     x, up, down = (torch.randn(s, generator=generator) for s in ((2, 3, 4), (up_rows, 4), (4, 6)))
     rows = [naive(row, activation) for row in (x.double().flatten(0, 1) @ up.double().T).tolist()]
     expected = (torch.tensor(rows, dtype=torch.float64) @ down.double().T).view(2, 3, 4)
-    assert relative_error(feed_forward(x, up, down, activation), expected) < 1e-6
+    assert relative_error(network(up, down, activation)(x), expected) < 1e-6
 
 
 def test_feed_forward_in_bfloat16_gives_master_weights_float32_gradients() -> None:
     x = torch.randn(3, 4, dtype=torch.bfloat16)
-    up, down = torch.randn(12, 4, requires_grad=True), torch.randn(4, 6, requires_grad=True)
-    y = feed_forward(x, up, down, "swiglu")
+    built = network(torch.randn(12, 4), torch.randn(4, 6), "swiglu")
+    y = built(x)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
-    assert up.grad is not None
-    assert up.grad.dtype == torch.float32
-    assert relative_error(y, feed_forward(x.float(), up, down, "swiglu")) < 0.02
+    assert [w.grad.dtype for w in built.parameters() if w.grad is not None] == [torch.float32] * 2
+    assert relative_error(y, built(x.float())) < 0.02

@@ -1,23 +1,44 @@
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from consilium.config.feed_forward import GATED, Activation
 from consilium.ops.feed_forward import activate
-from consilium.ops.grouped import Backend, Network, _possible, choose, experts, experts_observed
+from consilium.ops.grouped import (
+    Backend,
+    Counts,
+    Network,
+    _possible,
+    choose,
+    observed_feed_forward,
+    stacked_feed_forward,
+)
+from consilium.ops.weights import Dense, DenseStack, Matrix
 from support import relative_error
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 FAST: tuple[Backend, ...] = ("grouped", "padded", "loop")
 COUNTS = [(3, 0, 7, 1), (0, 0, 0, 5), (4, 4, 4, 4), (1, 0, 0, 0), (0, 0, 0, 0), (63, 2, 0, 1)]
 LOW = torch.bfloat16
+
+
+def networks(
+    x: Tensor,
+    counts: Counts,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    backend: Backend | None = None,
+) -> Tensor:
+    return stacked_feed_forward(x, counts, DenseStack(up), DenseStack(down), activation, backend)
 
 
 def problem(
@@ -50,7 +71,7 @@ def assert_equals_naive(
     backend: Backend | None, counts: tuple[int, ...], activation: Activation, size: int, width: int
 ) -> None:
     x, up, down, grad = problem(counts, activation, size, width)
-    y = experts(x, counts, up, down, activation, backend)
+    y = networks(x, counts, up, down, activation, backend)
     exact = wide(x, up, down)
     expected = naive(exact[0], counts, exact[1], exact[2], activation)
     assert relative_error(y, expected) < 1e-5
@@ -84,7 +105,7 @@ def test_idle_experts_get_gradients_of_exactly_zero(
     backend: Backend, counts: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x, up, down, grad = problem(counts)
-    experts(x.to(dtype), counts, up, down, "swiglu", backend).backward(grad.to(dtype))
+    networks(x.to(dtype), counts, up, down, "swiglu", backend).backward(grad.to(dtype))
     idle = [e for e, count in enumerate(counts) if not count]
     for weight in (up, down):
         assert weight.grad is not None
@@ -99,9 +120,9 @@ def test_idle_experts_get_gradients_of_exactly_zero(
 def test_bfloat16_rows_on_float32_masters(backend: Backend, counts: tuple[int, ...]) -> None:
     x, up, down, grad = problem(counts, size=32, width=32)
     low = x.detach().to(LOW).requires_grad_()
-    y = experts(low, counts, up, down, "swiglu", backend)
+    y = networks(low, counts, up, down, "swiglu", backend)
     got = gradients(y, grad, low, up, down)
-    exact = experts(x, counts, up, down, "swiglu", "reference")
+    exact = networks(x, counts, up, down, "swiglu", "reference")
     wanted = gradients(exact, grad, x, up, down)
     assert (y.dtype, *(g.dtype for g in got)) == (LOW, LOW, torch.float32, torch.float32)
     assert relative_error(y, exact) < 0.02
@@ -113,8 +134,8 @@ def test_bfloat16_throughout(backend: Backend) -> None:
     counts = (5, 0, 9)
     x, up, down, grad = problem(counts)
     low = tuple(t.detach().to(LOW).requires_grad_() for t in (x, up, down))
-    y = experts(low[0], counts, low[1], low[2], "swiglu", backend)
-    exact = experts(x, counts, up, down, "swiglu", "reference")
+    y = networks(low[0], counts, low[1], low[2], "swiglu", backend)
+    exact = networks(x, counts, up, down, "swiglu", "reference")
     pairs = list(zip(gradients(y, grad, *low), gradients(exact, grad, x, up, down), strict=True))
     assert all(got.dtype == LOW for got, _ in pairs)
     assert relative_error(y, exact) < 0.02
@@ -126,7 +147,7 @@ def test_gradients_equal_finite_differences_where_float64_is_possible(backend: B
     counts = (2, 0, 1)
     x, up, down, _ = problem(counts, size=3, width=2)
     assert torch.autograd.gradcheck(
-        lambda a, b, c: experts(a, counts, b, c, "geglu", backend), wide(x, up, down)
+        lambda a, b, c: networks(a, counts, b, c, "geglu", backend), wide(x, up, down)
     )
 
 
@@ -134,9 +155,9 @@ def test_gradients_equal_finite_differences_where_float64_is_possible(backend: B
 def test_an_expanded_gradient_is_as_good_as_its_copy(backend: Backend) -> None:
     counts = (3, 0, 7, 1)
     x, up, down, _ = problem(counts)
-    y = experts(x, counts, up, down, "swiglu", backend)
+    y = networks(x, counts, up, down, "swiglu", backend)
     expanded = gradients(y.sum(), torch.ones(()), x, up, down)
-    y = experts(x, counts, up, down, "swiglu", backend)
+    y = networks(x, counts, up, down, "swiglu", backend)
     assert all(
         torch.equal(a, b)
         for a, b in zip(expanded, gradients(y, torch.ones_like(y), x, up, down), strict=True)
@@ -147,8 +168,8 @@ def test_an_expanded_gradient_is_as_good_as_its_copy(backend: Backend) -> None:
 def test_rows_that_are_not_contiguous(backend: Backend) -> None:
     counts = (3, 0, 7, 1)
     x, up, down, grad = problem(counts)
-    y = experts(x.t().contiguous().t(), counts, up, down, "swiglu", backend)
-    expected = experts(x, counts, up, down, "swiglu", "reference")
+    y = networks(x.t().contiguous().t(), counts, up, down, "swiglu", backend)
+    expected = networks(x, counts, up, down, "swiglu", "reference")
     pairs = zip(gradients(y, grad, x, up, down), gradients(expected, grad, x, up, down), strict=True)
     assert relative_error(y, expected) < 1e-6
     assert all(relative_error(got, wanted) < 1e-5 for got, wanted in pairs)
@@ -160,7 +181,7 @@ def test_recomputation_gives_the_same_gradients(backend: Backend) -> None:
     x, up, down, grad = problem(counts)
 
     def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return experts(a, counts, b, c, "swiglu", backend)
+        return networks(a, counts, b, c, "swiglu", backend)
 
     plain = gradients(run(x, up, down), grad, x, up, down)
     again = gradients(checkpoint(run, x, up, down, use_reentrant=False), grad, x, up, down)
@@ -178,10 +199,10 @@ def test_training_saves_rows_and_pre_activations_only_and_inference_nothing(back
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = experts(x, counts, up, down, "swiglu", backend)
+        y = networks(x, counts, up, down, "swiglu", backend)
         assert sorted(saved) == sorted([x.numel(), 24 * 32, up.numel(), down.numel()])
         with torch.no_grad():
-            quiet = experts(x, counts, up, down, "swiglu", backend)
+            quiet = networks(x, counts, up, down, "swiglu", backend)
     assert len(saved) == 4
     assert torch.equal(quiet, y)
     assert not quiet.requires_grad
@@ -190,7 +211,7 @@ def test_training_saves_rows_and_pre_activations_only_and_inference_nothing(back
 def test_observed_pass_gives_hidden_activations_in_the_graph() -> None:
     counts = (3, 0, 7, 1)
     x, up, down, grad = problem(counts)
-    hidden, y = experts_observed(x, counts, up, down, "swiglu")
+    hidden, y = observed_feed_forward(x, counts, DenseStack(up), DenseStack(down), "swiglu")
     owner = [e for e, count in enumerate(counts) for _ in range(count)]
     expected = torch.stack([activate(up[e] @ row, "swiglu") for e, row in zip(owner, x, strict=True)])
     assert relative_error(hidden, expected) < 1e-6
@@ -230,6 +251,67 @@ def test_choice_on_a_processor_follows_the_size_of_the_pre_activations(rows: int
 def test_counts_that_do_not_fit_the_rows_are_refused() -> None:
     x, up, down, _ = problem((3, 4))
     with pytest.raises(AssertionError, match="rows disagree"):
-        experts(x, (3, 3), up, down, "swiglu")
+        networks(x, (3, 3), up, down, "swiglu")
     with pytest.raises(AssertionError, match="weights disagree"):
-        experts(x, (3, 4, 0), up, down, "swiglu")
+        networks(x, (3, 4, 0), up, down, "swiglu")
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func.overloadpacket.__name__.endswith("mm")
+        return func(*args, **(kwargs or {}))
+
+
+ASKED = [(x, up, down) for x in (False, True) for up in (False, True) for down in (False, True)][1:]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_a_backward_computes_the_gradients_that_somebody_asked_for_and_no_other(
+    backend: Backend, asked: tuple[bool, bool, bool]
+) -> None:
+    """A product for each, and one to pass the second matrix for all but its own."""
+    counts = (5, 0, 9, 2)
+    *leaves, grad = problem(counts)
+    every = gradients(networks(*leaves[:1], counts, *leaves[1:], "swiglu", backend), grad, *leaves)
+    for leaf, wanted in zip(leaves, asked, strict=True):
+        leaf.requires_grad_(wanted)
+    x, up, down = leaves
+    y = networks(x, counts, up, down, "swiglu", backend)
+    with Products() as products:
+        y.backward(grad)
+    assert products.count == (sum(asked) + (asked[0] or asked[1])) * (3 if backend == "loop" else 1)
+    for leaf, wanted, gradient in zip(leaves, asked, every, strict=True):
+        assert torch.equal(leaf.grad, gradient) if wanted else leaf.grad is None
+
+
+class Doubled:
+    """A format of weights that no kernel knows: twice what it holds, and frozen."""
+
+    def __init__(self, half_EOI: Tensor) -> None:
+        self.half_EOI = half_EOI
+        self.shape = tuple(half_EOI.shape)
+        self.needs_gradient = False
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        return tuple(Dense(2 * half_OI) for half_OI in self.half_EOI)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_weights_that_multiply_themselves_need_no_kernel(backend: Backend | None) -> None:
+    counts = (3, 0, 7, 1)
+    x, up, down, grad = problem(counts)
+    with torch.no_grad():
+        halves = Doubled(up / 2), Doubled(down / 2)
+    y = stacked_feed_forward(x, counts, *halves, "swiglu", backend)
+    expected = networks(x, counts, up, down, "swiglu", "reference")
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))

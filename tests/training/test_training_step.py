@@ -76,7 +76,7 @@ def with_moe(model: Model, *, router: dict[str, object], **changes: object) -> M
     return dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=inner, **changes))
 
 
-def test_balance_moves_by_what_admission_kept_and_by_the_share_it_dropped() -> None:
+def test_balance_moves_by_what_the_router_wanted_and_by_the_share_that_was_dropped() -> None:
     adaptive, bias = AdaptiveLoss(start=0.5, most=1.0, slope=0.3, momentum=0.75), LinearBias(rate=0.1)
     config = with_moe(
         SWITCH,
@@ -88,12 +88,12 @@ def test_balance_moves_by_what_admission_kept_and_by_the_share_it_dropped() -> N
     before = {layer: moe.balance.bias_E.double() for layer, moe in model.moe_layers().items()}
     [result] = run(model, settings(config, accumulate=2), 1)
     for layer, load in result.loads.items():
-        kept_E, wanted = load.load_E.double(), int(load.wanted_E.sum())
-        assert 0 < kept_E.sum() < wanted == 80
+        kept_E, wanted_E = load.load_E.double(), load.wanted_E.double()
+        assert 0 < kept_E.sum() < wanted_E.sum() == 80
         balance = model.moe_layers()[layer].balance
-        moved_E = -0.1 * (4 * kept_E - kept_E.sum()) / kept_E.sum()
+        moved_E = -0.1 * (4 * wanted_E - 80) / 80
         assert relative_error(balance.bias_E.double() - before[layer], moved_E) < 1e-5
-        coefficient = 0.75 * 0.5 + 0.25 * 0.3 * (1 - float(kept_E.sum()) / wanted)
+        coefficient = 0.75 * 0.5 + 0.25 * 0.3 * (1 - float(kept_E.sum()) / 80)
         assert float(balance.coefficient) == pytest.approx(coefficient, rel=1e-6)
 
 

@@ -12,30 +12,15 @@ from torch import Tensor, nn
 
 from consilium.attention.build import build_attention
 from consilium.attention.types import Context
-from consilium.config.feed_forward import Activation, FeedForward
+from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.kv.types import LayerCache
 from consilium.model.types import BlockResult
 from consilium.moe.layer import MoELayer
 from consilium.moe.types import Mode, Tokens
-from consilium.ops.feed_forward import feed_forward
-from consilium.ops.linear import Linear
+from consilium.ops.feed_forward import DenseNetwork
 from consilium.ops.norm import RMSNorm
-
-
-@final
-class DenseNetwork(nn.Module):
-    """The dense feed-forward network; gate and up are one matrix when the activation is gated."""
-
-    def __init__(self, config: FeedForward, hidden_size: int) -> None:
-        super().__init__()
-        self.activation: Activation = config.activation
-        self.up = Linear(hidden_size, (config.matrices - 1) * config.width)
-        self.down = Linear(config.width, hidden_size)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return feed_forward(x_TD, self.up.weight, self.down.weight, self.activation)
 
 
 @final
@@ -46,7 +31,7 @@ class DenseBlock(nn.Module):
         self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
         self.attention_post_norm = _post_norm(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.feed_forward = DenseNetwork(network, config.hidden_size)
+        self.feed_forward = DenseNetwork(config.hidden_size, network.width, network.activation)
         self.feed_forward_post_norm = _post_norm(config)
 
     def forward(

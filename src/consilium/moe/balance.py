@@ -155,17 +155,18 @@ class Balance(nn.Module):
         return communication_loss(sent_SN, p_SE, loss.most, segments)
 
     @torch.no_grad()
-    def step(self, load_E: Tensor, dropped_fraction: float) -> None:
-        """Move the control state once, after an optimizer step.
+    def step(self, wanted_E: Tensor, dropped_fraction: float = 0.0) -> None:
+        """Move the control state once, after an optimizer step, by what the router wanted.
 
-        ``load_E`` int64 counts and ``dropped_fraction`` in [0, 1] cover the whole step: every micro-batch and
-        rank, without padding, evaluation or recomputation. A step without tokens changes nothing.
+        ``wanted_E`` int64 counts and ``dropped_fraction`` in [0, 1] cover the whole step: every micro-batch
+        and rank, without padding, evaluation or recomputation. A step without tokens changes nothing. Counts
+        after drops would not do: a capacity cuts every wanted expert to the same load, and the mean with it.
         """
-        total = load_E.sum()
+        total = wanted_E.sum()
         if self.bias_E is not None:
             assert self.bias_E.dtype == torch.float32, "the selection bias is float32"
-            # Over the sum: load - mean is exact in integers as E * load - total.
-            excess_E = (load_E * self.experts - total).to(self.bias_E.device)
+            # Over the sum: count - mean is exact in integers as E * count - total.
+            excess_E = (wanted_E * self.experts - total).to(self.bias_E.device)
             match self.config.bias:
                 case NoBias():
                     pass

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from consilium.config.feed_forward import GATED, Activation
 from consilium.config.moe import MoE
 from consilium.moe.types import Mode, Rows
-from consilium.ops.grouped import Backend, experts, experts_observed
+from consilium.ops.grouped import Backend, observed_feed_forward, stacked_feed_forward
+from consilium.ops.weights import DenseStack
 
 
 @final
@@ -32,9 +33,10 @@ class Experts(nn.Module):
 
     def forward(self, rows: Rows, layer: int, mode: Mode) -> Tensor:
         """Outputs [R, D] in the dtype of the rows, unweighted, in the rows' order."""
+        up, down = DenseStack(self.up), DenseStack(self.down)
         if mode.observer is None:
-            return experts(rows.x_RD, rows.counts_E, self.up, self.down, self.activation, self.backend)
-        hidden_RF, y_RD = experts_observed(rows.x_RD, rows.counts_E, self.up, self.down, self.activation)
+            return stacked_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation, self.backend)
+        hidden_RF, y_RD = observed_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation)
         mode.observer.rows(layer, rows, hidden_RF, y_RD)
         return y_RD
 

@@ -16,7 +16,7 @@ from consilium.moe.balance import Balance
 from consilium.moe.experts import Experts
 from consilium.moe.latent import Latent
 from consilium.moe.routing.router import Router
-from consilium.moe.shared import Shared
+from consilium.moe.shared import build_shared
 from consilium.moe.transport import Local, Transport
 from consilium.moe.types import Mode, Report, Routing, Tokens
 
@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
         self.router = Router(config.router, hidden_size, config.experts)
         self.latent = Latent(config, hidden_size)
         self.experts = Experts(config, hidden_size)
-        self.shared = Shared(config, hidden_size)
+        self.shared = build_shared(config, hidden_size)
         self.balance = Balance(config.balance, config.router, config.experts)
 
     def forward(self, x_TD: Tensor, tokens: Tokens, mode: Mode) -> Result:
@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
         admitted = admit(routing, tokens, self.admission, mode)
         rows, ticket = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
         y_RL = self.experts(rows, self.layer, mode)
-        y_TD = self.shared(x_TD, self.latent.widen(self.transport.combine(y_RL, ticket)))
+        y_TD = self.latent.widen(self.transport.combine(y_RL, ticket)) + self.shared(x_TD)
         report = self.balance(routing, admitted, tokens, self.layer, mode)
         if mode.observer is not None:
             mode.observer.routing(self.layer, admitted, tokens)

@@ -6,11 +6,14 @@ else F.
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from consilium.config.feed_forward import Activation
+from consilium.config.feed_forward import Activation, matrices
+from consilium.ops.linear import Linear
 
 
 def activate(h_RG: Tensor, activation: Activation) -> Tensor:
@@ -68,10 +71,18 @@ def _gated_backward(h_RG: Tensor, grad_RF: Tensor, activation: Activation) -> tu
     return s_RF.mul_(up_RF), grad_h_RG
 
 
-def feed_forward(x: Tensor, up_GD: Tensor, down_DF: Tensor, activation: Activation) -> Tensor:
+@final
+class DenseNetwork(nn.Module):
     """down(activate(up(x))) over the last axis of ``x`` [..., D], computed in the dtype of ``x``.
 
-    Weights of another dtype (float32 masters) are cast in the graph, so their gradients keep their dtype.
+    Gate and up are one matrix where the activation is gated. Also the shared experts of an MoE layer.
     """
-    h = F.linear(x, up_GD.to(x.dtype))
-    return F.linear(activate(h, activation), down_DF.to(x.dtype))
+
+    def __init__(self, hidden_size: int, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up = Linear(hidden_size, (matrices(activation) - 1) * width)
+        self.down = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(activate(self.up(x), self.activation))

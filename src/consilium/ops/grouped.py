@@ -1,8 +1,8 @@
 """Expert networks over rows sorted by expert: the plain loop under autograd and three fast twins of it.
 
-A fast twin is one autograd function. It saves the rows, the pre-activations and the weights, recomputes the
-activation in backward and writes the stacked gradients once; indexing a stacked weight under autograd would
-instead make one full [E, G, D] gradient an expert.
+A fast twin is one autograd function over dense stacks. It saves the rows, the pre-activations and the
+weights, recomputes the activation in backward, writes the stacked gradients once and computes none that
+nobody asked for; indexing a stacked weight under autograd would make one full [E, G, D] gradient an expert.
 
 Legend: R rows sorted by expert, E experts, D hidden size, F width, G = 2F where the activation is gated, else
 F, C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O outputs of one matrix.
@@ -11,7 +11,7 @@ F, C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from consilium.config.feed_forward import Activation
 from consilium.ops.feed_forward import activate, activate_backward
+from consilium.ops.weights import DenseStack, Stack
 
 Backend = Literal["reference", "grouped", "padded", "loop"]
 Counts = tuple[int, ...]
@@ -32,46 +33,43 @@ MOST_PADDING = 4.0
 """Rows of the padded layout per real row that are ever accepted: one busy expert pads all others."""
 
 
-def experts(
+def stacked_feed_forward(
     x_RD: Tensor,
     counts_E: Counts,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
+    up: Stack,
+    down: Stack,
     activation: Activation,
     backend: Backend | None = None,
 ) -> Tensor:
     """Outputs [R, D]: each expert's feed-forward network over its own consecutive ``counts_E[e]`` rows.
 
-    Computes in the dtype of ``x_RD``. Weights may be wider (float32 masters): they are cast once a pass and
-    their gradients keep their dtype. Experts without rows get gradients of exactly zero. ``backend`` None
-    takes :func:`choose`; a backend that cannot compute these shapes gives way to the loop.
+    ``up`` is [E, G, D] and ``down`` [E, D, F]. Computes in the dtype of ``x_RD``. Dense weights may be wider
+    (float32 masters): they are cast once a pass and their gradients keep their dtype. Experts without rows
+    get gradients of exactly zero. ``backend`` None takes :func:`choose`; a backend that cannot compute these
+    shapes gives way to the loop, and weights that are not dense take the reference.
     """
     assert sum(counts_E) == x_RD.shape[0], "counts and rows disagree"
-    assert len(counts_E) == up_EGD.shape[0], "counts and weights disagree"
-    network = Network(up_EGD, down_EDF, activation)
+    assert len(counts_E) == up.shape[0], "counts and weights disagree"
+    if not (isinstance(up, DenseStack) and isinstance(down, DenseStack)):
+        return observed_feed_forward(x_RD, counts_E, up, down, activation)[1]
+    network = Network(up.weight_EOI, down.weight_EOI, activation)
     backend = _possible(backend or choose(x_RD, counts_E, network), x_RD, counts_E, network)
     if backend == "reference":
-        return experts_reference(x_RD, counts_E, up_EGD, down_EDF, activation)
+        return observed_feed_forward(x_RD, counts_E, up, down, activation)[1]
     if torch.is_grad_enabled():
-        return _Experts.apply(x_RD, up_EGD, down_EDF, _Plan(activation, counts_E, backend))
+        plan = _Plan(activation, counts_E, backend)
+        return _Networks.apply(x_RD, network.up_EGD, network.down_EDF, plan)
     return _way(backend, counts_E).forward(x_RD, network)[1]
 
 
-def experts_reference(
-    x_RD: Tensor, counts_E: Counts, up_EGD: Tensor, down_EDF: Tensor, activation: Activation
-) -> Tensor:
-    """The obvious loop over experts, under autograd."""
-    return experts_observed(x_RD, counts_E, up_EGD, down_EDF, activation)[1]
-
-
-def experts_observed(
-    x_RD: Tensor, counts_E: Counts, up_EGD: Tensor, down_EDF: Tensor, activation: Activation
+def observed_feed_forward(
+    x_RD: Tensor, counts_E: Counts, up: Stack, down: Stack, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """The obvious loop over experts: hidden activations [R, F] and outputs [R, D], both in the graph."""
-    up_E, down_E = up_EGD.to(x_RD.dtype).unbind(), down_EDF.to(x_RD.dtype).unbind()
-    h_RG = torch.cat([F.linear(x, up) for x, up in zip(x_RD.split(counts_E), up_E, strict=True)])
+    up_E, down_E = up.matrices(), down.matrices()
+    h_RG = torch.cat([w.times(x) for x, w in zip(x_RD.split(counts_E), up_E, strict=True)])
     a_RF = activate(h_RG, activation)
-    y_RD = torch.cat([F.linear(a, down) for a, down in zip(a_RF.split(counts_E), down_E, strict=True)])
+    y_RD = torch.cat([w.times(a) for a, w in zip(a_RF.split(counts_E), down_E, strict=True)])
     return a_RF, y_RD
 
 
@@ -124,7 +122,20 @@ class _Plan:
     backend: Backend
 
 
-class _Experts(Function):
+class _Asked(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    x: bool
+    up: bool
+    down: bool
+
+    @property
+    def inside(self) -> bool:
+        """Whether the gradient has to pass the second matrix."""
+        return self.x or self.up
+
+
+class _Networks(Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, up_EGD: Tensor, down_EDF: Tensor, plan: _Plan) -> Tensor:
         network = Network(up_EGD, down_EDF, plan.activation)
@@ -141,7 +152,12 @@ class _Experts(Function):
         x_RD, h_PG, up_EGD, down_EDF = ctx.saved_tensors
         way = _way(ctx.plan.backend, ctx.plan.counts_E)
         network = Network(up_EGD, down_EDF, ctx.plan.activation)
-        return *way.backward(grads[0].contiguous(), x_RD, h_PG, network), None
+        asked = _Asked(*ctx.needs_input_grad[:3])
+        return *way.backward(grads[0].contiguous(), x_RD, h_PG, network, asked), None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of rows, ``up`` and ``down``; None where nobody asked."""
 
 
 class _Way(Protocol):
@@ -152,9 +168,9 @@ class _Way(Protocol):
         ...
 
     def backward(
-        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of rows, ``up`` and ``down``, the latter two in the weights' dtype and fully written."""
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network, asked: _Asked
+    ) -> Gradients:
+        """What is asked for; gradients of weights in the weights' dtype and fully written."""
         ...
 
 
@@ -188,21 +204,32 @@ class _Loop:
         return h_RG, y_RD
 
     def backward(
-        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x_RD = torch.empty_like(x_RD)
-        grad_up_EGD, grad_down_EDF = torch.empty_like(network.up_EGD), torch.empty_like(network.down_EDF)
-        for e, rows in enumerate(self.rows_E):
-            if rows.start == rows.stop:
-                grad_up_EGD[e].zero_()
-                grad_down_EDF[e].zero_()
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network, asked: _Asked
+    ) -> Gradients:
+        grad_x_RD = torch.empty_like(x_RD) if asked.x else None
+        grad_up_EGD = self._empty(network.up_EGD) if asked.up else None
+        grad_down_EDF = self._empty(network.down_EDF) if asked.down else None
         for e, rows in self._live():
             up_GD, down_DF = network.up_EGD[e].to(x_RD.dtype), network.down_EDF[e].to(x_RD.dtype)
-            a, grad_h = activate_backward(h_PG[rows], grad_RD[rows] @ down_DF, network.activation)
-            torch.mm(grad_h, up_GD, out=grad_x_RD[rows])
-            _outer(grad_h, x_RD[rows], grad_up_EGD[e])
-            _outer(grad_RD[rows], a, grad_down_EDF[e])
+            if asked.inside:
+                a, grad_h = activate_backward(h_PG[rows], grad_RD[rows] @ down_DF, network.activation)
+            else:
+                a = grad_h = activate(h_PG[rows], network.activation)
+            if grad_x_RD is not None:
+                torch.mm(grad_h, up_GD, out=grad_x_RD[rows])
+            if grad_up_EGD is not None:
+                _outer(grad_h, x_RD[rows], grad_up_EGD[e])
+            if grad_down_EDF is not None:
+                _outer(grad_RD[rows], a, grad_down_EDF[e])
         return grad_x_RD, grad_up_EGD, grad_down_EDF
+
+    def _empty(self, weight_EOI: Tensor) -> Tensor:
+        """Room for a gradient, already zero for idle experts."""
+        grad_EOI = torch.empty_like(weight_EOI)
+        for e, rows in enumerate(self.rows_E):
+            if rows.start == rows.stop:
+                grad_EOI[e].zero_()
+        return grad_EOI
 
     def _live(self) -> list[tuple[int, slice]]:
         return [(e, rows) for e, rows in enumerate(self.rows_E) if rows.start < rows.stop]
@@ -251,15 +278,22 @@ class _Passes:
         return h_PG, products.leave(products.times_transposed(a_PF, network.down_EDF.to(x_RD.dtype)))
 
     def backward(
-        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad_RD: Tensor, x_RD: Tensor, h_PG: Tensor, network: Network, asked: _Asked
+    ) -> Gradients:
         products = self.products
         grad_PD = products.enter(grad_RD)
-        grad_a_PF = products.times(grad_PD, network.down_EDF.to(x_RD.dtype))
-        a_PF, grad_h_PG = activate_backward(h_PG, grad_a_PF, network.activation)
-        grad_down_EDF = self._written(products.outer(grad_PD, a_PF), network.down_EDF)
-        grad_up_EGD = self._written(products.outer(grad_h_PG, products.enter(x_RD)), network.up_EGD)
-        grad_x_RD = products.leave(products.times(grad_h_PG, network.up_EGD.to(x_RD.dtype)))
+        grad_x_RD = grad_up_EGD = grad_down_EDF = None
+        if asked.inside:
+            grad_a_PF = products.times(grad_PD, network.down_EDF.to(x_RD.dtype))
+            a_PF, grad_h_PG = activate_backward(h_PG, grad_a_PF, network.activation)
+        else:
+            a_PF = grad_h_PG = activate(h_PG, network.activation)
+        if asked.down:
+            grad_down_EDF = self._written(products.outer(grad_PD, a_PF), network.down_EDF)
+        if asked.up:
+            grad_up_EGD = self._written(products.outer(grad_h_PG, products.enter(x_RD)), network.up_EGD)
+        if asked.x:
+            grad_x_RD = products.leave(products.times(grad_h_PG, network.up_EGD.to(x_RD.dtype)))
         return grad_x_RD, grad_up_EGD, grad_down_EDF
 
     def _written(self, grad_EOI: Tensor, weight_EOI: Tensor) -> Tensor:

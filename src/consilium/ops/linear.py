@@ -6,7 +6,8 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from consilium.ops.weights import Dense, Matrix
 
 
 @final
@@ -21,6 +22,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
+    @property
+    def matrix(self) -> Matrix:
+        return Dense(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+        return self.matrix.times(x, self.bias)

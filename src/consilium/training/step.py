@@ -84,7 +84,7 @@ def train_step(
         set_rate(optimizer, rate)
         optimizer.step()
         for layer, moe in model.moe_layers().items():
-            moe.balance.step(loads[layer].load_E, loads[layer].dropped_fraction)
+            moe.balance.step(loads[layer].wanted_E, loads[layer].dropped_fraction)
     return StepResult(
         loss=total,
         ce=sum(float(loss.nll) for loss in losses) / max(share.targets, 1),
