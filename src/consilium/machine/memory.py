@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from consilium.errors import ConsiliumError
-
-ROOT: Final = Path("/")
-_GROUPS: Final = "sys/fs/cgroup"
+from consilium.machine import groups
+from consilium.machine.groups import ROOT, read
 
 
 def physical_memory() -> int:
@@ -27,7 +25,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
     None where that is not known: other systems than Linux enlarge their swap as they go. What other programs
     use is not taken off: they may end.
     """
-    found = [int(text) for path in _limits(root) if (text := _read(path).strip()).isdecimal()]
+    found = [int(text) for path in _limits(root) if (text := read(path).strip()).isdecimal()]
     swap = _swap(root)
     return min([*found, *(() if swap is None else (physical_memory() + swap,))], default=None)
 
@@ -43,28 +41,15 @@ def refuse_beyond_memory(need: int, what: str, remedy: str, *, limit: int | None
 
 
 def _limits(root: Path) -> Iterator[Path]:
-    """Files with the limit of each control group above this process, in version 2 and 1.
-
-    They hold ``max`` or a huge number where there is none.
-    """
-    yield root / _GROUPS / "memory/memory.limit_in_bytes"
-    yield root / _GROUPS / "memory.max"
-    own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line[:3] == "0::"), "")
-    parts = [part for part in own.split("/") if part not in {"", ".."}]
-    for depth in range(len(parts)):
-        yield root.joinpath(_GROUPS, *parts[: depth + 1], "memory.max")
+    """Files with the limit of each group; they hold ``max`` or a huge number where there is none."""
+    for folder in groups.folders("memory", root):
+        yield folder / "memory.limit_in_bytes"
+        yield folder / "memory.max"
 
 
 def _swap(root: Path) -> int | None:
     """``SwapTotal:  8388604 kB`` of Linux's /proc/meminfo; None elsewhere."""
-    for line in _read(root / "proc/meminfo").splitlines():
+    for line in read(root / "proc/meminfo").splitlines():
         if line.startswith("SwapTotal:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""

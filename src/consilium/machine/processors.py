@@ -1,16 +1,59 @@
-"""The processors of this machine."""
+"""The processors of this machine, and how many of them this process can use."""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
+
+from consilium.machine import groups
+from consilium.machine.groups import ROOT, read
 
 
 def cpu_name() -> str:
     """The processor's name, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in read(ROOT / "proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def threads(root: Path = ROOT) -> int:
+    """Threads to compute with: of OMP_NUM_THREADS, or as many as have a core of their own here.
+
+    That is the least of the processors that this process may run on, the whole processors in the quota of its
+    control groups, and the physical cores among them: more threads wait for each other.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    allowed = affinity()
+    return max(1, min([len(allowed), len(_cores(allowed, root)), *map(int, _quotas(root))]))
+
+
+def affinity() -> frozenset[int]:
+    """The processors that this process may run on."""
+    try:
+        return frozenset(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows bind nobody
+        return frozenset(range(os.cpu_count() or 1))
+
+
+def _cores(processors: frozenset[int], root: Path) -> frozenset[str]:
+    """Physical cores of ``processors``; each is one where the system does not say."""
+    folder = root / "sys/devices/system/cpu"
+    return frozenset(
+        read(folder / f"cpu{number}/topology/thread_siblings_list").strip() or str(number)
+        for number in processors
+    )
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors in the quota of each group of this process: ``200000 100000`` are two, ``max`` is none."""
+    for folder in groups.folders("cpu", root):
+        quota, period = read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")
+        text = f"{quota} {period}" if quota else read(folder / "cpu.max")
+        numbers = text.split()
+        if len(numbers) == 2 and all(map(str.isdecimal, numbers)) and int(numbers[1]):
+            yield int(numbers[0]) / int(numbers[1])
