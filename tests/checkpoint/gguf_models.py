@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from consilium.checkpoint.gguf.splits import LETTERS
 from consilium.config.attention import GQA, MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, SignBias
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import MTP, Model
 from consilium.config.moe import AlwaysOn, MoE
 from consilium.config.router import Groups, Raw, Router, Sigmoid, TopK
+from consilium.data.splits import LETTERS
 
 BYTES = 259
 """The vocabulary of bytes and three special tokens."""

@@ -21,9 +21,9 @@ from checkpoint.gguf_models import DEEPSEEK_LLM, llama
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
-from consilium.checkpoint.gguf.pieces import scores
-from consilium.checkpoint.gguf.splits import split_of
 from consilium.data.documents import Document
+from consilium.data.pieces import scores
+from consilium.data.splits import split_of
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 

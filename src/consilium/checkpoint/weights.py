@@ -6,17 +6,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from torch import Tensor
 
-from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.safetensors_io import SINGLE, Entry, read_header
 from consilium.errors import ConsiliumError
 
 INDEX: Final = f"{SINGLE}.index.json"
 _SHARD: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _LARGEST_INDEX: Final = 256 * 2**20
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -53,7 +57,7 @@ def find(folder: Path, *, tensors: int | None = None) -> dict[str, Entry]:
 
 
 def match(
-    found: Mapping[str, Stored],
+    found: Mapping[str, Shaped],
     expected: Mapping[str, Tensor],
     folder: Path,
     *,

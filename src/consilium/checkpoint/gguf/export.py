@@ -25,11 +25,11 @@ from gguf import (
 from gguf.constants import GGML_QUANT_VERSION
 
 from consilium.checkpoint.gguf.metadata import Value, arch_of, metadata, notices
-from consilium.checkpoint.gguf.splits import PIECES
 from consilium.checkpoint.gguf.tensors import exported, stored_as
 from consilium.checkpoint.gguf.tokenizer import Vocabulary, read_vocabulary
 from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import open_folder
+from consilium.data.splits import PIECES
 from consilium.disk.files import DISK, Filesystem, make_parents, write_failure
 from consilium.errors import ConsiliumError, nearest
 

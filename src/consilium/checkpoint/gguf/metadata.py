@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, Keys, RopeScalingType
@@ -15,6 +16,22 @@ from consilium.config.router import Normalised, Raw, Sigmoid, TopK
 from consilium.errors import ConsiliumError
 
 Value = bool | int | float | str
+_NAMED: Final[Mapping[str, MODEL_ARCH]] = {
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "olmoe": MODEL_ARCH.OLMOE,
+    "deepseek": MODEL_ARCH.DEEPSEEK,
+}
+_NORMALISED: Final[Mapping[MODEL_ARCH, bool]] = {
+    MODEL_ARCH.QWEN2MOE: False,
+    MODEL_ARCH.QWEN3MOE: True,
+    MODEL_ARCH.OLMOE: False,
+    MODEL_ARCH.DEEPSEEK: False,
+}
+"""Whether llama.cpp makes the weights of a token's experts sum to 1 there: it has no key for it."""
+_EVERYWHERE: Final = frozenset({MODEL_ARCH.QWEN2MOE, MODEL_ARCH.QWEN3MOE, MODEL_ARCH.OLMOE})
 _LITE: Final = (26, 27)
 """Numbers of layers from which llama.cpp concludes that a deepseek2 model has no query compression."""
 
@@ -24,14 +41,15 @@ def arch_of(config: Model) -> MODEL_ARCH:
     match architecture(config):
         case "llama" | "mixtral":
             arch = MODEL_ARCH.LLAMA
-        case "qwen3_moe":
-            arch = MODEL_ARCH.QWEN3MOE
         case "deepseek_v2" | "deepseek_v3":
             arch = MODEL_ARCH.DEEPSEEK2
+        case str() as kind if kind in _NAMED:
+            arch = _NAMED[kind]
         case other:
+            written = ", ".join(["llama", "mixtral", *_NAMED, "deepseek_v2", "deepseek_v3"])
             raise _impossible(
                 f"{config.family!r} (architecture {other or 'of our own'}) is none of the architectures"
-                " written here: llama, mixtral, qwen3_moe, deepseek_v2, deepseek_v3"
+                f" written here: {written}"
             )
     _check(config, arch)
     return arch
@@ -120,7 +138,22 @@ def _moe(config: Model, moe: MoE, arch: MODEL_ARCH) -> dict[str, Value]:
         Keys.LLM.EXPERT_USED_COUNT: moe.most_active,
         Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: moe.width,
     }
-    return keys | _deepseek(config, moe) if arch is MODEL_ARCH.DEEPSEEK2 else keys
+    match arch:
+        case MODEL_ARCH.DEEPSEEK2:
+            return keys | _deepseek(config, moe)
+        case MODEL_ARCH.DEEPSEEK:
+            return keys | _first_dense(config, moe) | {Keys.LLM.EXPERT_WEIGHTS_SCALE: 1.0}
+        case MODEL_ARCH.QWEN2MOE:
+            return keys | {Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: moe.shared_width}
+        case _:
+            return keys
+
+
+def _first_dense(config: Model, moe: MoE) -> dict[str, Value]:
+    return {
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: config.dense_first,
+        Keys.LLM.EXPERT_SHARED_COUNT: moe.shared_width // moe.width,
+    }
 
 
 def _deepseek(config: Model, moe: MoE) -> dict[str, Value]:
@@ -130,8 +163,7 @@ def _deepseek(config: Model, moe: MoE) -> dict[str, Value]:
     assert isinstance(router.select, TopK)
     groups = router.select.groups
     return {
-        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: config.dense_first,
-        Keys.LLM.EXPERT_SHARED_COUNT: moe.shared_width // moe.width,
+        **_first_dense(config, moe),
         Keys.LLM.EXPERT_WEIGHTS_SCALE: router.scale,
         Keys.LLM.EXPERT_WEIGHTS_NORM: isinstance(router.weight, Normalised),
         Keys.LLM.EXPERT_GATING_FUNC: int(gating.value),
@@ -156,11 +188,17 @@ def _check(config: Model, arch: MODEL_ARCH) -> None:
             raise _impossible(f"llama.cpp takes one of {config.layers} layers to have no query compression")
         case GQA() | MLA():
             pass
-    if arch is MODEL_ARCH.QWEN3MOE and config.moe is not None:
-        if isinstance(config.moe.router.weight, Raw):
-            raise _impossible("llama.cpp always normalises the weights of a qwen3_moe (norm_topk_prob)")
-        if len(config.moe_layers) != config.layers:
-            raise _impossible("llama.cpp expects experts in every layer of a qwen3_moe")
+    if config.moe is not None and arch in _NORMALISED:
+        _check_experts(config, config.moe, arch)
+
+
+def _check_experts(config: Model, moe: MoE, arch: MODEL_ARCH) -> None:
+    name, normalised = MODEL_ARCH_NAMES[arch], _NORMALISED[arch]
+    if isinstance(moe.router.weight, Raw) is normalised:
+        does = "always normalises" if normalised else "never normalises"
+        raise _impossible(f"llama.cpp {does} the weights of a {name} (norm_topk_prob)")
+    if arch in _EVERYWHERE and len(config.moe_layers) != config.layers:
+        raise _impossible(f"llama.cpp expects experts in every layer of a {name}")
 
 
 def _yarn_fits(yarn: Yarn, arch: MODEL_ARCH) -> bool:

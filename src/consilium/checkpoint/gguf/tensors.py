@@ -1,4 +1,4 @@
-"""Our tensors under the names of GGUF, in the order of rows that llama.cpp expects.
+"""Our tensors under the names of GGUF, in llama.cpp's order of rows: read and written by one table.
 
 Legend: H heads, N dimensions of a head without position, R rotated, V of a value, Z latent, F expert width,
 D hidden.
@@ -7,7 +7,7 @@ D hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Final
 
 import torch
@@ -34,6 +34,7 @@ _SHARED: Final[Mapping[str, tuple[MODEL_TENSOR, ...]]] = {
     "moe.experts.down": (_T.FFN_DOWN_EXP,),
     "moe.shared.up": (_T.FFN_GATE_SHEXP, _T.FFN_UP_SHEXP),
     "moe.shared.down": (_T.FFN_DOWN_SHEXP,),
+    "moe.shared.gate": (_T.FFN_GATE_INP_SHEXP,),
 }
 _GQA: Final[Mapping[str, tuple[MODEL_TENSOR, ...]]] = {
     "attention.k": (_T.ATTN_K,),
@@ -49,8 +50,11 @@ _MLA: Final[Mapping[str, tuple[MODEL_TENSOR, ...]]] = {
     "attention.kv_norm": (_T.ATTN_KV_A_NORM,),
     "attention.kv_up": (_T.ATTN_K_B, _T.ATTN_V_B),
 }
-_NAME: Final = re.compile(r"(?:layers\.(\d+)\.)?(.+?)(?:\.weight)?")
-_ALWAYS_FLOAT32: Final = re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)\..*")
+_NAME: Final = re.compile(r"(?:layers\.(\d+)\.)?(.+?)(?:\.(weight|bias))?")
+_ALWAYS_FLOAT32: Final = re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b|ffn_gate_inp_shexp)\..*")
+_MOST_SIDES: Final = 3
+_ROTATES_NEIGHBOURS: Final = frozenset({MODEL_ARCH.LLAMA, MODEL_ARCH.DEEPSEEK})
+"""Where llama.cpp rotates pairs of neighbours in grouped-query attention, and we rotate halves."""
 
 
 def exported(config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -58,12 +62,29 @@ def exported(config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor) -> Iter
 
     The tensor may be on the meta device: the results then say names and shapes.
     """
+    if not name.startswith("mtp."):
+        for theirs, part in views(config, arch, name, tensor):
+            yield theirs, part.flatten(0, -2) if part.ndim > _MOST_SIDES else part
+
+
+def views(
+    config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor, held: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of a file that our tensor ``name`` is made of, and its values as a view of ours.
+
+    A view may have more sides than the file's tensor has; their values are in the same order. Latent
+    attention whose rotation is by halves is written and never read: there it is a copy. ``held`` are the
+    names of the file: older ones hold the matrix of keys and values whole.
+    """
     match = _NAME.fullmatch(name)
-    if match is None or name.startswith("mtp."):
+    assert match is not None, name
+    layer, stem, suffix = match[1], match[2], match[3] or "weight"
+    whole = TENSOR_NAMES[_T.ATTN_KV_B].format(bid=layer)
+    if stem == "attention.kv_up" and f"{whole}.weight" in held:
+        yield f"{whole}.weight", tensor
         return
-    layer, stem = match.groups()
     kinds = (_SHARED | (_GQA if isinstance(config.attention, GQA) else _MLA))[stem]
-    suffix = "bias" if kinds == (_T.FFN_EXP_PROBS_B,) else "weight"
+    suffix = "bias" if kinds == (_T.FFN_EXP_PROBS_B,) else suffix
     for kind, part in zip(kinds, _parts(config, arch, stem, tensor, len(kinds)), strict=True):
         yield f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}", part
 
@@ -78,8 +99,10 @@ def stored_as(
 
 def _parts(config: Model, arch: MODEL_ARCH, stem: str, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
     match config.attention, stem:
-        case GQA() as gqa, "attention.q" | "attention.k" if arch is MODEL_ARCH.LLAMA:
-            return (_paired(tensor.unflatten(0, (-1, gqa.head_dim))).flatten(0, 1),)
+        case GQA() as gqa, "attention.q" | "attention.k" if arch in _ROTATES_NEIGHBOURS:
+            return (_pairs(tensor.unflatten(0, (-1, gqa.head_dim))),)
+        case _, "moe.shared.gate":
+            return (tensor[0],)
         case MLA() as mla, "attention.kv_up":
             up_HXZ = tensor.unflatten(0, (mla.heads, -1))
             return up_HXZ[:, : mla.nope_dim].transpose(1, 2), up_HXZ[:, mla.nope_dim :]
@@ -91,12 +114,12 @@ def _parts(config: Model, arch: MODEL_ARCH, stem: str, tensor: Tensor, count: in
             return tensor.chunk(count, dim=-2) if count > 1 else (tensor,)
 
 
-def _paired(rows_XRD: Tensor) -> Tensor:
-    """Put row i beside row i + R/2: llama.cpp rotates neighbours where we rotate halves."""
-    return rows_XRD.unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
+def _pairs(rows_XRD: Tensor) -> Tensor:
+    """Row i beside row i + R/2, as a view [X, R/2, 2, D]: neighbours are rotated where we rotate halves."""
+    return rows_XRD.unflatten(-2, (2, -1)).transpose(-3, -2)
 
 
 def _paired_last(rows: Tensor, rotated: int) -> Tensor:
-    """``_paired`` for the last ``rotated`` rows, those that carry the position."""
+    """``_pairs`` for the last ``rotated`` rows, those that carry the position."""
     plain, position = rows.split((rows.shape[-2] - rotated, rotated), dim=-2)
-    return torch.cat((plain, _paired(position)), dim=-2)
+    return torch.cat((plain, _pairs(position).flatten(-3, -2)), dim=-2)

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from gguf import TokenType
 
-from consilium.checkpoint.gguf.pieces import scores
-from consilium.checkpoint.gguf.splits import PIECES, composes, split_of
 from consilium.checkpoint.json_file import read_bytes, read_object
+from consilium.data.pieces import scores
+from consilium.data.splits import PIECES, composes, split_of
 from consilium.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from consilium.data.vocabulary import BYTE_TOKEN
 from consilium.errors import ConsiliumError

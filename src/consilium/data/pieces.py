@@ -1,4 +1,4 @@
-"""Merges of byte-fallback BPE as the scores that llama.cpp's SentencePiece tokenizer merges by.
+"""Merges of byte-fallback BPE and the scores that llama.cpp's SentencePiece merges by: both ways.
 
 It joins any two neighbours whose text is a token, highest score first. A list of merges says the same where
 it has every way to make a token out of two others, and all ways of one token next to each other: then a
@@ -30,6 +30,20 @@ def scores(vocabulary: Mapping[str, int], merges: Sequence[Merge], where: str) -
             " convert this model with llama.cpp's own script, or without tokenizer.json."
         )
     return found
+
+
+def merges(scored: Mapping[str, float]) -> list[Merge]:
+    """Return every way to make a token of ``scored`` out of two others, the highest score first.
+
+    The tokens of equal score keep their order.
+    """
+    ranked = sorted(scored, key=lambda token: -scored[token])
+    return [
+        (token[:cut], token[cut:])
+        for token in ranked
+        for cut in range(1, len(token))
+        if token[:cut] in scored and token[cut:] in scored
+    ]
 
 
 def _unlisted(vocabulary: Mapping[str, int], merges: set[Merge]) -> Iterator[Merge]:

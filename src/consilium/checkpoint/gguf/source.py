@@ -1,0 +1,117 @@
+"""The weights of a GGUF file, checked against its own description, then read one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from consilium.checkpoint import weights
+from consilium.checkpoint.gguf.keys import model_of
+from consilium.checkpoint.gguf.tensors import views
+from consilium.config.model import Model
+from consilium.errors import ConsiliumError
+from consilium.model.build import DTYPES, build
+from consilium.ops.gguf import Entry, Header, damaged, read_header
+
+_PIECE: Final = 2**22
+"""Values that are dequantised at a time: what a read costs beside its target."""
+_STORED: Final = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
+_ARCHS: Final[Mapping[str, MODEL_ARCH]] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """Weights that fit ``config``; ``state`` says our names, shapes and dtypes and has no memory."""
+
+    config: Model
+    state: Mapping[str, Tensor]
+    header: Header
+    check_finite: bool
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy our tensor ``name`` into ``target``, dequantised; ConsiliumError names a tensor at fault."""
+        for theirs, view in _views(self.config, self.header, name, target.detach()):
+            _read_into(self.header.tensors[theirs], view, check_finite=self.check_finite)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
+        values = torch.zeros_like(self.state[name], dtype=dtype, device="cpu")
+        self.fill(name, values)
+        return values
+
+
+def open_file(path: Path, *, dtype: str | None = None, check_finite: bool = False) -> FileSource:
+    """Return the weights in the GGUF file ``path``, or of all parts of a split one.
+
+    ``dtype`` is by default that of the embedding where it is one of ours, and float32 for quantised types:
+    their values, times their scales, are not numbers of fewer bits. Raises ConsiliumError for a damaged file,
+    an architecture or type that is not read, and names or shapes that do not fit.
+    """
+    header = read_header(path)
+    config = model_of(header)
+    if config.layers > len(header.tensors):
+        raise damaged(path, f"asks for {config.layers} layers and holds {len(header.tensors)} tensors")
+    for entry in header.tensors.values():
+        _refuse_unreadable(entry)
+    state = build(config, dtype=dtype or _stored_dtype(header), device="meta").state_dict()
+    expected = {
+        theirs: torch.empty(_flat(view), device="meta")
+        for ours, tensor in state.items()
+        for theirs, view in _views(config, header, ours, tensor)
+    }
+    weights.match(header.tensors, expected, path)
+    return FileSource(config, state, header, check_finite)
+
+
+def _views(config: Model, header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    arch = _ARCHS[header.keys["general.architecture"]]
+    return views(config, arch, name, tensor, held=header.tensors)
+
+
+def _flat(view: Tensor) -> tuple[int, ...]:
+    """The shape that the file has for ``view``: pairs of rows are rows there."""
+    return tuple(view.shape) if view.ndim <= 3 else (math.prod(view.shape[:-1]), view.shape[-1])
+
+
+def _stored_dtype(header: Header) -> str:
+    word = _STORED.get(header.tensors["token_embd.weight"].kind, "float32")
+    return word if word in DTYPES else "float32"
+
+
+def _refuse_unreadable(entry: Entry) -> None:
+    _, size = GGML_QUANT_SIZES[entry.kind]
+    try:
+        dequantize(np.zeros((1, size), np.uint8), entry.kind)
+    except (NotImplementedError, ValueError):
+        raise ConsiliumError(
+            f"{entry.file}: {entry.name[:80]} is of type {entry.kind.name}, which is not read here;"
+            " use the file in another type, such as Q8_0 or F16."
+        ) from None
+
+
+def _read_into(entry: Entry, target: Tensor, *, check_finite: bool) -> None:
+    """Dequantise into ``target``, whose values are in the order of the file, a piece at a time."""
+    inner = math.prod(target.shape[1:]) if target.ndim > 1 else 1
+    step = target.shape[0] if target.ndim == 1 else max(1, _PIECE // inner)
+    row = entry.shape[-1]
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        for start in range(0, target.shape[0], step):
+            part = target[start : start + step]
+            stored = np.fromfile(file, np.uint8, part.numel() // row * entry.row_bytes)
+            if stored.size < part.numel() // row * entry.row_bytes:
+                raise damaged(entry.file, f"ends inside tensor {entry.name[:80]!r}", "download it again")
+            values = torch.from_numpy(dequantize(stored.reshape(-1, entry.row_bytes), entry.kind))
+            if check_finite and not bool(values.isfinite().all()):
+                raise damaged(entry.file, f"holds a value in {entry.name[:80]!r} that is not finite")
+            part.copy_(values.view(part.shape))
