@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from consilium.config.attention import GQA, MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, SignBias
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import MTP, Model
-from consilium.config.moe import AlwaysOn, MoE
+from consilium.config.moe import AlwaysOn, MoE, NoShared, Shared, SigmoidGated
 from consilium.config.router import Groups, Raw, Router, Sigmoid, TopK
 from consilium.data.splits import LETTERS
 
@@ -16,6 +17,7 @@ BYTES = 259
 """The vocabulary of bytes and three special tokens."""
 DENSE = FeedForward(width=96)
 INTERLEAVED = Rope(interleaved=True)
+GROUPED = GQA(heads=4, kv_heads=2, head_dim=16)
 TOP_2 = Router(select=TopK(k=2))
 
 
@@ -29,13 +31,12 @@ def latent(rope: Rope, q_rank: int | None = 32) -> MLA:
 
 
 def llama() -> Model:
-    attention = GQA(heads=4, kv_heads=2, head_dim=16)
     return Model(
         family="llama",
         vocab_size=BYTES,
         hidden_size=64,
         layers=2,
-        attention=attention,
+        attention=GROUPED,
         dense=DENSE,
         max_length=256,
         tied=True,
@@ -71,6 +72,22 @@ def qwen3(*, tied: bool = False, router: Router = TOP_2, dense_first: int = 0) -
         max_length=256,
         tied=tied,
     )
+
+
+def dense(family: str, attention: GQA) -> Model:
+    return dataclasses.replace(llama(), family=family, attention=attention, tied=False)
+
+
+def softmax(family: str, attention: GQA, shared: Shared = NoShared()) -> Model:
+    """Raw weights of a softmax over all experts, as Qwen2-MoE, OLMoE and DeepSeekMoE have them."""
+    router = Router(select=TopK(k=2), weight=Raw())
+    moe = MoE(experts=8, width=32, router=router, shared=shared)
+    return dataclasses.replace(llama(), family=family, attention=attention, dense=None, moe=moe, tied=False)
+
+
+def deepseek_moe() -> Model:
+    plain = softmax("deepseek-moe", GROUPED, AlwaysOn(count=2, width=32))
+    return dataclasses.replace(plain, dense=DENSE, dense_first=1)
 
 
 def deepseek_v2(
@@ -113,6 +130,11 @@ CASES = {
     "llama": llama(),
     "mixtral": mixtral(),
     "mixtral-yarn": mixtral(scaled=True),
+    "qwen2": dense("qwen2", dataclasses.replace(GROUPED, qkv_bias=True)),
+    "qwen3": dense("qwen3", dataclasses.replace(GROUPED, qk_norm="head")),
+    "qwen2_moe": softmax("qwen-moe", dataclasses.replace(GROUPED, qkv_bias=True), SigmoidGated(width=64)),
+    "olmoe": softmax("olmoe", dataclasses.replace(GROUPED, qk_norm="full")),
+    "deepseek": deepseek_moe(),
     "qwen3_moe": qwen3(),
     "qwen3_moe-tied": qwen3(tied=True),
     "deepseek_v2": deepseek_v2(),

@@ -81,13 +81,15 @@ def attention_of(config: Model, here: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {"attn_output.weight": here["attention.o.weight"]}
     match config.attention:
         case GQA() as gqa:
-            halves = config.family in {"llama", "mixtral"}
+            halves = config.family in {"llama", "mixtral", "deepseek-moe"}
             for x, heads in (("q", gqa.heads), ("k", gqa.kv_heads)):
                 weight = here[f"attention.{x}.weight"]
                 found[f"attn_{x}.weight"] = by_head(weight, heads, 0, gqa.head_dim) if halves else weight
-                if gqa.qk_norm == "head":
+                if gqa.qk_norm != "none":
                     found[f"attn_{x}_norm.weight"] = here[f"attention.{x}_norm.weight"]
             found["attn_v.weight"] = here["attention.v.weight"]
+            if gqa.qkv_bias:
+                found |= {f"attn_{x}.bias": here[f"attention.{x}.bias"] for x in "qkv"}
         case MLA() as mla:
             q = here["attention.q.weight" if mla.q_rank is None else "attention.q_up.weight"]
             down = here["attention.kv_down.weight"]
@@ -120,6 +122,8 @@ def feed_forward_of(here: dict[str, Tensor]) -> dict[str, Tensor]:
         found["ffn_up_exps.weight"] = here["moe.experts.up"][:, width:]
         found["ffn_down_exps.weight"] = here["moe.experts.down"]
         found["ffn_gate_inp.weight"] = here["moe.router.projection.weight"]
+    if "moe.shared.gate.weight" in here:
+        found["ffn_gate_inp_shexp.weight"] = here["moe.shared.gate.weight"][0]
     if "moe.balance.bias_E" in here:
         found["exp_probs_b.bias"] = here["moe.balance.bias_E"]
     return found
@@ -250,12 +254,12 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (switch(), "is none of the architectures written here: llama, mixtral, qwen3_moe"),
+        (switch(), "is none of the architectures written here: llama, mixtral, qwen2, qwen3"),
         (
             qwen3(router=Router(select=TopK(k=2), weight=Raw())),
-            "always normalises the weights of a qwen3_moe",
+            "always normalises the weights of a qwen3moe",
         ),
-        (qwen3(dense_first=1), "expects experts in every layer of a qwen3_moe"),
+        (qwen3(dense_first=1), "expects experts in every layer of a qwen3moe"),
         (deepseek_v2(layers=27), "takes one of 27 layers to have no query compression"),
         (deepseek_v3(rope=yarn(0.0)), "no key for YaRN with mscale 0 and mscale_all_dim 0"),
         (

@@ -89,7 +89,7 @@ def test_a_tokenizer_that_would_be_read_differently_is_refused(
     path = tmp_path / "model" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(
-        ConsiliumError, match=r"tokenizer\.json cuts text in a way that is none of deepseek-llm"
+        ConsiliumError, match=r"tokenizer\.json cuts text in a way that is none of deepseek-coder"
     ):
         export(tmp_path / "model", tmp_path / "model.gguf")
 

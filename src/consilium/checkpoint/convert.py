@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
+from consilium.checkpoint.folders import GGUF, newest_of_run
 from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
-from consilium.checkpoint.hf.generation import generation_config, read_generation
+from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.naming import TABLES
-from consilium.checkpoint.source import Source, named
+from consilium.checkpoint.source import FolderSource, Source, named
 from consilium.checkpoint.store import open_folder
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
@@ -50,9 +51,11 @@ def convert(
 ) -> None:
     """Write the model in ``folder`` to ``destination`` in the published layout of its architecture.
 
-    ``dtype`` is by default that of the file. One tensor is in memory at a time. The new folder appears
-    complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do, and for NaN or infinity.
+    ``dtype`` is by default that of the file. ``folder`` may be a GGUF file. One tensor is in memory at a
+    time. The new folder appears complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do,
+    and for NaN or infinity.
     """
+    folder = newest_of_run(folder)
     if folder.resolve() == destination.resolve():
         raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
     source = open_folder(folder, dtype=dtype, check_finite=True)
@@ -90,15 +93,18 @@ class _Repacked:
 
 def _values(source: Source, written: Mapping[str, Tensor]) -> safetensors_io.Values:
     """Where the layout stays, each tensor of the files is one of the result."""
-
-    def copied(name: str) -> Tensor:
-        values = torch.zeros_like(written[name], device="cpu")
-        source.fill_stored(name, values)
-        return values
-
     kind = architecture(source.config)
-    stays = kind is None or source.table == TABLES[kind][0]
-    return copied if stays else _Repacked(source)
+    match source:
+        case FolderSource(table=table) if kind is None or table == TABLES[kind][0]:
+
+            def copied(name: str) -> Tensor:
+                values = torch.zeros_like(written[name], device="cpu")
+                source.fill_stored(name, values)
+                return values
+
+            return copied
+        case _:
+            return _Repacked(source)
 
 
 def _told(
@@ -119,16 +125,28 @@ def _told(
 
 
 def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
-    generation = read_generation(folder)
+    generation = source.generation
     dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
     described: dict[str, bytes] = {
         CONFIG: _json(to_hugging_face(source.config, dtype=dtype, generation=generation)),
         GENERATION: _json(generation_config(generation)),
     }
+    if folder.suffix == GGUF:
+        return described | _own_tokenizer(folder)
     if (folder / _TOKENIZER_CONFIG).exists():
         described[_TOKENIZER_CONFIG] = _json(_tokenizer_config(read_object(folder / _TOKENIZER_CONFIG)))
     carried = (name for name in _CARRIED if (folder / name).exists())
     return described | {name: read_bytes(folder / name) for name in carried}
+
+
+def _own_tokenizer(file: Path) -> dict[str, bytes]:
+    """The tokenizer and the chat template that a GGUF file holds, if it does."""
+    from consilium.data.gguf import has_tokenizer, tokenizer_files
+
+    if not has_tokenizer(file):
+        return {}
+    description, config = tokenizer_files(file)
+    return {"tokenizer.json": description.encode(), _TOKENIZER_CONFIG: _json(config)}
 
 
 def _tokenizer_config(found: Mapping[str, Any]) -> dict[str, Any]:

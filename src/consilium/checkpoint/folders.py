@@ -9,6 +9,8 @@ from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
 
+GGUF: Final = ".gguf"
+"""Suffix of a file that is a model by itself."""
 CHECKPOINTS: Final = "checkpoints"
 """The folder of a run that holds its ``step-N``."""
 
@@ -31,7 +33,7 @@ def newest_of_run(folder: Path) -> Path:
 def checkpoint_in(folder: Path) -> Path:
     """Return the checkpoint that ``folder`` is or holds. Raises ConsiliumError that says how to get one."""
     found = newest_of_run(folder)
-    if (found / "config.json").exists():
+    if (found / "config.json").exists() or (found.suffix == GGUF and found.is_file()):
         return found
     name = str(folder)
     if name.partition(":")[0] in catalogue.names():

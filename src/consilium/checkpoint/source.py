@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from consilium.checkpoint import fp8, safetensors_io, weights
 from consilium.checkpoint.fp8 import Scaled, Stored
 from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.config import NAME as CONFIG
+from consilium.checkpoint.hf.generation import read_generation
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.naming import parts, redundant, table_of
 from consilium.checkpoint.safetensors_io import Entry
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import MTP, Model
 from consilium.disk import manifest
 from consilium.errors import ConsiliumError
@@ -32,14 +34,34 @@ _SPARE: Final = 2**20
 """Values that a configuration may always ask for: below this, naming the missing tensors says more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Weights that fit ``config``; ``state`` says our names, shapes and dtypes and may have no memory.
+class Source(Protocol):
+    """Weights that fit ``config``; ``state`` says our names, shapes and dtypes and may have no memory."""
 
-    ``table`` is the layout that the files follow, None for our own.
-    """
+    @property
+    def config(self) -> Model: ...
+
+    @property
+    def generation(self) -> GenerationDefaults: ...
+
+    @property
+    def state(self) -> Mapping[str, Tensor]: ...
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy our tensor ``name`` into ``target``, in its dtype; ConsiliumError names a tensor at fault."""
+        ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """A ``Source`` in safetensors; ``table`` is the layout that the files follow, None for our own."""
 
     config: Model
+    generation: GenerationDefaults
     state: Mapping[str, Tensor]
     found: Mapping[str, Stored]
     table: Table | None
@@ -72,7 +94,7 @@ def fitted(
     state: Mapping[str, Tensor],
     *,
     check_finite: bool = False,
-) -> Source:
+) -> FolderSource:
     """Check that names and shapes ``found`` in ``folder`` are those of ``state``, a model of ``config``.
 
     Raises ConsiliumError naming the tensor at fault.
@@ -80,7 +102,7 @@ def fitted(
     kind = architecture(config)
     table = None if kind is None else table_of(kind, found)
     weights.match(found, dict(named(config, state, table)), folder, ignored=redundant(config))
-    return Source(config, state, found, table, check_finite)
+    return FolderSource(config, read_generation(folder), state, found, table, check_finite)
 
 
 def named(

@@ -11,12 +11,12 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.folders import newest_of_run
+from consilium.checkpoint.folders import GGUF, newest_of_run
 from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
-from consilium.checkpoint.hf.generation import generation_config, read_generation
+from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, named, stored_dtype
 from consilium.config.model import Model
@@ -24,7 +24,7 @@ from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder, recover
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
-from consilium.model.build import build, refuse_too_large, torch_dtype
+from consilium.model.build import build, refuse_too_large
 from consilium.model.decoder import Decoder
 
 STATE: Final = "training_state"
@@ -84,18 +84,17 @@ def save(
 def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Decoder:
     """Return the model in ``folder``, ours or of a known Hugging Face architecture, on the CPU.
 
-    A run folder stands for its newest checkpoint.
+    A run folder stands for its newest checkpoint; a .gguf file is a model too.
     ``dtype`` is by default that of the file. Never runs code from the folder. Raises ConsiliumError that
     names the file or tensor when anything is missing, extra, changed or of another shape; ``check_finite``
     also refuses NaN and infinity.
     """
-    folder = newest_of_run(Path(folder))
-    config, found = _open(folder)
-    kind = torch_dtype(dtype or stored_dtype(config, found))
-    refuse_too_large(config, kind)
+    source = open_folder(folder, dtype=dtype, check_finite=check_finite)
+    kind = source.state["embed.weight"].dtype
+    refuse_too_large(source.config, kind)
     # Parameters are allocated without being touched, so that a conversion of all of them needs no memory yet.
-    model = Decoder(config, read_generation(folder)).to(kind)
-    _fill(model, fitted(folder, config, found, model.state_dict(), check_finite=check_finite))
+    model = Decoder(source.config, source.generation).to(kind)
+    _fill(model, source)
     return model
 
 
@@ -104,7 +103,11 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
 
     Arguments and errors are those of ``load``.
     """
-    folder = Path(folder)
+    folder = newest_of_run(Path(folder))
+    if folder.suffix == GGUF:
+        from consilium.checkpoint.gguf.source import open_file
+
+        return open_file(folder, dtype=dtype, check_finite=check_finite)
     config, found = _open(folder)
     model = build(config, dtype=dtype or stored_dtype(config, found), device="meta")
     return fitted(folder, config, found, model.state_dict(), check_finite=check_finite)

@@ -20,6 +20,11 @@ def read_model(text: str) -> Model:
     if text.partition(":")[0] not in names():
         if path.is_dir():
             return _read_folder(path)
+        if path.suffix == ".gguf":
+            from consilium.checkpoint.gguf.keys import model_of
+            from consilium.ops.gguf import read_header
+
+            return model_of(read_header(path))
         if path.suffix in (".yaml", ".yml"):
             return _read_yaml(path)
         if re.fullmatch(r"[\w.-]+/[\w.-]+", text):

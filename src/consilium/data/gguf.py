@@ -21,6 +21,7 @@ _SENTENCE_PIECE: Final = {"bos": 1, "eos": 2, "unknown": 0}
 """What llama.cpp takes where a file with SentencePiece's tokens names none."""
 _WHOLE_FIRST: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
 """Splits whose pieces are tokens where they can be, whatever the merges say; texts open with a token."""
+_NONE: Final = (None, "no_vocab", "none")
 _SPACE: Final = "▁"
 
 
@@ -38,7 +39,7 @@ def tokenizer_files(path: Path) -> tuple[str, dict[str, Any]]:
             description = _byte_level(path, keys, tokens, kinds)
         case "llama":
             description = _sentence_piece(path, keys, tokens, kinds)
-        case None | "no_vocab" | "none":
+        case kind if kind in _NONE:
             raise ConsiliumError(f"{path} holds no tokenizer; give a folder with tokenizer.json.")
         case other:
             raise ConsiliumError(
@@ -49,11 +50,22 @@ def tokenizer_files(path: Path) -> tuple[str, dict[str, Any]]:
     return json.dumps(description, ensure_ascii=False), config
 
 
+def has_tokenizer(path: Path) -> bool:
+    return read_header(path).keys.get(f"{_OWN}model") not in _NONE
+
+
 def stop_ids(path: Path) -> tuple[int, ...]:
     """Return the tokens that end an answer: of the text and, where it has its own, of the turn."""
     keys = read_header(path).keys
     found = [keys.get(f"{_OWN}{name}_token_id") for name in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+
+
+def mark_ids(path: Path) -> tuple[int | None, int | None]:
+    """Return the tokens that begin and pad a text, None where the file names none."""
+    keys = read_header(path).keys
+    begin, padding = (keys.get(f"{_OWN}{name}_token_id") for name in ("bos", "padding"))
+    return begin, padding
 
 
 def _vocabulary(path: Path, keys: Keys) -> tuple[Sequence[str], Sequence[int]]:

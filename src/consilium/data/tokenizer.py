@@ -96,7 +96,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read the two files that ``save`` writes. Raises ConsiliumError naming the file that is wrong."""
+        """Read the two files that ``save`` writes, or the tokenizer of a .gguf file.
+
+        Raises ConsiliumError naming the file that is wrong.
+        """
+        if folder.suffix == ".gguf":
+            from consilium.data.gguf import tokenizer_files
+
+            return cls(*tokenizer_files(folder), where=str(folder))
         description = _read(folder / TOKENIZER_FILE)
         config = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
         try:

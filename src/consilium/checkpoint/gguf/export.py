@@ -24,6 +24,7 @@ from gguf import (
 )
 from gguf.constants import GGML_QUANT_VERSION
 
+from consilium.checkpoint.folders import GGUF
 from consilium.checkpoint.gguf.metadata import Value, arch_of, metadata, notices
 from consilium.checkpoint.gguf.tensors import exported, stored_as
 from consilium.checkpoint.gguf.tokenizer import Vocabulary, read_vocabulary
@@ -87,6 +88,8 @@ def export(
     """
     if destination.exists():
         raise ConsiliumError(f"{destination} is already there; remove it or give another name.")
+    if folder.suffix == GGUF:
+        raise ConsiliumError(f"{folder} is a GGUF file already; convert it --to hf first.")
     source = open_folder(folder, check_finite=True)
     dtype = dtype or str(source.state["embed.weight"].dtype).removeprefix("torch.")
     if dtype not in TYPES:

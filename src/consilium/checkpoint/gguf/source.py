@@ -17,7 +17,9 @@ from torch import Tensor
 from consilium.checkpoint import weights
 from consilium.checkpoint.gguf.keys import model_of
 from consilium.checkpoint.gguf.tensors import views
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
+from consilium.data.gguf import mark_ids, stop_ids
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES, build
 from consilium.ops.gguf import Entry, Header, damaged, read_header
@@ -34,6 +36,7 @@ class FileSource:
     """Weights that fit ``config``; ``state`` says our names, shapes and dtypes and has no memory."""
 
     config: Model
+    generation: GenerationDefaults
     state: Mapping[str, Tensor]
     header: Header
     check_finite: bool
@@ -70,7 +73,12 @@ def open_file(path: Path, *, dtype: str | None = None, check_finite: bool = Fals
         for theirs, view in _views(config, header, ours, tensor)
     }
     weights.match(header.tensors, expected, path)
-    return FileSource(config, state, header, check_finite)
+    return FileSource(config, _generation(path), state, header, check_finite)
+
+
+def _generation(path: Path) -> GenerationDefaults:
+    begin, padding = mark_ids(path)
+    return GenerationDefaults(begin=begin, ends=stop_ids(path), padding=padding)
 
 
 def _views(config: Model, header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
