@@ -21,6 +21,7 @@ from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.naming import TABLES
 from consilium.checkpoint.source import FolderSource, Source, named
 from consilium.checkpoint.store import open_folder
+from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
@@ -141,8 +142,6 @@ def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
 
 def _own_tokenizer(file: Path) -> dict[str, bytes]:
     """The tokenizer and the chat template that a GGUF file holds, if it does."""
-    from consilium.data.gguf import has_tokenizer, tokenizer_files
-
     if not has_tokenizer(file):
         return {}
     description, config = tokenizer_files(file)

@@ -13,6 +13,7 @@ from torch import Tensor
 from consilium.checkpoint import safetensors_io
 from consilium.checkpoint.folders import GGUF, newest_of_run
 from consilium.checkpoint.fp8 import Stored
+from consilium.checkpoint.gguf.source import open_file
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
@@ -105,8 +106,6 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
     """
     folder = newest_of_run(Path(folder))
     if folder.suffix == GGUF:
-        from consilium.checkpoint.gguf.source import open_file
-
         return open_file(folder, dtype=dtype, check_finite=check_finite)
     config, found = _open(folder)
     model = build(config, dtype=dtype or stored_dtype(config, found), device="meta")

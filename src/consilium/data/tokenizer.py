@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from consilium.data.documents import Document, stable_fraction
+from consilium.data.gguf import tokenizer_files
 from consilium.data.vocabulary import token_bytes
 from consilium.errors import ConsiliumError
 
@@ -101,8 +102,6 @@ class Tokenizer:
         Raises ConsiliumError naming the file that is wrong.
         """
         if folder.suffix == ".gguf":
-            from consilium.data.gguf import tokenizer_files
-
             return cls(*tokenizer_files(folder), where=str(folder))
         description = _read(folder / TOKENIZER_FILE)
         config = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
