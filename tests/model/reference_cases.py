@@ -29,12 +29,12 @@ from consilium.config.model import MTP, Model
 from consilium.config.moe import AlwaysOn, Capacity, DeviceCapacity, MoE
 from consilium.config.router import Groups, NoNoise, Router, TopK, TwoLevel
 from consilium.data.batch import Batch
-from consilium.evaluation.loss import Share, inputs_of, training_loss
-from consilium.model.block import branch_generator
+from consilium.model.block import branch_seed
 from consilium.model.decoder import Decoder
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from consilium.recipes.catalogue import recipe
+from consilium.training.objective import Share, training_loss
 from reference import deepseek_v2, deepseek_v3, llama, mixtral, switch
 from small import lively
 from support import relative_error
@@ -273,7 +273,7 @@ def built(model: Decoder, rows: Rows, options: Callable[[], Options] = noiseless
     """What the built model says of packed and padded rows; each pass gets options of its own."""
     batch = batch_of(rows)
     with torch.no_grad():
-        logits_BSV = model(inputs_of(batch), options=options()).logits
+        logits_BSV = model(Inputs.of(batch), options=options()).logits
     targets = int((batch.targets_BS >= 0).sum())
     loss = training_loss(model, batch, Share(targets, 1), options=options())
     loss.total.backward()
@@ -288,7 +288,8 @@ def built(model: Decoder, rows: Rows, options: Callable[[], Options] = noiseless
 
 
 def training_with_noise(seed: int = 5) -> Options:
-    return Options(mode=Mode(training=True, generator=torch.Generator().manual_seed(seed)))
+    mode = Mode(training=True, generator=torch.Generator().manual_seed(seed))
+    return Options(mode=mode, routings=True)
 
 
 def drawn(
@@ -298,7 +299,7 @@ def drawn(
     generator, valid_BS = training_with_noise().mode.generator, batch_of(rows).valid_BS
     draws: dict[int, Tensor] = {}
     for layer in range(config.layers):
-        own = branch_generator(generator)
+        own = branch_seed(generator)
         assert own is not None
         values = draw(torch.zeros(valid_BS.numel(), width), torch.Generator().manual_seed(own))
         draws[layer] = values[valid_BS.flatten()].double()

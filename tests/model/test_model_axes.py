@@ -14,12 +14,12 @@ from torch import Tensor
 from consilium.attention.context import build_context
 from consilium.config.model import Model
 from consilium.config.router import LearnedNoise, MLPGate, NoNoise, Router, SoftmaxOfSelected, TwoLevel
-from consilium.evaluation.loss import Share, inputs_of, training_loss
-from consilium.model.block import DenseBlock, MoEBlock, build_block
+from consilium.model.block import Block
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
-from consilium.model.types import Inputs, Options
+from consilium.model.types import Inputs, Objective, Options
 from consilium.moe.types import Mode
+from consilium.training.objective import Share, training_loss
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively, random_batch
 from support import relative_error
 
@@ -35,7 +35,7 @@ def scaled(config: Model) -> Model:
     return dataclasses.replace(config, embedding_scale=EMBEDDING, logit_scale=LOGIT, tied=False)
 
 
-def by_hand(block: DenseBlock | MoEBlock, config: Model, x_BSD: Tensor) -> Tensor:
+def by_hand(block: Block, config: Model, x_BSD: Tensor) -> Tensor:
     """First x + norm2(attention(norm1(x))), then the same around the network: norms row by row."""
     inputs = Inputs(torch.arange(x_BSD.shape[1]).expand(x_BSD.shape[:2]))
 
@@ -49,15 +49,16 @@ def by_hand(block: DenseBlock | MoEBlock, config: Model, x_BSD: Tensor) -> Tenso
     context = build_context(config.attention, inputs.positions())
     x_BSD = x_BSD + normed("attention_post_norm", block.attention(normed("attention_norm", x_BSD), context))
     inner = normed("feed_forward_norm", x_BSD)
-    if isinstance(block, DenseBlock):
+    if block.feed_forward is not None:
         y_BSD = block.feed_forward(inner)
     else:
+        assert block.moe is not None
         y_BSD = block.moe(inner.flatten(0, 1), inputs.tokens(), Mode()).y_TD.view_as(inner)
     return x_BSD + normed("feed_forward_post_norm", y_BSD)
 
 
-def lively_block(config: Model, layer: int) -> DenseBlock | MoEBlock:
-    block = build_block(config, layer)
+def lively_block(config: Model, layer: int) -> Block:
+    block = Block(config, layer)
     generator = torch.Generator().manual_seed(layer)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
@@ -113,7 +114,7 @@ def test_factors_are_factors_of_the_matrices_in_values_and_gradients(config: Mod
     """The loss of the tokens further ahead reads the same embeddings and the same head."""
     model = lively(scaled(config))
     plain, batch = folded(model), random_batch(2, 24)
-    assert relative_error(model(inputs_of(batch)).logits, plain(inputs_of(batch)).logits) < 1e-5
+    assert relative_error(model(Inputs.of(batch)).logits, plain(Inputs.of(batch)).logits) < 1e-5
     count = int((batch.targets_BS >= 0).sum())
     losses = [training_loss(m, batch, Share(count, 1), options=Options()) for m in (model, plain)]
     assert relative_error(losses[0].nll, losses[1].nll) < 1e-5
@@ -129,16 +130,15 @@ def test_factors_are_factors_of_the_matrices_in_values_and_gradients(config: Mod
 
 def test_the_loss_of_a_pass_is_that_of_its_logits() -> None:
     model, batch = lively(dataclasses.replace(scaled(SWITCH), tied=True)), random_batch(2, 24)
-    hidden = model.hidden(inputs_of(batch))
-    nll, count = model.nll(hidden.final_BSD, batch.targets_BS)
+    losses = model(Inputs.of(batch), objective=Objective(batch.targets_BS))
     expected = torch.nn.functional.cross_entropy(
-        model.logits(hidden.final_BSD).flatten(0, 1),
+        model(Inputs.of(batch)).logits.flatten(0, 1),
         batch.targets_BS.flatten(),
         ignore_index=-1,
         reduction="sum",
     )
-    assert relative_error(nll, expected) < 1e-5
-    assert int(count) == int((batch.targets_BS >= 0).sum())
+    assert relative_error(losses.nll, expected) < 1e-5
+    assert int(losses.targets) == int((batch.targets_BS >= 0).sum())
 
 
 def test_embeddings_are_multiplied_in_the_dtype_of_the_states() -> None:

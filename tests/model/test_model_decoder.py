@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from consilium.config.model import Model
-from consilium.evaluation.loss import Share, inputs_of, training_loss
 from consilium.model.build import build
 from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
+from consilium.training.objective import Share, training_loss
 from small import DEEPSEEK, KINDS, lively, random_batch
 from support import relative_error
 
@@ -41,7 +41,7 @@ def test_a_pass_changes_no_state(config: Model) -> None:
 @kinds
 def test_packed_documents_are_as_good_as_alone(config: Model) -> None:
     model, batch = lively(config), random_batch(2, 40)
-    packed = model(inputs_of(batch)).logits
+    packed = model(Inputs.of(batch)).logits
     for row in range(2):
         for number in batch.sequence_BS[row].unique():
             place = batch.sequence_BS[row] == number
@@ -63,9 +63,10 @@ def test_padding_takes_part_in_nothing(config: Model) -> None:
         )
     )
     assert relative_error(padded.logits[:, :20], plain.logits) < 1e-5
-    for with_padding, without in zip(padded.reports, plain.reports, strict=True):
-        assert torch.equal(with_padding.load_E, without.load_E)
-        assert int(with_padding.tokens) == 40
+    assert padded.reports.keys() == plain.reports.keys() == set(config.moe_layers) & set(range(config.layers))
+    for layer, report in padded.reports.items():
+        assert torch.equal(report.load_E, plain.reports[layer].load_E)
+        assert int(report.tokens) == 40
 
 
 @kinds
@@ -90,8 +91,9 @@ def test_recomputation_gives_the_same_bits_and_counts_nothing_twice(config: Mode
         found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
     (plain, plain_gradients), (again, again_gradients) = found
     assert torch.equal(plain.total, again.total)
-    for one, two in zip(plain.reports, again.reports, strict=True):
-        assert torch.equal(one.load_E, two.load_E)
+    assert plain.reports.keys() == again.reports.keys() == set(config.moe_layers)
+    for layer, report in plain.reports.items():
+        assert torch.equal(report.load_E, again.reports[layer].load_E)
     for name, gradient in plain_gradients.items():
         assert gradient is not None, name
         assert torch.equal(gradient, again_gradients[name]), name
@@ -111,7 +113,7 @@ def test_modules_predict_ahead_only_inside_a_document() -> None:
     """The loss of predicting further ahead, spelled out token by token."""
     model, batch = lively(DEEPSEEK), random_batch(2, 20)
     loss = training_loss(model, batch, Share(int((batch.targets_BS >= 0).sum()), 1), options=Options())
-    inputs = inputs_of(batch)
+    inputs = Inputs.of(batch)
     hidden = model.hidden(inputs)
     total = 0.0
     for k, output in enumerate(model.predict_ahead(hidden.final_BSD, inputs)):
@@ -135,7 +137,7 @@ def test_what_a_module_sees_beyond_its_document_changes_nothing() -> None:
     )
     states = []
     for one in (batch, changed):
-        inputs = inputs_of(one)
+        inputs = Inputs.of(one)
         states.append(model.predict_ahead(model.hidden(inputs).final_BSD, inputs)[0].final_BSD)
     inside = (batch.sequence_BS < last) & (batch.sequence_BS.roll(-1, 1) == batch.sequence_BS)
     assert relative_error(states[0][inside], states[1][inside]) < 1e-5

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium.evaluation.loss import inputs_of
 from consilium.model.decoder import Decoder
-from consilium.model.types import Output
+from consilium.model.types import Inputs, Options, Output
 from model.reference_cases import (
     LAYOUTS,
     TOLERANCE,
@@ -119,11 +118,11 @@ def test_evaluation_has_no_noise_drops_or_losses_and_the_references_logits(syste
     model, rows = model_of(system), rows_of(LAYOUTS[layout])
     batch = batch_of(rows)
     with torch.no_grad():
-        output = model(inputs_of(batch))
+        output = model(Inputs.of(batch))
     expected_TV, _ = referred_logits_and_total(model, rows, reference_of(model), capacity=None)
     assert relative_error(output.logits[batch.valid_BS], expected_TV) < 1e-6
-    assert not any(int(report.dropped) for report in output.reports)
-    assert not any(report.losses for report in output.reports)
+    assert not any(int(report.dropped) for report in output.reports.values())
+    assert not any(report.losses for report in output.reports.values())
 
 
 @pytest.mark.parametrize(("system", "change"), NUMBERS)
@@ -139,13 +138,13 @@ def trained(system: str) -> Output:
     """A training pass over whole rows, in which every token is valid."""
     with torch.no_grad():
         batch = batch_of(rows_of(LAYOUTS["whole rows"]))
-        return model_of(system)(inputs_of(batch), options=training_with_noise())
+        return model_of(system)(Inputs.of(batch), options=training_with_noise())
 
 
 @pytest.mark.parametrize("system", ["gshard", "gshard-full"])
 def test_gshard_rejects_and_drops_second_choices(system: str) -> None:
     output = trained(system)
-    for report in output.reports:
+    for report in output.reports.values():
         assert int(report.wanted_E.sum()) <= 0.95 * 2 * int(report.tokens)
         assert int(report.dropped) >= 0.05 * int(report.wanted_E.sum())
 
@@ -165,9 +164,9 @@ def test_second_choices_that_the_draw_rejects_take_no_place_as_in_the_released_c
     model, printed = model_of("gshard"), []
     for seed in range(8):
         rows = rows_of(LAYOUTS["whole rows"], seed)
-        routings = model(inputs_of(batch_of(rows)), options=training_with_noise()).routings
+        routings = model(Inputs.of(batch_of(rows)), options=training_with_noise()).routings
         draws = uniform_of(model.config, rows)
-        for layer, routing in zip(model.moe_layers(), routings, strict=True):
+        for layer, routing in routings.items():
             gates_TE, (token_X, choice_X) = routing.scores_TE.double(), routing.keep_TK.nonzero(as_tuple=True)
             ours = set(zip(token_X.tolist(), routing.experts_TK[token_X, choice_X].tolist(), strict=True))
             assert ours == used(gates_TE, draws[layer])
@@ -178,7 +177,8 @@ def test_second_choices_that_the_draw_rejects_take_no_place_as_in_the_released_c
 def test_the_loss_of_gshard_is_e_squared_times_the_printed_one_in_one_group() -> None:
     """With several groups the printed loss asks each for balance, so the two differ."""
     output = trained("gshard")
-    for routing, report in zip(output.routings, output.reports, strict=True):
+    for layer, report in output.reports.items():
+        routing = output.routings[layer]
         gates_TE = routing.scores_TE.double()
         printed = gshard.auxiliary_loss(gates_TE)
         assert relative_error(report.losses["switch"], 0.5 * 8**2 * printed) < TOLERANCE[torch.float64]
@@ -194,14 +194,16 @@ def test_the_printed_loss_of_gshard_at_balance_is_one_over_e_squared() -> None:
 def test_noise_sends_tokens_of_shazeer_to_other_groups_and_experts() -> None:
     batch = batch_of(rows_of(LAYOUTS["whole rows"]))
     for system in ("shazeer", "shazeer-hierarchical"):
-        quiet, noisy = model_of(system)(inputs_of(batch)).routings, trained(system).routings
-        for before, after in zip(quiet, noisy, strict=True):
+        quiet = model_of(system)(Inputs.of(batch), options=Options(routings=True)).routings
+        noisy = trained(system).routings
+        for layer, before in quiet.items():
+            after = noisy[layer]
             assert not before.experts_TK.equal(after.experts_TK)
             assert not (before.experts_TK // 2).equal(after.experts_TK // 2)
 
 
 def test_expert_choice_gives_tokens_from_none_to_many_experts() -> None:
-    for routing in trained("expert-choice").routings:
+    for routing in trained("expert-choice").routings.values():
         used_T = routing.keep_TK.sum(1)
         assert int(used_T.max()) > 2
         assert int(used_T.min()) < 2

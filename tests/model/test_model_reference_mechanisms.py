@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.router import Jitter
-from consilium.evaluation.loss import inputs_of
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from consilium.recipes import catalogue
 from model.reference_cases import (
@@ -79,9 +78,10 @@ def test_every_number_of_a_system_decides_something(system: str, change: dict[st
 def test_experts_are_selected_with_biased_scores_of_both_signs() -> None:
     """Groups masked with zero instead of -inf would win over the negative ones."""
     model = lively_model(SYSTEMS["deepseek-v3"])
-    routings = model(inputs_of(batch_of(rows_of(LAYOUTS["whole rows"])))).routings
-    for layer, routing in zip(model.moe_layers().values(), routings, strict=False):
-        bias_E = layer.balance.bias_E
+    batch = batch_of(rows_of(LAYOUTS["whole rows"]))
+    routings = model(Inputs.of(batch), options=Options(routings=True)).routings
+    for layer, routing in routings.items():
+        bias_E = model.moe_layers()[layer].balance.bias_E
         assert bias_E is not None
         selected_TK = (routing.scores_TE + bias_E).gather(1, routing.experts_TK)
         assert bool((selected_TK < 0).any())
@@ -92,8 +92,8 @@ def test_experts_are_selected_with_biased_scores_of_both_signs() -> None:
 @pytest.mark.parametrize(("system", "least"), [("switch", 0.05), ("switch-full", 0.5), ("deepseek-v2", 0.05)])
 def test_these_systems_drop_in_training(system: str, least: float) -> None:
     model, batch = lively_model(SYSTEMS[system]), batch_of(rows_of(LAYOUTS["packed documents"]))
-    reports = model(inputs_of(batch), options=Options(mode=Mode(training=True))).reports
-    assert all(int(report.dropped) >= least * int(report.wanted_E.sum()) for report in reports)
+    reports = model(Inputs.of(batch), options=Options(mode=Mode(training=True))).reports
+    assert all(int(report.dropped) >= least * int(report.wanted_E.sum()) for report in reports.values())
 
 
 @pytest.mark.parametrize("layout", ["packed documents", "right padding"])
@@ -102,11 +102,11 @@ def test_evaluation_drops_nothing_and_has_the_references_logits(system: str, lay
     model, rows = lively_model(SYSTEMS[system]), rows_of(LAYOUTS[layout])
     batch = batch_of(rows)
     with torch.no_grad():
-        output = model(inputs_of(batch))
+        output = model(Inputs.of(batch))
     expected_TV, _ = referred_logits_and_total(model, rows, drops=False, capacity=None)
     assert relative_error(output.logits[batch.valid_BS], expected_TV) < 1e-6
-    assert not any(int(report.dropped) for report in output.reports)
-    assert not any(report.losses for report in output.reports)
+    assert not any(int(report.dropped) for report in output.reports.values())
+    assert not any(report.losses for report in output.reports.values())
 
 
 def test_switch_with_a_given_jitter_is_the_references() -> None:

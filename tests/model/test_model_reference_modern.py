@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.io import replace
-from consilium.evaluation.loss import inputs_of
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from model.reference_cases import (
     LAYOUTS,
@@ -142,11 +141,11 @@ def test_evaluation_has_no_noise_drops_or_losses_and_the_references_logits(syste
     model, rows = model_of(system), rows_of(LAYOUTS[layout])
     batch = batch_of(rows)
     with torch.no_grad():
-        output = model(inputs_of(batch))
+        output = model(Inputs.of(batch))
     expected_TV, _ = referred_logits_and_total(model, rows, REFERENCES[model.config.family], capacity=None)
     assert relative_error(output.logits[batch.valid_BS], expected_TV) < 1e-6
-    assert not any(int(report.dropped) for report in output.reports)
-    assert not any(report.losses for report in output.reports)
+    assert not any(int(report.dropped) for report in output.reports.values())
+    assert not any(report.losses for report in output.reports.values())
 
 
 def test_qwen3_counts_the_earlier_micro_batches_of_a_step_as_its_reference_does() -> None:
@@ -181,22 +180,23 @@ def test_every_rule_of_a_modern_system_decides_its_logits(system: str, key: str,
     other = lively_model(replace(SYSTEMS[system], {key: value}))
     other.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        usual, changed = model(inputs_of(batch)).logits, other(inputs_of(batch)).logits
+        usual, changed = model(Inputs.of(batch)).logits, other(Inputs.of(batch)).logits
     assert relative_error(changed[batch.valid_BS], usual[batch.valid_BS]) > 1e-4
 
 
 @pytest.mark.parametrize(("system", "least"), [("skywork-moe", 0.05), ("skywork-moe-by-probability", 0.3)])
 def test_skywork_drops_in_training(system: str, least: float) -> None:
     model, batch = model_of(system), batch_of(rows_of(LAYOUTS["packed documents"]))
-    reports = model(inputs_of(batch), options=Options(mode=Mode(training=True))).reports
-    assert all(int(report.dropped) >= least * int(report.wanted_E.sum()) for report in reports)
+    reports = model(Inputs.of(batch), options=Options(mode=Mode(training=True))).reports
+    assert all(int(report.dropped) >= least * int(report.wanted_E.sum()) for report in reports.values())
 
 
 def test_noise_sends_tokens_of_llama_moe_to_other_experts() -> None:
     model, batch = model_of("llama-moe"), batch_of(rows_of(LAYOUTS["packed documents"]))
-    clean = model(inputs_of(batch)).routings
-    noisy = model(inputs_of(batch), options=training_with_noise()).routings
-    for before, after in zip(clean, noisy, strict=True):
+    clean = model(Inputs.of(batch), options=Options(routings=True)).routings
+    noisy = model(Inputs.of(batch), options=training_with_noise()).routings
+    for layer, before in clean.items():
+        after = noisy[layer]
         assert not before.experts_TK[batch.valid_BS.flatten()].equal(
             after.experts_TK[batch.valid_BS.flatten()]
         )
@@ -204,9 +204,10 @@ def test_noise_sends_tokens_of_llama_moe_to_other_experts() -> None:
 
 def test_latent_moe_selects_with_biased_scores_of_both_signs() -> None:
     model = model_of("latent-moe")
-    routings = model(inputs_of(batch_of(rows_of(LAYOUTS["whole rows"])))).routings
-    for layer, routing in zip(model.moe_layers().values(), routings, strict=True):
-        bias_E = layer.balance.bias_E
+    batch = batch_of(rows_of(LAYOUTS["whole rows"]))
+    routings = model(Inputs.of(batch), options=Options(routings=True)).routings
+    for layer, moe in model.moe_layers().items():
+        routing, bias_E = routings[layer], moe.balance.bias_E
         assert bias_E is not None
         selected_TK = (routing.scores_TE + bias_E).gather(1, routing.experts_TK)
         assert bool((selected_TK < 0).any())

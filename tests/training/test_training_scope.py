@@ -15,9 +15,9 @@ from consilium.config.model import Model
 from consilium.config.router import NoNoise
 from consilium.config.training import Training
 from consilium.data.batch import Batch
-from consilium.evaluation.loss import Share, inputs_of, training_loss
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
+from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from consilium.training.step import StepResult, train_step
 from small import DEEPSEEK, SWITCH, lively, random_batch
@@ -76,8 +76,8 @@ def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate
         batch = Rows().micro(0, i, accumulate)
         seen = training_loss(model, batch, Share(1, 1), options=options)
         plain = training_loss(model, batch, Share(1, 1), options=Options(mode=Mode(training=True)))
-        for layer, report, alone in zip(counts, seen.reports, plain.reports, strict=True):
-            assert torch.equal(report.wanted_E, alone.wanted_E)
+        for layer, report in seen.reports.items():
+            assert torch.equal(report.wanted_E, plain.reports[layer].wanted_E)
             counts[layer] += report.wanted_E
         total += float(seen.balance["switch"])
     assert result.balance["switch"] == pytest.approx(total / accumulate, rel=1e-5)
@@ -115,9 +115,9 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
     model, batch = lively(balanced(SWITCH, "global")), random_batch(2, 20)
     earlier_E = torch.tensor([400, 0, 7, 3])
     mode = Mode(training=True, earlier={1: earlier_E})
-    inputs = inputs_of(batch)
-    hidden = model.hidden(inputs, options=Options(mode=mode))
-    routing, report = hidden.routings[0], hidden.reports[0]
+    inputs = Inputs.of(batch)
+    hidden = model.hidden(inputs, options=Options(mode=mode, routings=True))
+    routing, report = hidden.routings[1], hidden.reports[1]
     count_E = (routing.experts_TK == torch.arange(4)).sum(dim=0).double() + earlier_E
     p_E = routing.scores_TE.double().mean(dim=0)
     expected = 4 * sum(count_E[e] / count_E.sum() * p_E[e] for e in range(4))
@@ -128,8 +128,8 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
     (wanted,) = torch.autograd.grad(expected, weight)
     assert relative_error(found, wanted) < 1e-5
     other = model.hidden(inputs, options=Options(mode=Mode(training=True)))
-    assert relative_error(other.reports[0].losses["switch"], expected) > 1e-2
-    assert torch.equal(hidden.reports[0].losses["sequence"], other.reports[0].losses["sequence"])
+    assert relative_error(other.reports[1].losses["switch"], expected) > 1e-2
+    assert torch.equal(hidden.reports[1].losses["sequence"], other.reports[1].losses["sequence"])
 
 
 def test_first_choices_of_a_whole_step_are_refused() -> None:

@@ -11,9 +11,8 @@ from consilium.analysis.specialisation import UNLABELLED, SpecialisationCounter
 from consilium.data.corpus import Corpus
 from consilium.data.loader import held_out_batches
 from consilium.data.syntax import CLASSES
-from consilium.evaluation.loss import inputs_of
 from consilium.model.decoder import Decoder
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from consilium.records.specialisation import Specialisation
 
@@ -34,5 +33,5 @@ def observe_specialisation(
             domain_T = torch.where(valid_T, number, UNLABELLED)
             syntax_T = torch.where(valid_T, labelled.syntax_BS.flatten().long(), UNLABELLED)
             counter.label(domain_T, syntax_T)
-            model.hidden(inputs_of(labelled.batch), options=options)
+            model.hidden(Inputs.of(labelled.batch), options=options)
     return counter.result(corpus.domains, CLASSES)

@@ -23,13 +23,13 @@ from consilium.config.training import AdamW
 from consilium.data.batch import Batch
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError
-from consilium.evaluation.loss import Share, training_loss
 from consilium.model.build import build, torch_dtype
 from consilium.model.types import Options
 from consilium.moe.types import Mode
 from consilium.recipes import catalogue
 from consilium.recipes.variants import dense_twin
 from consilium.records.bench import Figure
+from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from consilium.training.precision import faster_dtype
 

@@ -13,9 +13,8 @@ import torch
 
 from consilium.data.corpus import Corpus
 from consilium.data.loader import held_out_batches
-from consilium.evaluation.loss import inputs_of
 from consilium.model.decoder import Decoder
-from consilium.model.types import Options
+from consilium.model.types import Inputs, Losses, Objective, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,10 @@ def evaluate(
     for domain in corpus.domains:
         nats, size = 0.0, 0
         for labelled in held_out_batches(corpus, domain, sequence_length, batch, limit_tokens=limit_tokens):
-            hidden = model.hidden(inputs_of(labelled.batch), options=options)
-            nll, count = model.nll(hidden.final_BSD, labelled.batch.targets_BS)
-            nats += float(nll)
-            tokens += int(count)
+            objective = Objective(labelled.batch.targets_BS, ahead=False)
+            losses: Losses = model(Inputs.of(labelled.batch), options=options, objective=objective)
+            nats += float(losses.nll)
+            tokens += int(losses.targets)
             size += int(labelled.bytes_BS.sum())
         if size:
             domains[domain] = nats / math.log(2) / size

@@ -5,18 +5,18 @@ Legend: B sequences, S tokens, D hidden size, T = B * S flat tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from consilium.attention.build import build_attention
 from consilium.attention.types import Context
-from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
-from consilium.config.moe import MoE
-from consilium.kv.types import LayerCache
-from consilium.model.types import BlockResult
+from consilium.kv.types import Cache, LayerCache
+from consilium.model.types import BlockResult, Options
 from consilium.moe.layer import MoELayer
 from consilium.moe.types import Mode, Tokens
 from consilium.ops.feed_forward import DenseNetwork
@@ -24,14 +24,26 @@ from consilium.ops.norm import RMSNorm
 
 
 @final
-class DenseBlock(nn.Module):
-    def __init__(self, config: Model, network: FeedForward) -> None:
+class Block(nn.Module):
+    """Block ``layer`` of the schedule; multi-token prediction modules count on from ``config.layers``.
+
+    Its second half is ``moe`` where the layer routes and ``feed_forward`` where it does not.
+    """
+
+    def __init__(self, config: Model, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
         self.attention_post_norm = _post_norm(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.feed_forward = DenseNetwork(config.hidden_size, network.width, network.activation)
+        self.moe: MoELayer | None = None
+        self.feed_forward: DenseNetwork | None = None
+        if config.moe is not None and config.is_moe(layer):
+            self.moe = MoELayer(config.moe, config.hidden_size, layer)
+        else:
+            assert config.dense is not None, "the configuration checks that dense layers have a width"
+            self.feed_forward = DenseNetwork(config.hidden_size, config.dense.width, config.dense.activation)
         self.feed_forward_post_norm = _post_norm(config)
 
     def forward(
@@ -39,32 +51,13 @@ class DenseBlock(nn.Module):
     ) -> BlockResult:
         y_BSD = self.attention(self.attention_norm(x_BSD), context, cache)
         x_BSD = x_BSD + self.attention_post_norm(y_BSD)
-        y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
-        return BlockResult(x_BSD + self.feed_forward_post_norm(y_BSD))
-
-
-@final
-class MoEBlock(nn.Module):
-    def __init__(self, config: Model, moe: MoE, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
-        self.attention_post_norm = _post_norm(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.moe = MoELayer(moe, config.hidden_size, layer)
-        self.feed_forward_post_norm = _post_norm(config)
-
-    def forward(
-        self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
-    ) -> BlockResult:
-        y_BSD = self.attention(self.attention_norm(x_BSD), context, cache)
-        x_BSD = x_BSD + self.attention_post_norm(y_BSD)
-        result = self.moe(self.feed_forward_norm(x_BSD).flatten(0, 1), tokens, mode)
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        if self.feed_forward is not None:
+            return BlockResult(x_BSD + self.feed_forward_post_norm(self.feed_forward(normed_BSD)))
+        assert self.moe is not None, "a block is dense or routes"
+        result = self.moe(normed_BSD.flatten(0, 1), tokens, mode)
         y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
         return BlockResult(x_BSD + y_BSD, result.routing, result.report)
-
-
-Block = DenseBlock | MoEBlock
 
 
 def _post_norm(config: Model) -> nn.Module:
@@ -76,15 +69,25 @@ def _post_norm(config: Model) -> nn.Module:
             return RMSNorm(config.hidden_size, config.norm_epsilon)
 
 
-def build_block(config: Model, layer: int) -> Block:
-    """Block ``layer`` of the schedule; multi-token prediction modules count on from ``config.layers``."""
-    if config.moe is not None and config.is_moe(layer):
-        return MoEBlock(config, config.moe, layer)
-    assert config.dense is not None, "the configuration checks that dense layers have a width"
-    return DenseBlock(config, config.dense)
+def run_block(
+    block: nn.Module, x_BSD: Tensor, context: Context, tokens: Tokens, options: Options, cache: Cache | None
+) -> BlockResult:
+    """Run one block with noise of its own, and with its activations recomputed where ``options`` ask so."""
+    assert isinstance(block, Block)
+    seed = branch_seed(options.mode.generator)
+    layer_cache = None if cache is None else cache.layer(block.layer)
+
+    def call(x_BSD: Tensor) -> BlockResult:
+        generator = None if seed is None else torch.Generator(x_BSD.device).manual_seed(seed)
+        mode = dataclasses.replace(options.mode, generator=generator)
+        return block(x_BSD, context, tokens, mode, layer_cache)
+
+    if options.recompute and torch.is_grad_enabled():
+        return checkpoint(call, x_BSD, use_reentrant=False)
+    return call(x_BSD)
 
 
-def branch_generator(generator: torch.Generator | None) -> int | None:
+def branch_seed(generator: torch.Generator | None) -> int | None:
     """Draw the seed of one block's own noise, so that recomputing the block draws the same noise again."""
     if generator is None:
         return None

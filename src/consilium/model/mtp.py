@@ -10,15 +10,19 @@ Legend: B sequences, S tokens, D hidden size, k module.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from consilium.attention.types import Context
 from consilium.config.model import Model
-from consilium.model.block import build_block
-from consilium.model.types import Inputs
+from consilium.model.block import Block, run_block
+from consilium.model.types import BlockResult, Inputs, Objective, Options
+from consilium.moe.types import Tokens
 from consilium.ops.linear import Linear
+from consilium.ops.loss import IGNORE
 from consilium.ops.norm import RMSNorm
 
 
@@ -32,12 +36,16 @@ class MTPModule(nn.Module):
         self.embed_norm = RMSNorm(size, epsilon)
         self.hidden_norm = RMSNorm(size, epsilon)
         self.project = Linear(2 * size, size)
-        self.block = build_block(config, config.layers + depth)
+        self.block = Block(config, config.layers + depth)
         self.norm = RMSNorm(size, epsilon)
 
-    def merge(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
-        """Eq. 21: one projection of both normalised inputs."""
-        return self.project(torch.cat((self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1))
+    def forward(
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: Context, tokens: Tokens, options: Options
+    ) -> BlockResult:
+        """Eq. 21 to 23: one projection of both normalised inputs, the block, and its states normalised."""
+        x_BSD = self.project(torch.cat((self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1))
+        result = run_block(self.block, x_BSD, context, tokens, options, None)
+        return dataclasses.replace(result, x_BSD=self.norm(result.x_BSD))
 
 
 def shift(values_BS: Tensor, by: int, fill: int) -> Tensor:
@@ -58,3 +66,10 @@ def shifted(inputs: Inputs, by: int) -> Inputs:
         position_BS=inputs.position_BS,
         valid_BS=ahead_BS,
     )
+
+
+def targets_ahead(objective: Objective, inputs: Inputs, module: int) -> Tensor:
+    """What module ``module`` predicts, [B, S]: nothing where the token is in another document."""
+    valid_BS = shifted(inputs, module + 1).valid_BS
+    assert valid_BS is not None
+    return shift(objective.targets_BS, module + 1, IGNORE).masked_fill(~valid_BS, IGNORE)

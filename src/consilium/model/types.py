@@ -5,11 +5,13 @@ Legend: B sequences, S tokens, D hidden size, V vocabulary, T = B * S flat token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from consilium.data.batch import Batch
 from consilium.errors import ConsiliumError
 from consilium.moe.types import Mode, Report, Routing, Tokens
 
@@ -28,6 +30,10 @@ class Inputs:
     """int64 position inside the document; with a cache, the slot."""
     valid_BS: Tensor | None = None
     """bool; False is padding."""
+
+    @staticmethod
+    def of(batch: Batch) -> Inputs:
+        return Inputs(batch.ids_BS, batch.sequence_BS, batch.position_BS, batch.valid_BS)
 
     def positions(self) -> Tensor:
         if self.position_BS is not None:
@@ -55,6 +61,8 @@ class Options:
     dtype: torch.dtype | None = None
     recompute: bool = False
     """Keep only block inputs and recompute the rest in the backward pass."""
+    routings: bool = False
+    """Return every layer's decision, graph included; otherwise it goes when its layer is done."""
 
     def __post_init__(self) -> None:
         if self.recompute and self.mode.observer is not None:
@@ -71,19 +79,45 @@ class BlockResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """What a pass is asked to predict. With it the decoder returns losses and no logits."""
+
+    targets_BS: Tensor
+    """int64 token after each; -1 where there is nothing to predict."""
+    ahead: bool = True
+    """Run the multi-token prediction modules as well, which training alone needs."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hidden:
     """A pass before the head."""
 
     final_BSD: Tensor
     """After the last norm."""
-    reports: tuple[Report, ...]
-    """One for each MoE layer that ran, in order."""
-    routings: tuple[Routing, ...]
+    reports: Mapping[int, Report]
+    """Of every MoE layer that ran, by its index in the model."""
+    routings: Mapping[int, Routing]
+    """The same; empty unless ``Options.routings`` asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     logits: Tensor
     """float32 [B, S, V]."""
-    reports: tuple[Report, ...]
-    routings: tuple[Routing, ...]
+    reports: Mapping[int, Report]
+    routings: Mapping[int, Routing]
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Of one pass with an objective: float32 scalars with gradient, in nats, summed over tokens."""
+
+    nll: Tensor
+    """Of the next token."""
+    ahead: tuple[Tensor, ...]
+    """Of the token that each multi-token prediction module predicts; empty where none ran."""
+    targets: Tensor
+    """int64 scalar: tokens in ``nll``."""
+    reports: Mapping[int, Report]
+    """By index of the MoE layer, those of the modules included."""
+    routings: Mapping[int, Routing]

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from consilium.ops.weights import Dense, Matrix
+
 IGNORE = -1
 """The target of a token that has nothing to predict."""
 
@@ -22,22 +24,22 @@ V 32000 and D 1024, 128 tokens take 1.1 times and 64 tokens 1.5 times as long. M
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, chunk: int = CHUNK
+    hidden_TD: Tensor, head_VD: Matrix, targets_T: Tensor, *, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of -log softmax(hidden weight^T)[target], and how many tokens had a target.
+    """Sum over tokens of -log softmax(hidden head^T)[target], and how many tokens had a target.
 
-    Returns a float32 scalar (nats) with gradient to ``hidden_TD`` and ``weight_VD``, and an int64 scalar.
+    Returns a float32 scalar (nats) with gradient to ``hidden_TD`` and ``head_VD``, and an int64 scalar.
     Targets of -1 count for nothing. Matrix products run in the dtype of ``hidden_TD``, the softmax in
-    float32, the weight's gradient adds up in float32. Loss and both gradients are made ``chunk`` tokens at a
-    time in the forward pass.
+    float32, the weight's gradient adds up in float32. Loss and the gradients that somebody asked for are made
+    ``chunk`` tokens at a time in the forward pass.
     """
     assert hidden_TD.shape[0] == targets_T.shape[0], "hidden and targets disagree"
     count = (targets_T != IGNORE).sum()
-    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk), count
-    weight_VD = weight_VD.to(hidden_TD.dtype)
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.needs_gradient):
+        assert isinstance(head_VD, Dense), "a head in a storage format is not trained through"
+        return _LinearCrossEntropy.apply(hidden_TD, head_VD.weight_OI, targets_T, chunk), count
     parts = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
-    return torch.stack([token_nll(F.linear(h_CD, weight_VD), t_C).sum() for h_CD, t_C in parts]).sum(), count
+    return torch.stack([token_nll(head_VD.times(h_CD), t_C).sum() for h_CD, t_C in parts]).sum(), count
 
 
 def token_nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -55,16 +57,20 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
         compute_VD = weight_VD.to(hidden_TD.dtype)
-        grad_hidden_TD = torch.empty_like(hidden_TD)
-        grad_weight_VD = torch.zeros_like(_wide(weight_VD))
-        nll = grad_weight_VD.new_zeros(())
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.empty_like(hidden_TD) if for_hidden else None
+        grad_weight_VD = torch.zeros_like(_wide(weight_VD)) if for_weight else None
+        nll = _wide(hidden_TD.new_zeros(()))
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             nll_C, grad_CV = _nll_and_grad(F.linear(hidden_TD[part], compute_VD), targets_T[part])
             nll += nll_C.sum()
-            torch.mm(grad_CV, compute_VD, out=grad_hidden_TD[part])
-            _add_outer(grad_weight_VD, grad_CV, hidden_TD[part])
-        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))
+            if grad_hidden_TD is not None:
+                torch.mm(grad_CV, compute_VD, out=grad_hidden_TD[part])
+            if grad_weight_VD is not None:
+                _add_outer(grad_weight_VD, grad_CV, hidden_TD[part])
+        kept_VD = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(grad_hidden_TD, kept_VD)
         return nll
 
     @staticmethod
@@ -72,8 +78,7 @@ class _LinearCrossEntropy(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's own type
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_TD * grads[0], grad_weight_VD * grads[0], None, None
+        return *(None if grad is None else grad * grads[0] for grad in ctx.saved_tensors), None, None
 
 
 def _nll_and_grad(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from consilium.config.training import Training
 from consilium.data.loader import Loader
-from consilium.evaluation.loss import Loss, Share, training_loss
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode, Report
 from consilium.training import guard
+from consilium.training.objective import Loss, Share, training_loss
 from consilium.training.optimizer import set_rate
 from consilium.training.schedule import learning_rate
 
@@ -72,14 +72,14 @@ def train_step(
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
     losses: list[Loss] = []
     for i, micro in enumerate(batch):
-        options = _options(config, step, i, _chosen(model, losses))
+        options = _options(config, step, i, _chosen(losses))
         losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
     norm = guard.clip(model, config.optimizer.clip)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
     total = sum(float(loss.total.detach()) for loss in losses)
     healthy = guard.is_healthy(total, norm)
-    loads = _sum_loads(model, [loss.reports for loss in losses])
+    loads = _sum_loads([loss.reports for loss in losses])
     if healthy:
         set_rate(optimizer, rate)
         optimizer.step()
@@ -98,12 +98,10 @@ def train_step(
     )
 
 
-def _chosen(model: Decoder, losses: list[Loss]) -> dict[int, Tensor]:
+def _chosen(losses: list[Loss]) -> dict[int, Tensor]:
     """Copies that routers chose in the step so far, [E] by layer."""
-    layers = model.config.moe_layers if losses else ()
-    return {
-        k: torch.stack([loss.reports[i].wanted_E for loss in losses]).sum(0) for i, k in enumerate(layers)
-    }
+    layers = losses[0].reports if losses else ()
+    return {layer: torch.stack([loss.reports[layer].wanted_E for loss in losses]).sum(0) for layer in layers}
 
 
 def _options(config: Training, step: int, micro: int, earlier: Mapping[int, Tensor]) -> Options:
@@ -117,9 +115,8 @@ def _options(config: Training, step: int, micro: int, earlier: Mapping[int, Tens
     )
 
 
-def _sum_loads(model: Decoder, reports: list[tuple[Report, ...]]) -> dict[int, LayerLoad]:
-    layers = model.config.moe_layers
-    return {layer: _sum_layer([micro[i] for micro in reports]) for i, layer in enumerate(layers)}
+def _sum_loads(reports: list[Mapping[int, Report]]) -> dict[int, LayerLoad]:
+    return {layer: _sum_layer([micro[layer] for micro in reports]) for layer in reports[0]}
 
 
 def _sum_layer(reports: list[Report]) -> LayerLoad:
