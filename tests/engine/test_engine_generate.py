@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import codecs
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Hidden, Inputs
 from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from engine.codecs import Bytes
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -33,33 +32,6 @@ def without_cache(model: Decoder, prompt: list[int], new: int) -> list[int]:
     for _ in range(new):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
-
-
-class Bytes:
-    """A codec whose tokens are bytes; 256 opens and ends the text."""
-
-    eos_id = 256
-    opening_id: int | None = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-    def stream(self) -> ByteStream:
-        return ByteStream()
-
-
-class ByteStream:
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self.decoder.decode(bytes([token]) if token < 256 else b"")
-
-    def finish(self) -> str:
-        return self.decoder.decode(b"", final=True)
 
 
 @kinds

@@ -19,6 +19,8 @@ class Ends:
     """A codec of which only the end token matters; it is its own stream."""
 
     eos_id: int
+    opening_id: int | None = None
+    known_ids: range = range(300)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

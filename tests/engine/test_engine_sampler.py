@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+import transformers
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium.engine.request import Sampling
@@ -54,13 +55,78 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     assert draw(logits, Sampling(temperature=1.0, top_p=1e-9))[0] == 1.0
 
 
+@pytest.mark.parametrize("size", [5, 129_280])
+def test_filters_that_are_off_remove_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_V = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 4
+    given: list[torch.Tensor] = []
+    draw = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: (given.append(p), draw(p, *a, **k))[1])
+    sample(logits_V, Sampling(temperature=1.0, top_p=1.0, top_k=0), torch.Generator())
+    assert torch.equal(given[0], torch.softmax(torch.sort(logits_V - logits_V.max(), descending=True)[0], 0))
+
+
+def twin(logits_V: torch.Tensor, sampling: Sampling, seen: list[int]) -> torch.Tensor:
+    """The chances that the processors of transformers leave."""
+    processors = [transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+    processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(transformers.TopKLogitsWarper(sampling.top_k))
+    processors.append(transformers.TopPLogitsWarper(sampling.top_p))
+    processors.append(transformers.MinPLogitsWarper(sampling.min_p))
+    ids, scores = torch.tensor([seen]), logits_V[None]
+    return torch.softmax(transformers.LogitsProcessorList(processors)(ids, scores), -1)[0]
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10_000),
+    st.builds(
+        Sampling,
+        temperature=st.sampled_from([0.5, 1.0, 1.7]),
+        top_k=st.integers(0, 40),
+        top_p=st.sampled_from([0.3, 0.9, 0.99, 1.0]),
+        min_p=st.sampled_from([0.0, 0.05, 0.3]),
+        repetition_penalty=st.sampled_from([0.8, 1.0, 1.3]),
+    ),
+)
+def test_filters_are_those_of_transformers(seed: int, sampling: Sampling) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = torch.randn(40, generator=generator) * 2
+    seen = torch.randint(40, (6,), generator=generator).tolist()
+    given: list[torch.Tensor] = []
+    draw, torch.multinomial = torch.multinomial, lambda p, *a, **k: (given.append(p), draw(p, *a, **k))[1]
+    try:
+        token, logprob = sample(logits_V, sampling, generator, seen)
+    finally:
+        torch.multinomial = draw
+    wanted_V = twin(logits_V, sampling, seen)
+    assert wanted_V[token] > 0
+    assert logprob == pytest.approx(float(torch.log_softmax(logits_V, 0)[token]))
+    drawn_V = given[0] / given[0].sum()
+    assert drawn_V.tolist() == pytest.approx(wanted_V.sort(descending=True)[0].tolist(), rel=1e-4, abs=1e-9)
+
+
+def test_a_penalty_moves_greedy_text_too() -> None:
+    logits_V = torch.tensor([2.0, 1.9, -1.0])
+    assert sample(logits_V, Sampling(repetition_penalty=1.5), torch.Generator(), [0, 0, 2])[0] == 1
+
+
 def test_a_seed_repeats_its_draws() -> None:
     sampling = Sampling(temperature=1.0, seed=7)
     assert draw([0.0] * 5, sampling, 50) == draw([0.0] * 5, sampling, 50)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_wrong_settings_are_refused_in_one_sentence(wrong: dict[str, float]) -> None:
     with pytest.raises(ConsiliumError, match=next(iter(wrong))):

@@ -129,6 +129,11 @@ class Tokenizer:
         return len(self._bytes_V)
 
     @property
+    def known_ids(self) -> frozenset[int]:
+        """Ids that stand for something; a file may leave holes, and a model may have more."""
+        return frozenset(self._with_specials.get_vocab(with_added_tokens=True).values())
+
+    @property
     def sizes_V(self) -> NDArray[np.int64]:
         """Bytes of text behind each token."""
         return np.array([len(data) for data in self._bytes_V], dtype=np.int64)

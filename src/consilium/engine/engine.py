@@ -1,91 +1,129 @@
-"""Batches of prompts decoded together against one cache.
+"""Requests that come and go, decoded together.
 
-Prompts are right-padded and computed in one pass; then every running sequence decodes one token a step at its
-own position. Padding and finished rows take part in nothing, and no token's routing sees another row. Greedy
-tokens are those of each prompt alone; logits are not, to the last bit: the size of a matrix product decides
-how it rounds, so that two logits closer than that may change places.
+A request's tokens depend on the request alone: no token's routing sees another row, every row draws from its
+own stream, and padding takes part in nothing. Greedy tokens are those of each prompt alone; logits are not,
+to the last bit: the size of a matrix product decides how it rounds, so that two logits closer than that may
+change places.
 
-Legend: B prompts, S tokens of the longest prompt, V vocabulary.
+Legend: B rows, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from consilium.engine.request import Piece, Sampling
+from consilium.engine.batch import Batch, Row, TextStream
+from consilium.engine.request import Piece, Request, Sampling
 from consilium.engine.sampler import sample
+from consilium.engine.stops import StopText
 from consilium.errors import ConsiliumError
-from consilium.kv.build import build_cache
-from consilium.kv.types import Cache
 from consilium.model.decoder import Decoder
-from consilium.model.types import Inputs, Options
+from consilium.model.types import Options
 from consilium.moe.types import Mode
+
+MOST_ROWS: Final = 64
+"""Requests that run at once unless told otherwise; the others wait for their turn."""
 
 _T = TypeVar("_T")
 
 
-class TextStream(Protocol):
-    """Turns tokens into text that is never taken back."""
-
-    def push(self, token: int) -> str: ...
-
-    def finish(self) -> str: ...
-
-
 class TextCodec(Protocol):
+    """What the engine needs of a tokenizer."""
+
     @property
     def eos_id(self) -> int: ...
 
     @property
     def opening_id(self) -> int | None: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def known_ids(self) -> Collection[int]:
+        """Ids that mean something: no others are generated."""
+        ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def encode(self, text: str) -> list[int]: ...
 
     def stream(self) -> TextStream: ...
 
 
-@dataclass(slots=True)
-class _Row:
-    """One running sequence; owned by a single generate call."""
-
-    index: int
-    tokens: list[int]
-    prompt: int
-    generator: torch.Generator
-    stream: TextStream | None
-    text: str = ""
-    finished: str | None = None
-
-
 @final
 class Engine:
-    """Generates from a model on its own device; one batch a call, and the cache lives as long as the call.
+    """Generates from a model on its own device: ``submit`` requests, then ``step`` until they are finished.
 
-    Raises ConsiliumError for a model without weights, or one whose experts choose among the tokens at hand or
-    always drop beyond a capacity: neighbours and the cache would change its text.
+    ``generate``, ``complete`` and ``complete_text`` do both. Raises ConsiliumError for a model without
+    weights, one whose experts choose among the tokens at hand or always drop beyond a capacity (neighbours
+    and the cache would change its text), and a tokenizer that is larger than the model's vocabulary.
     """
 
-    def __init__(self, model: Decoder, tokenizer: TextCodec | None = None, *, mode: Mode = Mode()) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: TextCodec | None = None,
+        *,
+        mode: Mode = Mode(),
+        most_rows: int = MOST_ROWS,
+    ) -> None:
         _check(model)
         self.model = model.eval()
-        self.device = model.embed.weight.device
         self.tokenizer = tokenizer
-        self.options = Options(mode=mode)
+        self.stop_ids: tuple[int, ...] = model.generation.ends
+        self._meaningless_V: Tensor | None = None
+        if tokenizer is not None:
+            self.stop_ids = self.stop_ids or (tokenizer.eos_id,)
+            self._meaningless_V = _meaningless(tokenizer.known_ids, model.config.vocab_size)
+        self._most_rows = most_rows
+        self._batch = Batch(self.model, Options(mode=mode))
+        self._waiting: list[Row] = []
+        self._kept: list[Piece] = []
+        self._next_id = 0
+
+    @property
+    def loads(self) -> Mapping[int, Tensor]:
+        """int64 [E] tokens that each expert of each MoE layer computed since the engine began."""
+        return {layer: load_E.cpu().clone() for layer, load_E in self._batch.loads.items()}
+
+    def submit(self, request: Request) -> int:
+        """Let ``request`` wait for its turn and return its id.
+
+        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, or
+        a prompt that with ``max_tokens`` exceeds the model's length.
+        """
+        return self._enter(self._row(request, "the prompt"))
+
+    def step(self) -> list[Piece]:
+        """Let waiting requests join, and return one more token of every running one, in the order of ids.
+
+        Nothing is returned when nothing is left to do.
+        """
+        pieces, self._kept = self._kept, []
+        if self._batch.rows:
+            pieces += self._advance(list(self._batch.rows), self._batch.decode())
+        joining = self._waiting[: max(self._most_rows - len(self._batch.rows), 0)]
+        if joining:
+            logits_BV = self._batch.join(joining)
+            self._waiting = self._waiting[len(joining) :]
+            pieces += self._advance(joining, logits_BV)
+        return sorted(pieces, key=lambda piece: piece.request)
+
+    def cancel(self, request: int) -> None:
+        """Forget a request, whether it waits, runs or has finished."""
+        self._waiting = [row for row in self._waiting if row.id != request]
+        self._kept = [piece for piece in self._kept if piece.request != request]
+        for row in [row for row in self._batch.rows if row.id == request]:
+            self._batch.leave(row)
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]] | Sequence[str] | str,
         *,
-        max_tokens: int = 64,
+        max_tokens: int | None = 64,
         temperature: float = 0.0,
         seed: int = 0,
         stop: Sequence[str] | str = (),
@@ -101,64 +139,104 @@ class Engine:
             outputs[piece.request].append(piece.token)
         return outputs
 
+    def complete_text(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str] | str,
+        *,
+        max_tokens: int | None = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] | str = (),
+    ) -> list[str]:
+        """Return the text that follows each prompt, without what ended it; the rest as ``complete``."""
+        if self.tokenizer is None:
+            raise ConsiliumError("text out needs a tokenizer; give Engine(model, tokenizer).")
+        outputs = ["" for _ in _listed(prompts)]
+        sampling = Sampling(temperature=temperature, seed=seed)
+        for piece in self.generate(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop):
+            outputs[piece.request] += piece.text
+        return outputs
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]] | Sequence[str] | str,
         *,
-        max_tokens: int = 64,
+        max_tokens: int | None = 64,
         sampling: Sampling = Sampling(),
         stop: Sequence[str] | str = (),
+        stop_ids: Sequence[int] | None = None,
     ) -> Iterator[Piece]:
         """Stream pieces, step by step, in the order of the prompts; one text is one prompt or one stop.
 
-        Raises ConsiliumError for an empty prompt or stop, an id outside the vocabulary, text without a
-        tokenizer, or a prompt that with ``max_tokens`` exceeds the model's length.
+        The same prompt for the n-th time is its n-th sample: other prompts change nothing. ``max_tokens`` of
+        None goes on until the end. Raises ConsiliumError as ``submit`` does, before anything is generated.
         """
-        stop = _listed(stop)
-        if stop and self.tokenizer is None:
+        rows, equal = [], Counter[tuple[int, ...] | str]()
+        for index, prompt in enumerate(_listed(prompts)):
+            given = prompt if isinstance(prompt, str) else tuple(prompt)
+            request = Request(
+                prompt=given,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                sample=equal[given],
+                stop=tuple(_listed(stop)),
+                stop_ids=None if stop_ids is None else tuple(stop_ids),
+            )
+            rows.append(self._row(request, f"prompt {index}"))
+            equal[given] += 1
+        if max_tokens is None or max_tokens > 0:
+            yield from self._stream(rows)
+
+    def _stream(self, rows: Sequence[Row]) -> Iterator[Piece]:
+        """The pieces of ``rows``, numbered by their place; what belongs to others is kept for them."""
+        places = {self._enter(row): place for place, row in enumerate(rows)}
+        try:
+            left = len(places)
+            while left:
+                pieces = self.step()
+                self._kept += [piece for piece in pieces if piece.request not in places]
+                for piece in [piece for piece in pieces if piece.request in places]:
+                    left -= piece.finished is not None
+                    yield replace(piece, request=places[piece.request])
+        finally:
+            for request in places:
+                self.cancel(request)
+
+    def _enter(self, row: Row) -> int:
+        self._waiting.append(row)
+        return row.id
+
+    def _row(self, request: Request, name: str) -> Row:
+        """What will run for ``request``, which the sentence of an error calls ``name``."""
+        if request.stop and self.tokenizer is None:
             raise ConsiliumError("stop text needs a tokenizer; give Engine(model, tokenizer).")
-        if "" in stop:
-            raise ConsiliumError("a stop text is empty and would end every answer at once; leave it out.")
-        rows = self._rows(_listed(prompts), max_tokens, sampling)
-        if not rows or max_tokens <= 0:
-            return
-        capacity, dtype = max(len(row.tokens) for row in rows) + max_tokens, self.model.embed.weight.dtype
-        cache = build_cache(
-            self.model.config, batch=len(rows), capacity=capacity, dtype=dtype, device=self.device
+        tokens = self._ids(request.prompt)
+        self._check_prompt(name, tokens, request.max_tokens)
+        self._next_id += 1
+        new = self.model.config.max_length if request.max_tokens is None else request.max_tokens
+        return Row(
+            id=self._next_id,
+            request=request,
+            tokens=tokens,
+            prompt=len(tokens),
+            most=min(len(tokens) + new, self.model.config.max_length),
+            ends=frozenset(self.stop_ids if request.stop_ids is None else request.stop_ids),
+            generator=_stream(request.sampling.seed, request.sample),
+            stream=None if self.tokenizer is None else self.tokenizer.stream(),
+            stops=StopText(request.stop),
         )
-        logits = self._prefill(rows, cache)
-        for _ in range(max_tokens):
-            yield from self._advance(rows, logits, sampling, stop, max_tokens)
-            if all(row.finished for row in rows):
-                return
-            logits = self._decode(rows, cache)
 
-    def _rows(
-        self, prompts: Sequence[Sequence[int] | str], max_tokens: int, sampling: Sampling
-    ) -> list[_Row]:
-        rows: list[_Row] = []
-        equal = Counter[tuple[int, ...]]()
-        for index, prompt in enumerate(prompts):
-            tokens = self._ids(prompt)
-            self._check_prompt(index, tokens, max_tokens)
-            generator = _stream(sampling.seed, equal[tuple(tokens)])
-            equal[tuple(tokens)] += 1
-            text = None if self.tokenizer is None else self.tokenizer.stream()
-            rows.append(_Row(index, tokens, len(tokens), generator, text))
-        return rows
-
-    def _check_prompt(self, index: int, tokens: list[int], max_tokens: int) -> None:
+    def _check_prompt(self, name: str, tokens: list[int], max_tokens: int | None) -> None:
         config = self.model.config
         if not tokens:
-            raise ConsiliumError(
-                f"prompt {index} is empty; give at least one token (the end token starts a text)."
-            )
+            raise ConsiliumError(f"{name} is empty; give at least one token (the end token starts a text).")
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-            raise ConsiliumError(f"prompt {index} has a token id outside 0..{config.vocab_size - 1}.")
-        if len(tokens) + max_tokens > config.max_length:
+            raise ConsiliumError(f"{name} has a token id outside 0..{config.vocab_size - 1}.")
+        if len(tokens) + (1 if max_tokens is None else max_tokens) > config.max_length:
+            new = "" if max_tokens is None else f" with {max_tokens} new ones"
             raise ConsiliumError(
-                f"prompt {index} of {len(tokens)} tokens with {max_tokens} new ones exceeds the model's"
-                f" length {config.max_length}; shorten the prompt or lower --max-tokens."
+                f"{name} of {len(tokens)} tokens{new} exceeds the model's length {config.max_length};"
+                " shorten the prompt or lower --max-tokens."
             )
 
     def _ids(self, prompt: Sequence[int] | str) -> list[int]:
@@ -171,53 +249,33 @@ class Engine:
         opening = self.tokenizer.opening_id
         return [*(() if opening is None else (opening,)), *self.tokenizer.encode(prompt)]
 
-    @torch.inference_mode()
-    def _prefill(self, rows: list[_Row], cache: Cache) -> Tensor:
-        """[B, V] logits after each prompt's last token."""
-        longest = max(len(row.tokens) for row in rows)
-        ids_BS = self._tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
-        lengths_B = self._tensor([len(row.tokens) for row in rows])
-        position_BS = torch.arange(longest, device=self.device).expand_as(ids_BS)
-        inputs = Inputs(ids_BS, position_BS=position_BS, valid_BS=position_BS < lengths_B[:, None])
-        hidden = self.model.hidden(inputs, cache=cache, options=self.options)
-        rows_B = torch.arange(len(rows), device=self.device)
-        return self.model.logits(hidden.final_BSD[rows_B, lengths_B - 1])
-
-    @torch.inference_mode()
-    def _decode(self, rows: list[_Row], cache: Cache) -> Tensor:
-        """[B, V] logits after each row's newest token; finished rows are padding."""
-        inputs = Inputs(
-            self._tensor([[row.tokens[-1]] for row in rows]),
-            position_BS=self._tensor([[len(row.tokens) - 1] for row in rows]),
-            valid_BS=self._tensor([[row.finished is None] for row in rows]),
-        )
-        return self.model.logits(self.model.hidden(inputs, cache=cache, options=self.options).final_BSD[:, 0])
-
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """int64, or bool for bools, on the model's device."""
-        return torch.tensor(values, device=self.device)
-
-    def _advance(
-        self, rows: list[_Row], logits_BV: Tensor, sampling: Sampling, stop: Sequence[str], max_tokens: int
-    ) -> Iterator[Piece]:
+    def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> list[Piece]:
+        """One token for each row; who has finished leaves."""
         # Streams draw on the CPU, so that a seed means the same on every device.
-        for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
-            if row.finished is None:
-                token, logprob = sample(logits_V, sampling, row.generator)
-                row.tokens.append(token)
-                yield self._piece(row, token, logprob, stop, max_tokens)
+        logits_BV = logits_BV.cpu()
+        if self._meaningless_V is not None:
+            logits_BV = logits_BV.masked_fill(self._meaningless_V, -torch.inf)
+        pieces: list[Piece] = []
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            token, logprob = sample(logits_V, row.request.sampling, row.generator, row.tokens)
+            row.tokens.append(token)
+            pieces.append(_piece(row, token, logprob))
+        for row in rows:
+            if row.finished is not None:
+                self._batch.leave(row)
+        return pieces
 
-    def _piece(self, row: _Row, token: int, logprob: float, stop: Sequence[str], max_tokens: int) -> Piece:
-        ended = self.tokenizer is not None and token == self.tokenizer.eos_id
-        text = "" if row.stream is None or ended else row.stream.push(token)
-        row.text += text
-        if ended or any(s in row.text for s in stop):
-            row.finished = "stop"
-        elif len(row.tokens) - row.prompt >= max_tokens:
-            row.finished = "length"
-        if row.finished is not None and row.stream is not None:
-            text += row.stream.finish()
-        return Piece(row.index, token, text, logprob, row.finished)
+
+def _piece(row: Row, token: int, logprob: float) -> Piece:
+    ended = token in row.ends
+    text = "" if row.stream is None or ended else row.stops.push(row.stream.push(token))
+    if ended or row.stops.found:
+        row.finished = "stop"
+    elif len(row.tokens) >= row.most:
+        row.finished = "length"
+    if row.finished is not None and row.stream is not None:
+        text += row.stops.push(row.stream.finish()) + row.stops.finish()
+    return Piece(row.id, token, text, logprob, row.finished)
 
 
 def _check(model: Decoder) -> None:
@@ -229,6 +287,18 @@ def _check(model: Decoder) -> None:
             "the text of this model would depend on the batch, because its experts choose among the tokens at"
             " hand or always drop beyond a capacity; change moe.router.select, or use scope 'training'."
         )
+
+
+def _meaningless(known: Collection[int], size: int) -> Tensor | None:
+    """Bool [V] of ids that the tokenizer lacks, None without any. On the CPU, where tokens are drawn."""
+    if max(known) >= size:
+        raise ConsiliumError(
+            f"the tokenizer has token {max(known)} but the model's vocabulary ends at {size - 1}; give the"
+            " tokenizer that the model was trained with."
+        )
+    meaningless_V = torch.ones(size, dtype=torch.bool, device="cpu")
+    meaningless_V[torch.tensor(sorted(known), device="cpu")] = False
+    return meaningless_V if meaningless_V.any() else None
 
 
 def _listed(texts: Sequence[_T] | str) -> Sequence[_T | str]:

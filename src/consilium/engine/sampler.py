@@ -5,35 +5,68 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from consilium.engine.request import Sampling
+from consilium.errors import ConsiliumError
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, float]:
+def sample(
+    logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()
+) -> tuple[int, float]:
     """Return the token and its log-probability under the unfiltered distribution. float32 throughout.
 
-    Filters apply in the order temperature, top-k, top-p; equal logits rank by index.
+    A logit of -inf is never drawn. ``seen`` are the tokens that a repetition penalty counts. Equal logits
+    rank by index. Raises ConsiliumError where the model gave no number.
     """
     logits_V = logits_V.float()
     logprobs_V = torch.log_softmax(logits_V, dim=-1)
+    penalised_V = _penalised(logits_V, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
-        token = int(logits_V.argmax())
-        return token, float(logprobs_V[token])
-    # Below the highest logit and by no less than the smallest normal number: no quotient is inf or NaN.
-    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    scaled_V = (logits_V - logits_V.max()) / temperature
-    ranked_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
-    probs_V = torch.softmax(ranked_V, dim=-1) * _kept(ranked_V, sampling)
-    token = int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
+        token = int(penalised_V.argmax())
+    else:
+        # Below the highest logit and by no less than the smallest normal number: no quotient is inf or NaN.
+        temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+        scaled_V = (penalised_V - penalised_V.max()) / temperature
+        ranked_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
+        _check(ranked_V[0])
+        probs_V = torch.softmax(ranked_V, dim=-1) * _kept(ranked_V, sampling)
+        token = int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
+    _check(logprobs_V[token])
     return token, float(logprobs_V[token])
 
 
+def _penalised(logits_V: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:
+    if penalty == 1 or not seen:
+        return logits_V
+    index = torch.tensor(sorted(set(seen)), device=logits_V.device)
+    some = logits_V[index]
+    return logits_V.index_copy(0, index, torch.where(some > 0, some / penalty, some * penalty))
+
+
 def _kept(ranked_V: Tensor, sampling: Sampling) -> Tensor:
-    """Bool over ranks: inside the top k, and the smallest set whose probability reaches p (never empty)."""
+    """Bool over ranks: inside the top k, then the smallest set whose probability reaches p, then above min-p.
+
+    Never empty.
+    """
     ranks_V = torch.arange(ranked_V.shape[0], device=ranked_V.device)
-    within_k_V = ranks_V < (sampling.top_k or ranked_V.shape[0])
-    probs_V = torch.softmax(ranked_V.masked_fill(~within_k_V, -torch.inf), dim=-1)
-    before_V = probs_V.cumsum(0) - probs_V
-    return within_k_V & ((before_V < sampling.top_p) | (ranks_V == 0))
+    kept_V = ranks_V < (sampling.top_k or ranked_V.shape[0])
+    if sampling.top_p < 1:
+        # A sum of 100,000 float32 probabilities reaches 1 before its end.
+        probs_V = torch.softmax(ranked_V.masked_fill(~kept_V, -torch.inf).double(), dim=-1)
+        kept_V &= probs_V.cumsum(0) - probs_V < sampling.top_p
+    if sampling.min_p > 0:
+        kept_V &= ranked_V - ranked_V[0] >= math.log(sampling.min_p)
+    return kept_V | (ranks_V == 0)
+
+
+def _check(number: Tensor) -> None:
+    if not number.isfinite():
+        raise ConsiliumError(
+            "the model's logits are not finite, so its arithmetic overflowed or its weights are damaged;"
+            " load it in float32 or bfloat16, and check the folder with consilium doctor."
+        )

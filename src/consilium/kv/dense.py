@@ -8,6 +8,7 @@ Legend: B sequences, N slots a sequence, S new tokens, L slots in use, C cached 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -63,11 +64,42 @@ class DenseCache:
             torch.zeros(batch, capacity, width, dtype=dtype, device=device) for _ in range(layers)
         )
 
-    def layer(self, index: int) -> DenseLayer:
-        """The slots of one layer."""
-        return DenseLayer(self._layers[index])
+    def layer(self, index: int, sequences: slice = slice(None)) -> DenseLayer:
+        """The slots of one layer, of all sequences or of some."""
+        return DenseLayer(self._layers[index][sequences])
+
+    @property
+    def batch(self) -> int:
+        return self._layers[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self._layers[0].shape[1]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the rows of one sequence over those of another."""
+        for rows_BNC in self._layers:
+            rows_BNC[target] = rows_BNC[source]
+
+    def take(self, smaller: DenseCache) -> None:
+        """Copy all that ``smaller`` holds to the same sequences and slots."""
+        for rows_BNC, held_BNC in zip(self._layers, smaller._layers, strict=True):
+            rows_BNC[: smaller.batch, : smaller.capacity] = held_BNC
 
     @property
     def bytes(self) -> int:
         """Memory held: layers * batch * capacity * width * bytes a value."""
         return sum(rows_BNC.nbytes for rows_BNC in self._layers)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DensePart:
+    """Some sequences of a dense cache, for a pass over these alone. Meets ``kv.types.Cache``."""
+
+    cache: DenseCache
+    sequences: slice
+
+    def layer(self, index: int) -> DenseLayer:
+        """The slots of one layer."""
+        return self.cache.layer(index, self.sequences)

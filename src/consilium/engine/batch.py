@@ -1,0 +1,128 @@
+"""The sequences that run together, and the only place of the engine that knows their cache.
+
+Sequences that join are right-padded and computed in one pass; then all decode one token a pass, each at its
+own position. Sequence i of the cache is that of row i: the last row moves into the place of one that leaves,
+so that a pass reads a slice of the cache and computes nothing for rows that have finished.
+
+Legend: B rows of a pass, S tokens of the longest prompt, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, final
+
+import torch
+from torch import Tensor
+
+from consilium.engine.request import Finish, Request
+from consilium.engine.stops import StopText
+from consilium.kv.build import build_cache
+from consilium.kv.dense import DenseCache, DensePart
+from consilium.model.decoder import Decoder
+from consilium.model.types import Inputs, Options
+
+FEWEST_SLOTS: Final = 256
+
+
+class TextStream(Protocol):
+    """Turns tokens into text that is never taken back."""
+
+    def push(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence, waiting or running; owned by the engine."""
+
+    id: int
+    request: Request
+    tokens: list[int]
+    prompt: int
+    """How many of ``tokens`` were given."""
+    most: int
+    """How many ``tokens`` there can be."""
+    ends: frozenset[int]
+    generator: torch.Generator
+    stream: TextStream | None
+    stops: StopText
+    finished: Finish | None = None
+
+
+@final
+class Batch:
+    """Rows of one model and their cache, which lasts as long as there are rows."""
+
+    def __init__(self, model: Decoder, options: Options) -> None:
+        self._model = model
+        self._options = options
+        self._device = model.embed.weight.device
+        self._cache: DenseCache | None = None
+        self.rows: list[Row] = []
+        self.loads: dict[int, Tensor] = {}
+        """int64 [E] copies an expert computed since the beginning, by MoE layer."""
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        """[B, V] logits after the last token of each new row."""
+        longest = max(len(row.tokens) for row in rows)
+        ids_BS = self._tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
+        lengths_B = self._tensor([len(row.tokens) for row in rows])
+        position_BS = torch.arange(longest, device=self._device).expand_as(ids_BS)
+        inputs = Inputs(ids_BS, position_BS=position_BS, valid_BS=position_BS < lengths_B[:, None])
+        final_BSD = self._pass(inputs, first=len(self.rows), keys=longest)
+        self.rows += rows
+        return self._model.logits(final_BSD[torch.arange(len(rows), device=self._device), lengths_B - 1])
+
+    @torch.inference_mode()
+    def decode(self) -> Tensor:
+        """[B, V] logits after the newest token of every row."""
+        inputs = Inputs(
+            self._tensor([[row.tokens[-1]] for row in self.rows]),
+            position_BS=self._tensor([[len(row.tokens) - 1] for row in self.rows]),
+        )
+        keys = max(len(row.tokens) for row in self.rows)
+        return self._model.logits(self._pass(inputs, first=0, keys=keys)[:, 0])
+
+    @torch.inference_mode()
+    def leave(self, row: Row) -> None:
+        """Take ``row`` out and give its memory to the last one."""
+        place, last = self.rows.index(row), len(self.rows) - 1
+        if self._cache is not None and place != last:
+            self._cache.move(last, place)
+        self.rows[place] = self.rows[last]
+        self.rows.pop()
+        if not self.rows:
+            self._cache = None
+
+    def _pass(self, inputs: Inputs, *, first: int, keys: int) -> Tensor:
+        count = inputs.ids_BS.shape[0]
+        part = DensePart(self._reserved(first + count, keys), slice(first, first + count))
+        hidden = self._model.hidden(inputs, cache=part, options=self._options)
+        ran = (layer for layer in self._model.config.moe_layers if layer < self._model.config.layers)
+        for layer, report in zip(ran, hidden.reports, strict=True):
+            self.loads[layer] = self.loads.get(layer, 0) + report.load_E
+        return hidden.final_BSD
+
+    def _reserved(self, batch: int, keys: int) -> DenseCache:
+        """The cache with room for ``batch`` sequences of ``keys`` slots; it grows by half at least."""
+        config, cache = self._model.config, self._cache
+        if cache is None or cache.batch < batch or cache.capacity < keys:
+            slots = min(max(keys + keys // 2, FEWEST_SLOTS), config.max_length)
+            grown = build_cache(
+                config,
+                batch=batch if cache is None else max(batch, cache.batch),
+                capacity=slots if cache is None or cache.capacity < keys else cache.capacity,
+                dtype=self._model.embed.weight.dtype,
+                device=self._device,
+            )
+            if cache is not None:
+                grown.take(cache)
+            self._cache = cache = grown
+        return cache
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, device=self._device)
