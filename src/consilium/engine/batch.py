@@ -102,8 +102,7 @@ class Batch:
         count = inputs.ids_BS.shape[0]
         part = DensePart(self._reserved(first + count, keys), slice(first, first + count))
         hidden = self._model.hidden(inputs, cache=part, options=self._options)
-        ran = (layer for layer in self._model.config.moe_layers if layer < self._model.config.layers)
-        for layer, report in zip(ran, hidden.reports, strict=True):
+        for layer, report in hidden.reports.items():
             self.loads[layer] = self.loads.get(layer, 0) + report.load_E
         return hidden.final_BSD
 
