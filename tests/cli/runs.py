@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from consilium.config import io
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from small import DEEPSEEK
 
 
@@ -22,8 +21,8 @@ def write_text(folder: Path) -> Path:
 
 def write_config(folder: Path, text: Path, steps: int = 3) -> Path:
     """The configuration of a run of a second, as the YAML that ``consilium train`` takes."""
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
-    config = Training(model=DEEPSEEK, data=data, steps=steps, batch=2, eval_tokens=64)
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(model=DEEPSEEK, tokenizer=Bytes(), data=data, steps=steps, batch=2, eval_tokens=64)
     path = folder / "small.yaml"
     path.write_text(io.to_yaml(config))
     return path

@@ -18,7 +18,7 @@ from consilium.config.training import Training
 from consilium.training.files import CONFIG_FILE
 
 MODEL = "deepseek-v3:tiny"
-SMALL = ["--params", "200k", "--set", "model.layers=2", "--set", "data.tokenizer=bytes"]
+SMALL = ["--params", "200k", "--set", "model.layers=2", "--set", "tokenizer={kind: bytes}"]
 OPTIONS = [*SMALL, "--batch", "2", "--seq", "24", "--lr", "0.001", "--balance", "switch", "--seed", "3"]
 
 

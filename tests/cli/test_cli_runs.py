@@ -14,8 +14,7 @@ from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.model import MTP
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.records.bench import BenchRecord
 from consilium.records.io import from_json, read_json
 from consilium.records.run import SUMMARY_FILE, Summary
@@ -184,8 +183,8 @@ def test_bench_writes_a_record(
 def test_the_demo_ends_with_figures_and_trains_nothing_twice(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
-    config = Training(model=DEEPSEEK, data=data, steps=1, batch=2, eval_tokens=64)
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(model=DEEPSEEK, tokenizer=Bytes(), data=data, steps=1, batch=2, eval_tokens=64)
     monkeypatch.setattr("consilium.cli.actions.demo.demo_config", lambda: config)
     words = ["demo", "--minutes", "0.005", "--out", str(tmp_path / "demo")]
     out = said(capsys, *words)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from data_corpora import CODE, PROSE
 
-from consilium.config.training import Data
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath
 from consilium.data import corpus as module
 from consilium.data import store
 from consilium.data.corpus import Corpus, build_corpus, held_out_corpus, whole_corpus
@@ -34,7 +33,7 @@ def data(tmp_path: Path) -> Data:
         (folder / "odd: name").mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.py").write_text(CODE + f"x{number} = 1\n", encoding="utf-8")
         (folder / "odd: name" / f"{number}.md").write_text(PROSE * number + "end", encoding="utf-8")
-    return Data(source=PathSource(path=str(folder)), held_out=0.3)
+    return Data(sources=(TextPath(path=str(folder)),), held_out=0.3)
 
 
 def assert_same(first: Corpus, second: Corpus) -> None:
@@ -54,6 +53,12 @@ def no_work(*_: object) -> Tokenizer:
     raise AssertionError("trained again")
 
 
+def path_of(data: Data) -> str:
+    (source,) = data.sources
+    assert isinstance(source, TextPath)
+    return source.path
+
+
 def entry(cache: Path) -> Path:
     (folder,) = (cache / "corpus").iterdir()
     return folder
@@ -61,8 +66,7 @@ def entry(cache: Path) -> Path:
 
 def test_the_tokens_of_a_document_decode_to_its_text(data: Data) -> None:
     corpus = build_corpus(data, VOCABULARY)
-    assert isinstance(data.source, PathSource)
-    documents = split(path_texts(Path(data.source.path)), data.held_out)
+    documents = split(path_texts(Path(path_of(data))), data.held_out)
     for domain in corpus.domains:
         for held_out, text in ((False, corpus.train[domain]), (True, corpus.held_out[domain])):
             expected = [d.text for d in documents if d.domain == domain and d.held_out == held_out]
@@ -84,7 +88,7 @@ def test_a_second_run_reads_the_cache(data: Data, monkeypatch: pytest.MonkeyPatc
 def test_other_settings_are_other_entries(data: Data, cache: Path) -> None:
     build_corpus(data, VOCABULARY)
     build_corpus(data, VOCABULARY + 1)
-    build_corpus(dataclasses.replace(data, tokenizer="bytes"), VOCABULARY)
+    build_corpus(data, VOCABULARY, start=Bytes())
     build_corpus(dataclasses.replace(data, held_out=0.5), VOCABULARY)
     build_corpus(dataclasses.replace(data, sequence_length=8, temperature=0.1), VOCABULARY)
     assert len(list((cache / "corpus").iterdir())) == 4
@@ -92,8 +96,7 @@ def test_other_settings_are_other_entries(data: Data, cache: Path) -> None:
 
 def test_changed_text_is_another_corpus(data: Data) -> None:
     first = build_corpus(data, VOCABULARY)
-    assert isinstance(data.source, PathSource)
-    Path(data.source.path, "0.py").write_text("y = 2\n")
+    Path(path_of(data), "0.py").write_text("y = 2\n")
     assert build_corpus(data, VOCABULARY).sha256 != first.sha256
 
 
@@ -165,9 +168,8 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(data: Data) -> None:
 
 def test_text_to_be_measured_is_held_out_whole(data: Data) -> None:
     tokenizer = Tokenizer.of_bytes()
-    assert isinstance(data.source, PathSource)
-    corpus = whole_corpus(Path(data.source.path), tokenizer)
-    total = sum(len(text.text.encode()) for text in path_texts(Path(data.source.path)))
+    corpus = whole_corpus(Path(path_of(data)), tokenizer)
+    total = sum(len(text.text.encode()) for text in path_texts(Path(path_of(data))))
     assert corpus.domains == ("odd: name", "py")
     assert sum(text.byte_count for text in corpus.held_out.values()) == total
 

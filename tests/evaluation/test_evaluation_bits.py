@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from consilium.config.model import Model
-from consilium.config.training import Data
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.evaluation.bits import evaluate
@@ -24,7 +23,7 @@ def corpus(tmp_path: Path) -> Corpus:
         (tmp_path / domain).mkdir()
         for i, text in enumerate(texts):
             (tmp_path / domain / f"{i}.txt").write_text(text, encoding="utf-8")
-    return build_corpus(Data(source=PathSource(path=str(tmp_path)), tokenizer="bytes"), 300)
+    return build_corpus(Data(sources=(TextPath(path=str(tmp_path)),)), 300, start=Bytes())
 
 
 def spelled_out(model: Decoder, corpus: Corpus, domain: str) -> float:

@@ -21,8 +21,7 @@ import torch
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.model import MTP
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.disk import atomic
 from consilium.training.loop import train
 from small import DEEPSEEK
@@ -31,9 +30,9 @@ LONGEST_RUN = 60.0
 
 
 def configuration(text: Path) -> Training:
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
     model = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
-    return Training(model=model, data=data, steps=16, batch=4, save_every=2, eval_every=7, eval_tokens=64)
+    return Training(model=model, tokenizer=Bytes(), data=data, steps=16, batch=4, save_every=2, eval_every=7, eval_tokens=64)
 
 
 def run_in_child(config: Training, out: Path) -> int:

@@ -16,8 +16,7 @@ import consilium as cs
 from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config.io import to_yaml
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.training.events import Event, Stepped
@@ -40,8 +39,8 @@ with locked(Path(sys.argv[1]), print):
 def config(tmp_path_factory: pytest.TempPathFactory) -> Training:
     text = tmp_path_factory.mktemp("text") / "a.txt"
     text.write_text("".join(f"line {i} of many.\n" for i in range(400)))
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
-    return Training(model=DENSE, data=data, steps=2, batch=2, eval_tokens=64)
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    return Training(model=DENSE, tokenizer=Bytes(), data=data, steps=2, batch=2, eval_tokens=64)
 
 
 def test_a_folder_with_a_model_is_left_as_it_is(config: Training, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_a_model_that_memory_cannot_hold_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consilium.machine.memory.memory_limit", lambda: 2**36)
-    large = Training(model=cs.recipe("deepseek-v3"), data=Data(source=PathSource(path="nowhere")), steps=1)
+    large = Training(model=cs.recipe("deepseek-v3"), data=Data(sources=(TextPath(path="nowhere"),)), steps=1)
     with pytest.raises(ConsiliumError, match=r"training deepseek-v3 with 671,026,404,352 parameters needs"):
         train(large, tmp_path / "run")
     assert not (tmp_path / "run").exists()

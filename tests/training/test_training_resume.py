@@ -14,8 +14,7 @@ import torch
 import consilium
 from consilium.checkpoint import store
 from consilium.config.model import Model
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.records.loads import LoadFile
@@ -39,8 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configuration(text: Path, model: Model = DEEPSEEK, **changes: object) -> Training:
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
-    base = Training(model=model, data=data, steps=8, batch=4, accumulate=2, save_every=3, eval_tokens=64)
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    base = Training(model=model, tokenizer=Bytes(), data=data, steps=8, batch=4, accumulate=2, save_every=3, eval_tokens=64)
     return dataclasses.replace(base, **changes)
 
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.config.training import WSD, Cosine, Schedule, Steps
+from consilium.config.training import WSD, Cosine, Schedule, StepDecay
 from consilium.training.schedule import learning_rate
 
-SCHEDULES = (Cosine(), WSD(), Steps(), Cosine(warmup=0.0, final=0.0), WSD(decay=1.0), Steps(warmup=0.5))
+SCHEDULES = (Cosine(), WSD(), StepDecay(), Cosine(warmup=0.0, final=0.0), WSD(decay=1.0), StepDecay(warmup=0.5))
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 500), st.data())
@@ -42,7 +42,7 @@ def test_wsd_is_flat_until_the_decay() -> None:
 
 
 def test_steps_multiply_at_each_fraction() -> None:
-    schedule = Steps(warmup=0.0, at=(0.8, 0.9), factor=0.316)
+    schedule = StepDecay(warmup=0.0, at=(0.8, 0.9), factor=0.316)
     assert [learning_rate(schedule, 1.0, step, 10) for step in (7, 8, 9)] == pytest.approx(
         [1.0, 0.316, 0.316**2]
     )

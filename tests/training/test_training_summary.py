@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from consilium.config.training import Data, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.records.metrics import METRICS_FILE, read_metrics
 from consilium.records.run import StepRecord
 from consilium.training.budget import Minutes, Steps, missed
@@ -39,8 +38,8 @@ def test_a_logged_step_stands_for_those_before_it() -> None:
 def test_time_and_speed_are_those_of_all_processes(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("".join(f"line {i} of many.\n" for i in range(400)))
-    data = Data(source=PathSource(path=str(text)), sequence_length=24, tokenizer="bytes")
-    config = Training(model=DENSE, data=data, steps=6, batch=2, eval_tokens=64, save_every=3)
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(model=DENSE, tokenizer=Bytes(), data=data, steps=6, batch=2, eval_tokens=64, save_every=3)
     with pytest.raises(Crash):
         train(config, tmp_path / "run", listeners=(crash,))
     first = write_summary(tmp_path / "run", train(config, tmp_path / "run", resume=True))

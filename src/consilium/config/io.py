@@ -81,27 +81,53 @@ def changed(config: C, *, where: str = "", **values: object) -> C:
 
 
 def replace(config: C, assignments: Mapping[str, str], *, where: str = "--set") -> C:
-    """Return ``config`` with dotted keys replaced; values are read as YAML (``--set key.path=value``)."""
+    """Return ``config`` with dotted keys replaced; values are read as YAML (``--set key.path=value``).
+
+    Another ``kind`` is another member of its union: it begins at its own defaults, and its keys may be given
+    beside it, in any order.
+    """
     data = to_data(config)
-    for key, value in assignments.items():
-        parts = key.split(".")
-        node: Any = data
-        for depth, part in enumerate(parts):
-            known = _keys(node)
-            if part not in known:
-                wrong = ".".join(parts[: depth + 1])
-                raise ConsiliumError(f"{where}: unknown key {wrong!r}.{nearest(part, known)}")
-            if depth < len(parts) - 1:
-                node = node[part]
-        node[parts[-1]] = _plain(value, where)
+    fresh: set[int] = set()
+    for key in sorted(assignments, key=_kinds_first):
+        _assign(data, key.split("."), _plain(assignments[key], where), fresh, f"{where}: unknown key {key!r}")
     return from_data(type(config), data, where=where)
 
 
+def _kinds_first(key: str) -> tuple[bool, int]:
+    """A kind decides which keys there are below and beside it; equal keys keep their order."""
+    is_kind = key.rpartition(".")[2] == "kind"
+    return not is_kind, key.count(".") if is_kind else 0
+
+
+def _assign(node: Any, parts: list[str], value: object, fresh: set[int], unknown: str) -> None:
+    """Put ``value`` below ``node``; what is in ``fresh`` takes any key, which the union member will check."""
+    part, *below = parts
+    known = _keys(node)
+    if part not in known and id(node) not in fresh:
+        raise ConsiliumError(f"{unknown}.{nearest(part, known)}")
+    key = int(part) if isinstance(node, list) else part
+    if below:
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+            fresh.add(id(node[key]))
+        _assign(node[key], below, value, fresh, unknown)
+    elif key == "kind" and node.get("kind") != value:
+        node.clear()
+        node["kind"] = value
+        fresh.add(id(node))
+    else:
+        node[key] = value
+
+
 def _keys(node: object) -> list[str]:
+    if isinstance(node, list):
+        return [str(i) for i in range(len(cast("list[object]", node)))]
     return [str(key) for key in cast("dict[object, object]", node)] if isinstance(node, dict) else []
 
 
 def _plain(value: str, where: str) -> Any:
+    if value.startswith(("*", "!")):  # an alias or a tag to YAML, a pattern to whoever writes it here
+        return value
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:

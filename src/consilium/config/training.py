@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+import re
+from typing import Annotated, Any, Final, Literal, cast
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
+from consilium.config.balance import AdaptiveLoss, BalanceLoss, ImportanceLoss
 from consilium.config.base import Size, configuration
 from consilium.config.model import Model
+from consilium.config.moe import MoE
+from consilium.config.router import NoGate, Uniform
 from consilium.errors import ConsiliumError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 
 
 @configuration
@@ -33,7 +37,7 @@ class WSD:
 
 
 @configuration
-class Steps:
+class StepDecay:
     """Warm-up, then times ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at 0.8 and 0.9)."""
 
     kind: Literal["steps"] = "steps"
@@ -42,7 +46,7 @@ class Steps:
     factor: PositiveFloat = 0.316
 
 
-Schedule = Annotated[Cosine | WSD | Steps, Field(discriminator="kind")]
+Schedule = Annotated[Cosine | WSD | StepDecay, Field(discriminator="kind")]
 
 
 @configuration
@@ -66,26 +70,91 @@ class BuiltIn:
 
 
 @configuration
-class Path:
+class TextPath:
     """The user's own .txt, .md, .py, .jsonl (key ``text``) file or a folder of them."""
 
     kind: Literal["path"] = "path"
     path: str
 
 
-Source = Annotated[BuiltIn | Path, Field(discriminator="kind")]
+Source = Annotated[BuiltIn | TextPath, Field(discriminator="kind")]
 
 
 @configuration
 class Data:
-    source: Source = BuiltIn()
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (BuiltIn(),)
+    """Domains of the same name in several sources are one domain."""
     sequence_length: Size = 128
     """Tokens a packed sequence."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of files held out for validation."""
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Domains are sampled in proportion to size ** temperature; 1 is by size, 0 is uniform."""
+
+
+@configuration
+class Random:
+    """Weights drawn from the seed."""
+
+    kind: Literal["random"] = "random"
+
+
+@configuration
+class Train:
+    """Byte-level BPE of at most the model's vocabulary, trained on the text that is not held out."""
+
+    kind: Literal["train"] = "train"
+
+
+@configuration
+class Bytes:
+    """256 bytes and the special tokens."""
+
+    kind: Literal["bytes"] = "bytes"
+
+
+@configuration
+class Folder:
+    """What a checkpoint, a run (its newest checkpoint) or a .gguf file holds."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    sha256: str | None = None
+    """Of what was read there; settled when the run begins, so that other content is another run."""
+
+
+StartWeights = Annotated[Random | Folder, Field(discriminator="kind")]
+StartTokenizer = Annotated[Train | Bytes | Folder, Field(discriminator="kind")]
+
+
+EVERY_TEN_MINUTES: Final = "10m"
+_MINUTES: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?m")
+
+
+def _saving(value: object) -> object:
+    if isinstance(value, str):
+        if _MINUTES.fullmatch(value) and float(value[:-1]) > 0:
+            return value
+        if not value.isdecimal():
+            raise ValueError(f"save_every {value!r} is neither steps such as 100 nor minutes such as 10m.")
+        return int(value)
+    return value
+
+
+SaveEvery = Annotated[Size | str, BeforeValidator(_saving)]
+
+
+def minutes(every: str) -> float:
+    """Of ``10m``."""
+    return float(every.removesuffix("m"))
+
+
+def _patterns(value: object) -> object:
+    """A single string is one pattern, or several with commas between them."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_patterns)]
 
 
 MOST_TOKENS: Final = 2**26
@@ -96,10 +165,16 @@ MOST_TOKENS: Final = 2**26
 class Training:
     """One run. ``batch`` is global, in sequences; ``steps`` are optimizer steps."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str | None = None
     """What the model is called, such as its recipe and size."""
     model: Model
+    init: StartWeights = Random()
+    """Where the weights begin; the optimizer always starts fresh."""
+    tokenizer: StartTokenizer = Train()
+    freeze: Patterns = ()
+    """Parts that stay as they are: patterns over names of weights (``layers.*.moe.router.*``); with ``!``
+    in front they train after all. The last that fits a name decides."""
     data: Data = Data()
     steps: Size
     batch: Size = 16
@@ -111,8 +186,8 @@ class Training:
     """Dtype of the matrix products; master weights are float32 in both."""
     seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
     threads: Annotated[Size, Field(le=1024)] | None = None
-    save_every: Size | None = None
-    """Steps between checkpoints; the last step is always saved."""
+    save_every: SaveEvery = EVERY_TEN_MINUTES
+    """Steps between checkpoints, or minutes such as ``10m``; the last step is always saved."""
     keep: Size = 2
     eval_every: Size | None = None
     """Steps between validations; before the first and after the last step there is always one."""
@@ -121,7 +196,14 @@ class Training:
     recompute: bool = False
     """Recompute block activations in the backward pass instead of keeping them."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, data: Any) -> Any:
+        """The first version had one text and a tokenizer beside it, and saved by steps or not at all."""
+        return _second_version(data) if isinstance(data, dict) else data
+
     def __post_init__(self) -> None:
+        _check_gate(self.model.moe)
         if self.batch % self.accumulate:
             raise ConsiliumError(
                 f"train: batch {self.batch} is not divisible into {self.accumulate} micro-batches;"
@@ -137,3 +219,38 @@ class Training:
                 f"train: sequences of {self.data.sequence_length} tokens exceed model.max_length"
                 f" {self.model.max_length}; lower --seq or raise the model's length."
             )
+
+
+def _check_gate(moe: MoE | None) -> None:
+    """A gate that trains needs a gradient: of weights that depend on it, or of a loss that reads it."""
+    if moe is None or not isinstance(moe.router.weight, Uniform) or isinstance(moe.router.projection, NoGate):
+        return
+    if not any(map(_reaches_gate, moe.balance.losses)):
+        raise ConsiliumError(
+            "train: no loss reaches the gate: moe.router.weight 'uniform' gives every chosen expert weight 1"
+            " and no balance loss reads the scores; choose another weight, add a loss such as --balance"
+            " switch, or take the gate out (projection 'none')."
+        )
+
+
+def _reaches_gate(loss: BalanceLoss) -> bool:
+    match loss:
+        case ImportanceLoss():  # of the weights, which do not depend on the gate here
+            return False
+        case AdaptiveLoss(most=most):
+            return most > 0
+        case _:
+            return loss.coefficient > 0
+
+
+def _second_version(data: dict[str, Any]) -> dict[str, Any]:
+    if data.get("schema_version") != 1 or not isinstance(data.get("data", {}), dict):
+        return data
+    text = dict(cast("dict[str, Any]", data.get("data", {})))
+    kind, source = text.pop("tokenizer", "bpe"), text.pop("source", None)
+    return data | {
+        "schema_version": SCHEMA_VERSION,
+        "data": text if source is None else text | {"sources": [source]},
+        "tokenizer": {"kind": "train" if kind == "bpe" else kind},
+        "save_every": data.get("save_every") or EVERY_TEN_MINUTES,
+    }

@@ -12,17 +12,16 @@ from typing import Any, assert_never, final
 
 import tokenizers
 
-from consilium.config.training import BuiltIn, Data
-from consilium.config.training import Path as PathSource
+from consilium.config.training import BuiltIn, Bytes, Data, Folder, Source, StartTokenizer, TextPath, Train
 from consilium.data.builtin.domains import builtin_documents
-from consilium.data.documents import Document, corpus_sha256, split
+from consilium.data.documents import Document, Text, corpus_sha256, split
 from consilium.data.encoding import Progress, TokenizedText, arrays, encode_documents, join
 from consilium.data.paths import path_texts
 from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from consilium.errors import ConsiliumError
 
-FORMAT = 1
+FORMAT = 2
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
 INDEX = "index.json"
 
@@ -44,20 +43,26 @@ class Corpus:
         return tuple(self.held_out)
 
 
-def build_corpus(data: Data, vocab_size: int, *, progress: Progress | None = None) -> Corpus:
-    """Read the text of ``data``, train the tokenizer and encode, or take the result from the cache.
+def build_corpus(
+    data: Data, vocab_size: int, *, start: StartTokenizer = Train(), progress: Progress | None = None
+) -> Corpus:
+    """Read the text of ``data``, train or load the tokenizer and encode, or take all from the cache.
 
-    ``vocab_size`` is the most that BPE may use; bytes need 259. Raises ConsiliumError for unusable text.
+    ``vocab_size`` is the most that the tokenizer may use; bytes need 259. Raises ConsiliumError for unusable
+    text and for a tokenizer that has more.
     """
     report = progress or _silent
-    _check_vocabulary(data, vocab_size)
+    tokenizer = _given(start, vocab_size)
     documents = _documents(data)
     sha256 = corpus_sha256(documents)
-    folder = cache_folder() / "corpus" / _key(data, vocab_size, sha256)
+    folder = cache_folder() / "corpus" / _key(start, tokenizer, vocab_size, sha256)
     if entry_is_whole(folder):
         report(f"tokenized text from the cache ({folder})")
         return _read(folder)
-    corpus = _tokenize(data, vocab_size, documents, report)
+    if tokenizer is None:
+        report(f"training a tokenizer of {vocab_size} tokens")
+        tokenizer = Tokenizer.train(documents, vocab_size)
+    corpus = _tokenize(tokenizer, documents, report)
     try:
         write_entry(folder, _files(corpus))
     except OSError as error:
@@ -84,37 +89,73 @@ def _silent(_: str) -> None:
     return
 
 
-def _check_vocabulary(data: Data, vocab_size: int) -> None:
-    if vocab_size < SMALLEST_VOCABULARY:
+def _given(start: StartTokenizer, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that ``start`` names, None where it is still to be trained."""
+    match start:
+        case Train():
+            needed, found, name = SMALLEST_VOCABULARY, None, "a tokenizer that is trained here"
+        case Bytes():
+            needed, found, name = SMALLEST_VOCABULARY, Tokenizer.of_bytes(), "the tokenizer of bytes"
+        case Folder(path=path):
+            found = Tokenizer.load(Path(path))
+            needed, name = found.vocab_size, f"the tokenizer of {path}"
+        case unknown:
+            assert_never(unknown)
+    if vocab_size < needed:
         raise ConsiliumError(
-            f"data: a vocabulary of {vocab_size} is too small for the {data.tokenizer} tokenizer; set the"
-            f" model's vocab_size to {SMALLEST_VOCABULARY} or more."
+            f"data: {name} has {needed} tokens or more and the model's vocabulary is {vocab_size}; set the"
+            f" model's vocab_size to {needed} or more, or choose another tokenizer."
         )
+    return found
 
 
 def _documents(data: Data) -> list[Document]:
-    match data.source:
+    _refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
+    alone = len(data.sources) == 1
+    found = [document for source in data.sources for document in _of(source, data.held_out, alone)]
+    return sorted(found, key=lambda document: (document.domain, document.name))
+
+
+def _of(source: Source, held_out: float, alone: bool) -> list[Document]:
+    """Beside other sources, names begin with the source: they stay unique and a split that moves no file."""
+    match source:
         case BuiltIn():
-            return builtin_documents(data.held_out)
-        case PathSource(path=path):
-            return split(path_texts(Path(path)), data.held_out)
+            return builtin_documents(held_out)
+        case TextPath(path=path) if alone:
+            return split(path_texts(Path(path)), held_out)
+        case TextPath(path=path):
+            texts = path_texts(Path(path))
+            named = [Text(t.text, t.domain, f"{path}:{t.name}", f"{path}:{t.unit}") for t in texts]
+            return split(named, held_out)
         case unknown:
             assert_never(unknown)
 
 
-def _key(data: Data, vocab_size: int, sha256: str) -> str:
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """What is read twice would be trained on and held out at once."""
+    for i, path in enumerate(paths):
+        for other in paths[i + 1 :]:
+            one, two = path.resolve(), other.resolve()
+            if one.is_relative_to(two) or two.is_relative_to(one):
+                raise ConsiliumError(
+                    f"data: {path} and {other} are or hold the same files; name each text once."
+                )
+
+
+def _key(start: StartTokenizer, tokenizer: Tokenizer | None, vocab_size: int, sha256: str) -> str:
     """Hash everything that decides an entry; syntax labels depend on the version of Python."""
-    settings = [FORMAT, sha256, data.tokenizer, vocab_size, tokenizers.__version__, sys.version_info[:2]]
+    made = "" if tokenizer is None else fingerprint(tokenizer)
+    settings = [FORMAT, sha256, start.kind, made, vocab_size, tokenizers.__version__, sys.version_info[:2]]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
-def _tokenize(data: Data, vocab_size: int, documents: Sequence[Document], report: Progress) -> Corpus:
-    match data.tokenizer:
-        case "bpe":
-            report(f"training a tokenizer of {vocab_size} tokens")
-            tokenizer = Tokenizer.train(documents, vocab_size)
-        case "bytes":
-            tokenizer = Tokenizer.of_bytes()
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the files of ``tokenizer``."""
+    files = sorted(tokenizer.files().items())
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in files)).hexdigest()
+
+
+def _tokenize(tokenizer: Tokenizer, documents: Sequence[Document], report: Progress) -> Corpus:
     encoded = encode_documents(tokenizer, documents, report)
     return Corpus(
         tokenizer=tokenizer,

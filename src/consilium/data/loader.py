@@ -29,9 +29,19 @@ class Loader:
     """Deals rows from the domains in proportion to size ** temperature. To resume takes the step alone."""
 
     def __init__(
-        self, corpus: Corpus, *, sequence_length: int, batch: int, seed: int, temperature: float = 0.5
+        self,
+        corpus: Corpus,
+        *,
+        sequence_length: int,
+        batch: int,
+        seed: int,
+        temperature: float = 0.5,
+        dealt: tuple[int, int] = (0, 0),
     ) -> None:
-        """``batch`` is global, in rows. Raises ConsiliumError when no domain fills one sequence."""
+        """``batch`` is global, in rows. ``dealt`` are the steps and rows before this batch size began.
+
+        Raises ConsiliumError when no domain fills one sequence.
+        """
         counts = {domain: text.token_count for domain, text in corpus.train.items()}
         long_enough = {domain: count for domain, count in counts.items() if count >= sequence_length}
         if not long_enough:
@@ -49,6 +59,7 @@ class Loader:
             if domain not in long_enough
         )
         self._batch = batch
+        self._first_row = dealt[1] - dealt[0] * batch
         self._packed = [PackedDomain(corpus.train[d], sequence_length, seed, d) for d in self.domains]
         self._schedule = DomainSchedule(list(long_enough.values()), temperature)
 
@@ -71,12 +82,12 @@ class Loader:
         assert self._batch % count == 0
         assert 0 <= index < count
         size = self._batch // count
-        first = step * self._batch + index * size
+        first = self._first_row + step * self._batch + index * size
         return _stack([self._row(number) for number in range(first, first + size)])
 
     def row_domains(self, step: int) -> tuple[str, ...]:
         """Return the domain of each row of the batch of ``step``."""
-        first = step * self._batch
+        first = self._first_row + step * self._batch
         return tuple(self.domains[self._schedule.row(first + row)[0]] for row in range(self._batch))
 
     def _row(self, number: int) -> Row:

@@ -34,6 +34,17 @@ class Hardware:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Change:
+    """A setting that a resume changed; ``config.yaml`` has the newest."""
+
+    step: NonNegativeInt
+    """Steps done before."""
+    key: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunMeta:
     """Everything that identifies a run beside its configuration."""
 
@@ -52,6 +63,8 @@ class RunMeta:
     hardware: Hardware
     calibration_tokens_per_second: NonNegativeFloat | None = None
     """Speed that turned ``--minutes`` into steps."""
+    changes: tuple[Change, ...] = ()
+    """In the order in which they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -14,6 +14,7 @@ from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
+from consilium.training.freeze import freeze
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
 from consilium.training.step import train_step
@@ -73,6 +74,7 @@ def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATI
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = build(config.model, seed=config.seed)
+    freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer)
     loader = loader_of(config, corpus)
     measured: list[float] = []

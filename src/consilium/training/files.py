@@ -102,28 +102,6 @@ def _remove_unused(out: Path) -> None:
         out.rmdir()
 
 
-def check_same(stored: Training, asked: Training, out: Path) -> None:
-    """Refuse to resume with other settings: a run is one configuration from first step to last."""
-    old, new = _flat(io.to_data(stored)), _flat(io.to_data(asked))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ConsiliumError(
-                f"cannot resume {out}: it was started with {key} = {old.get(key)}, not {new.get(key)};"
-                f" consilium train {out / CONFIG_FILE} --out {out} --resume goes on as it was, or choose"
-                " another --out."
-            )
-
-
-def _flat(data: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(data, dict):
-        pairs = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, list):
-        pairs = [(str(i), value) for i, value in enumerate(data)]
-    else:
-        return {prefix.removesuffix("."): data}
-    return {name: leaf for key, value in pairs for name, leaf in _flat(value, f"{prefix}{key}.").items()}
-
-
 @final
 class RunFiles:
     """Append-only files of one run. A resume cuts them back to the checkpoint's step."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request: the step in progress ends, the run saves and says how to go on."""
+"""Ctrl-C, SIGTERM and SIGHUP as a polite request: the step in progress ends, the run saves and says how on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, final
 
 BURST: Final = 2.0
 """Seconds in which more of the same is impatience, not a second decision: it must not lose the run."""
@@ -19,36 +19,64 @@ _ANSWER: Final = (
 )
 
 
-@contextlib.contextmanager
-def polite_stop() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether a stop was asked for; asking again after ``BURST`` stops at once.
+@final
+class Request:
+    """Whether a stop was asked for, and by which signal; asking again after ``BURST`` stops at once."""
 
-    The first request is answered on standard error. Outside the main thread signals cannot be caught and the
-    function always answers no.
-    """
-    first: list[float] = []
-    shown = _standard_error()
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._asked_at = 0.0
+        self._shown = _standard_error()
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if first and now - first[0] > BURST:
+        if self.number is not None and now - self._asked_at > BURST:
             raise KeyboardInterrupt
-        if not first:
-            first.append(now)
-            # Not print: the signal may have come in the middle of one.
+        if self.number is None:
+            self.number, self._asked_at = number, now
+            # Not print: the signal may have come in the middle of one, or the terminal may have gone.
             with contextlib.suppress(OSError):
-                if shown is not None:
-                    os.write(shown, _ANSWER)
+                if self._shown is not None:
+                    os.write(self._shown, _ANSWER)
 
+
+@contextlib.contextmanager
+def polite_stop() -> Iterator[Request]:
+    """Yield a function that says whether a stop was asked for.
+
+    The first request is answered on standard error. A signal that is ignored stays so: ``nohup`` means it.
+    Outside the main thread signals cannot be caught and the function always answers no.
+    """
+    request = Request()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield request
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
+    before = {
+        number: signal.signal(number, request.handle)
+        for number in numbers
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
-        yield lambda: bool(first)
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def borrowed_signals() -> Iterator[Request]:
+    """``polite_stop`` inside somebody's program: the signal that stopped it is theirs again at the end."""
+    request: Request | None = None
+    try:
+        with polite_stop() as request:
+            yield request
+    finally:
+        if request is not None and request.number is not None:
+            signal.raise_signal(request.number)
 
 
 def _standard_error() -> int | None:

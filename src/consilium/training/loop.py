@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from consilium.checkpoint.folders import CHECKPOINTS
-from consilium.config.training import Training
+from consilium.config.training import Training, minutes
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.evaluation.bits import Evaluation, evaluate
 from consilium.model.build import torch_dtype
@@ -20,13 +20,16 @@ from consilium.model.types import Options
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
 from consilium.training.guard import check_memory, check_patience
-from consilium.training.interrupt import polite_stop
+from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import evaluation_record, layer_ratios, step_record
-from consilium.training.run import Run, open_run, save_run
-from consilium.training.step import StepResult, train_step
+from consilium.training.run import Run, open_run, save_run, saved_on_error
+from consilium.training.step import StepResult, gradients, update
 
 WINDOW = 50
 """Steps over which the final load ratio is averaged."""
+
+FIRST_EVALUATION = 0.1
+"""Tokens that the untrained model is measured on at most, in tokens of the whole run."""
 
 LOGGED = 1000
 """A run logs at most about this many steps; shorter runs log every step."""
@@ -48,7 +51,9 @@ def train(
     The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
     run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a model
     that memory cannot hold, a folder that is in use or holds anything but this run, text that changed, a full
-    disk, weights that are no longer finite, or ten non-finite steps in a row.
+    disk, weights that are no longer finite, or ten non-finite steps in a row. An error in a step or a
+    listener is raised once what had been reached is saved; the signal that stopped the run is raised again
+    behind it, where ``stop`` is not given.
     """
 
     def emit(event: Event) -> None:
@@ -63,15 +68,16 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:
-        corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
-    with locked(out, notice), polite_stop() if stop is None else nullcontext(stop) as asked:
+        corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer, progress=notice)
+    with borrowed_signals() if stop is None else nullcontext(stop) as asked, locked(out, notice):
         run = open_run(config, out, corpus, resume=resume, notice=notice)
-        emit(Started(config, out, run.progress.step))
-        meter = Meter()
-        first = _evaluate(run, emit) if run.progress.step == 0 and not asked() else None
-        while run.progress.step < config.steps and not asked():
-            _step(run, meter, emit)
-        return _finish(run, meter, first, emit)
+        with saved_on_error(run, notice):
+            emit(Started(run.config, out, run.progress.step))
+            meter = Meter()
+            first = _evaluate(run, emit) if run.progress.step == 0 and not asked() else None
+            while run.progress.step < run.config.steps and not asked():
+                _step(run, meter, emit)
+            return _finish(run, meter, first, emit)
 
 
 @dataclass(slots=True)
@@ -82,6 +88,7 @@ class Meter:
     tokens: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     ratios: deque[Mapping[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    saved_at: float = field(default_factory=time.monotonic)
 
     def add(self, seconds: float, result: StepResult) -> None:
         self.seconds += seconds
@@ -98,10 +105,15 @@ class Meter:
 def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     progress = run.progress
     begun = time.perf_counter()
-    result = train_step(run.model, run.optimizer, run.loader, run.config, progress.step)
+    result = gradients(run.model, run.optimizer, run.loader, run.config, progress.step)
+    if not result.skipped:
+        progress.whole = False
+        update(run.model, run.optimizer, run.config, result)
     meter.add(time.perf_counter() - begun, result)
     progress.step += 1
     progress.tokens += result.tokens
+    progress.rows += run.config.batch
+    progress.whole = True
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
     speed = result.tokens / meter.recent[-1]
     if progress.step % max(1, run.config.steps // LOGGED) == 0 or result.skipped:
@@ -116,17 +128,25 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
             )
         )
         check_patience(progress.skipped_in_a_row, progress.step)
-    _every(run, emit)
+    _every(run, meter, emit)
 
 
-def _every(run: Run, emit: Callable[[Event], None]) -> None:
+def _every(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     step, config = run.progress.step, run.config
     if step == config.steps:
         return
     if _is_due(config, step):
         _evaluate(run, emit)
-    if config.save_every and step % config.save_every == 0:
-        emit(Saved(step, save_run(run)))
+    if _save_is_due(config, step, time.monotonic() - meter.saved_at):
+        folder = save_run(run)
+        meter.saved_at = time.monotonic()
+        emit(Saved(step, folder))
+
+
+def _save_is_due(config: Training, step: int, seconds: float) -> bool:
+    if isinstance(config.save_every, str):
+        return seconds >= 60 * minutes(config.save_every)
+    return step % config.save_every == 0
 
 
 def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
@@ -135,7 +155,7 @@ def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
         run.model,
         run.corpus,
         sequence_length=run.config.data.sequence_length,
-        limit_tokens=run.config.eval_tokens,
+        limit_tokens=_limit(run),
         options=Options(dtype=torch_dtype(run.config.dtype)),
     )
     step = run.progress.step
@@ -145,6 +165,15 @@ def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
     return evaluation
 
 
+def _limit(run: Run) -> int:
+    """Held-out tokens a domain; before the first step, all domains are a tenth of the run at most."""
+    if run.progress.step > 0:
+        return run.config.eval_tokens
+    trained = run.config.steps * run.config.batch * run.config.data.sequence_length
+    share = FIRST_EVALUATION * trained / max(len(run.corpus.domains), 1)
+    return min(run.config.eval_tokens, max(int(share), 1))
+
+
 def _is_due(config: Training, step: int) -> bool:
     return bool(config.eval_every) and step % (config.eval_every or 1) == 0
 
@@ -152,7 +181,7 @@ def _is_due(config: Training, step: int) -> bool:
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
     """Save first; a stop that was asked for does not wait for a validation."""
     folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
-    if not folder.exists():
+    if run.progress.saved != run.progress.step:
         save_run(run)
     emit(Saved(run.progress.step, folder))
     interrupted = run.progress.step < run.config.steps

@@ -11,12 +11,13 @@ from consilium.config.training import AdamW
 
 
 def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
-    """Float32 moments for every parameter.
+    """Float32 moments for every parameter that trains.
 
     Idle experts have zero gradients, so they decay like all others.
     """
-    decaying = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decaying = [p for p in trained if p.ndim >= 2]
+    plain = [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(
         [{"params": decaying, "weight_decay": config.decay}, {"params": plain, "weight_decay": 0.0}],
         lr=config.learning_rate,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import torch
 import consilium
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import CHECKPOINTS
+from consilium.config import io
 from consilium.config.training import BuiltIn, Training
-from consilium.config.training import Path as PathSource
 from consilium.data.corpus import Corpus
 from consilium.data.loader import Loader
 from consilium.disk import atomic
@@ -24,11 +26,14 @@ from consilium.machine.processors import cpu_name
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
-from consilium.records.io import write_json
+from consilium.records.io import read_json, write_json, write_text
 from consilium.records.run import META_FILE, Hardware, RunMeta, Versions
-from consilium.training.files import RunFiles, check_same, run_in
+from consilium.training.files import CONFIG_FILE, RunFiles, run_in
+from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
 from consilium.training.optimizer import build_optimizer, moments, restore_moments
+from consilium.training.resume import changes, newest_checkpoint, put_records_aside, recorded
+from consilium.training.start import as_stored, initial, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -37,7 +42,13 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    rows: int = 0
+    """Sequences trained on: where the text goes on, also after another batch size."""
     skipped_in_a_row: int = 0
+    saved: int | None = None
+    """The newest step that a complete checkpoint holds."""
+    whole: bool = True
+    """False while weights move: what an error leaves then is no step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,37 +66,87 @@ class Run:
 def open_run(
     config: Training, out: Path, corpus: Corpus, *, resume: bool, notice: Callable[[str], None]
 ) -> Run:
-    """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts fresh.
+    """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts anew.
 
     Raises ConsiliumError when the folder holds a run and ``resume`` is off, one with other settings or text,
     or other files.
     """
     stored = run_in(out, resume=resume)
-    if stored is not None:
-        check_same(stored, config, out)
     atomic.sweep(out / CHECKPOINTS)
-    checkpoint = atomic.latest(out / CHECKPOINTS, notice=notice)
-    model = build(config.model, seed=config.seed)
-    optimizer = build_optimizer(model, config.optimizer)
+    checkpoint = None if stored is None else newest_checkpoint(out, notice)
+    if stored is None or checkpoint is None:
+        if stored is not None:
+            _start_anew(out, notice)
+        return _begin(config, out, corpus, notice)
+    return _go_on(config, stored, checkpoint, out, corpus, notice)
+
+
+def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
+    aside = put_records_aside(out)
+    kept = "" if aside is None else f"; the records of the steps that ran are kept in {aside}"
+    notice(f"{out} has no checkpoint yet, so the run starts anew from step 0{kept}")
+
+
+def _begin(config: Training, out: Path, corpus: Corpus, notice: Callable[[str], None]) -> Run:
+    model, config = initial(config, corpus)
     loader = loader_of(config, corpus)
     for text in loader.notices:
         notice(text)
-    if checkpoint is None:
-        write_json(out / META_FILE, _meta(config, corpus))
-        files, progress = RunFiles.start(out, config), Progress()
-    else:
-        progress = _restore(checkpoint, model, optimizer, corpus, notice)
-        files = RunFiles.reopen(out, progress.step)
+    write_json(out / META_FILE, _meta(config, corpus))
+    files = RunFiles.start(out, config)
+    return Run(config, out, corpus, loader, model, build_optimizer(model, config.optimizer), files, Progress())
+
+
+def _go_on(
+    config: Training,
+    stored: Training,
+    checkpoint: Path,
+    out: Path,
+    corpus: Corpus,
+    notice: Callable[[str], None],
+) -> Run:
+    config = as_stored(config, stored)
+    changed = changes(stored, config, out)
+    tokenizer_of(config, corpus)
+    model = build(config.model, seed=config.seed)
+    freeze(model, config.freeze)
+    optimizer = build_optimizer(model, config.optimizer)
+    progress = _restore(checkpoint, stored, model, optimizer, corpus, notice)
+    if config.steps < progress.step:
+        raise ConsiliumError(
+            f"cannot resume {out}: it has run {progress.step} steps, more than the {config.steps} asked for;"
+            " give --steps beyond that."
+        )
+    loader = loader_of(config, corpus, (progress.step, progress.rows))
+    files = RunFiles.reopen(out, progress.step)
+    if changed:
+        _record(changed, config, out, progress.step, notice)
     return Run(config, out, corpus, loader, model, optimizer, files, progress)
 
 
-def loader_of(config: Training, corpus: Corpus) -> Loader:
+def _record(
+    changed: list[tuple[str, str, str]],
+    config: Training,
+    out: Path,
+    step: int,
+    notice: Callable[[str], None],
+) -> None:
+    """The list first: a crash between the two leaves a change that is asked for again, never one untold."""
+    meta = read_json(RunMeta, out / META_FILE)
+    write_json(out / META_FILE, dataclasses.replace(meta, changes=meta.changes + recorded(changed, step)))
+    write_text(out / CONFIG_FILE, io.to_yaml(config))
+    for key, before, after in changed:
+        notice(f"from step {step} on {key} is {after} instead of {before}")
+
+
+def loader_of(config: Training, corpus: Corpus, dealt: tuple[int, int] = (0, 0)) -> Loader:
     return Loader(
         corpus,
         sequence_length=config.data.sequence_length,
         batch=config.batch,
         seed=config.seed,
         temperature=config.data.temperature,
+        dealt=dealt,
     )
 
 
@@ -97,6 +158,7 @@ def save_run(run: Run) -> Path:
         scalars={
             "step": run.progress.step,
             "tokens": run.progress.tokens,
+            "rows": run.progress.rows,
             "skipped_in_a_row": run.progress.skipped_in_a_row,
             "corpus_sha256": run.corpus.sha256,
             "threads": torch.get_num_threads(),
@@ -105,14 +167,33 @@ def save_run(run: Run) -> Path:
     )
     folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
     store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state)
+    run.progress.saved = run.progress.step
     atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
     return folder
 
 
+@contextlib.contextmanager
+def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
+    """Save the last whole step before an error in a step or a listener goes on to the caller."""
+    try:
+        yield
+    except Exception:
+        if run.progress.whole and run.progress.step not in (0, run.progress.saved):
+            # The error is the news: what fails here, a full disk or the same listener, must not hide it.
+            with contextlib.suppress(Exception):
+                notice(f"saved {save_run(run)} before the error ends the run")
+        raise
+
+
 def _restore(
-    folder: Path, model: Decoder, optimizer: torch.optim.AdamW, corpus: Corpus, notice: Callable[[str], None]
+    folder: Path,
+    stored: Training,
+    model: Decoder,
+    optimizer: torch.optim.AdamW,
+    corpus: Corpus,
+    notice: Callable[[str], None],
 ) -> Progress:
-    # ``latest`` has just compared every file of the folder with its manifest.
+    # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
     store.load_weights(model, folder, check_finite=True, verified=True)
     state = store.load_training_state(folder, verified=True)
     restore_moments(optimizer, model, state.tensors)
@@ -127,7 +208,14 @@ def _restore(
             notice(
                 f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits"
             )
-    return Progress(int(scalars["step"]), int(scalars["tokens"]), int(scalars["skipped_in_a_row"]))
+    step = int(scalars["step"])
+    return Progress(
+        step=step,
+        tokens=int(scalars["tokens"]),
+        rows=int(scalars.get("rows", step * stored.batch)),
+        skipped_in_a_row=int(scalars["skipped_in_a_row"]),
+        saved=step,
+    )
 
 
 def _meta(config: Training, corpus: Corpus) -> RunMeta:
@@ -148,8 +236,6 @@ def _meta(config: Training, corpus: Corpus) -> RunMeta:
 
 
 def _corpus_name(config: Training) -> str:
-    match config.data.source:
-        case BuiltIn():
-            return "builtin"
-        case PathSource(path=path):
-            return path
+    return ", ".join(
+        "builtin" if isinstance(source, BuiltIn) else source.path for source in config.data.sources
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from consilium.config.training import WSD, Cosine, Schedule, Steps
+from consilium.config.training import WSD, Cosine, Schedule, StepDecay
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
     """The rate of optimizer step ``step`` (from 0) of ``steps``."""
-    warm = math.ceil(schedule.warmup * steps)
+    warm = _share(schedule.warmup, steps)
     if step < warm:
         return peak * (step + 1) / warm
     return peak * _after_warmup(schedule, step, warm, steps)
@@ -18,11 +18,21 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
 def _after_warmup(schedule: Schedule, step: int, warm: int, steps: int) -> float:
     match schedule:
         case Cosine(final=final):
-            progress = (step - warm) / max(steps - 1 - warm, 1)
+            progress = _progress(step, warm, steps)
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         case WSD(decay=decay, final=final):
-            start = max(warm, steps - math.ceil(decay * steps))
-            progress = max(0, step - start) / max(steps - 1 - start, 1)
-            return 1 - (1 - final) * progress
-        case Steps(at=at, factor=factor):
-            return factor ** sum(step >= fraction * steps for fraction in at)
+            start = max(warm, steps - _share(decay, steps))
+            return 1 - (1 - final) * _progress(step, start, steps)
+        case StepDecay(at=at, factor=factor):
+            return factor ** sum(step >= _share(fraction, steps) for fraction in at)
+
+
+def _share(fraction: float, steps: int) -> int:
+    """Steps that are ``fraction`` of all, begun ones whole. 0.07 * 100 is 7.000000000000001 in binary."""
+    return math.ceil(round(fraction * steps, 6))
+
+
+def _progress(step: int, start: int, steps: int) -> float:
+    """From 0 at ``start`` to 1 at the last step, which so reaches the end however short the way is."""
+    last = steps - 1
+    return 1.0 if step >= last and step >= start else max(0, step - start) / max(last - start, 1)

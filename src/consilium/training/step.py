@@ -19,6 +19,7 @@ from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode, Report
 from consilium.training import guard
+from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
 from consilium.training.optimizer import set_rate
 from consilium.training.schedule import learning_rate
@@ -67,6 +68,16 @@ def train_step(
 
     A non-finite loss or gradient norm leaves weights, moments and balance state untouched.
     """
+    result = gradients(model, optimizer, loader, config, step)
+    if not result.skipped:
+        update(model, optimizer, config, result)
+    return result
+
+
+def gradients(
+    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, config: Training, step: int
+) -> StepResult:
+    """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
     optimizer.zero_grad(set_to_none=True)
     batch = [loader.micro(step, i, config.accumulate) for i in range(config.accumulate)]
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
@@ -78,13 +89,6 @@ def train_step(
     norm = guard.clip(model, config.optimizer.clip)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
     total = sum(float(loss.total.detach()) for loss in losses)
-    healthy = guard.is_healthy(total, norm)
-    loads = _sum_loads([loss.reports for loss in losses])
-    if healthy:
-        set_rate(optimizer, rate)
-        optimizer.step()
-        for layer, moe in model.moe_layers().items():
-            moe.balance.step(loads[layer].wanted_E, loads[layer].dropped_fraction)
     return StepResult(
         loss=total,
         ce=sum(float(loss.nll) for loss in losses) / max(share.targets, 1),
@@ -93,9 +97,21 @@ def train_step(
         norm=norm,
         rate=rate,
         tokens=sum(int(b.valid_BS.sum()) for b in batch),
-        loads=loads,
-        skipped=not healthy,
+        loads=_sum_loads([loss.reports for loss in losses]),
+        skipped=not guard.is_healthy(total, norm),
     )
+
+
+def update(model: Decoder, optimizer: torch.optim.Optimizer, config: Training, result: StepResult) -> None:
+    """Move the weights by their gradients, then the balance by what the routers wanted.
+
+    Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).
+    """
+    set_rate(optimizer, result.rate)
+    optimizer.step()
+    for layer, moe in balancing_layers(model, config.freeze).items():
+        load = result.loads[layer]
+        moe.balance.step(load.wanted_E, load.dropped_fraction)
 
 
 def _chosen(losses: list[Loss]) -> dict[int, Tensor]:

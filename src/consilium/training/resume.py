@@ -1,0 +1,114 @@
+"""How a run goes on: from which checkpoint, with which settings changed, and what becomes of older records."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from consilium.checkpoint.folders import CHECKPOINTS
+from consilium.config import io
+from consilium.config.training import Training
+from consilium.disk import atomic
+from consilium.errors import ConsiliumError
+from consilium.records.io import write_text
+from consilium.records.loads import LOADS_FILE
+from consilium.records.metrics import METRICS_FILE
+from consilium.records.run import META_FILE, SUMMARY_FILE, Change
+from consilium.training.files import CONFIG_FILE
+
+MAY_CHANGE: Final = frozenset(
+    {"steps", "batch", "accumulate", "optimizer.learning_rate", "eval_every", "eval_tokens"}
+    | {"save_every", "keep", "threads", "recompute"}
+)
+_WHY: Final = {
+    "model": "its weights fit that model alone",
+    "init": "its weights have begun already",
+    "tokenizer": "its tokens would mean something else",
+    "data": "what it has read would be counted out of another text",
+    "freeze": "the optimizer knows the parts that it began with",
+    "optimizer": "the optimizer's moments were gathered with it",
+    "schedule": "the rates behind it followed that curve, of which --steps moves the end",
+    "dtype": "one run has one arithmetic",
+    "seed": "the seed has ordered the text and drawn the weights",
+}
+_KEPT: Final = (METRICS_FILE, Path(LOADS_FILE).parent.name, META_FILE, SUMMARY_FILE)
+
+
+def changes(stored: Training, asked: Training, out: Path) -> list[tuple[str, str, str]]:
+    """Key, value before and after of what a resume changes.
+
+    Raises ConsiliumError that says why where a run keeps what it began with.
+    """
+    old, new = _flat(io.to_data(stored)), _flat(io.to_data(asked))
+    found = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for key in found:
+        if key not in MAY_CHANGE:
+            words = ["consilium", "train", str(out / CONFIG_FILE), "--out", str(out), "--resume"]
+            why = _WHY.get(key.partition(".")[0], "that names the run")
+            raise ConsiliumError(
+                f"cannot resume {out}: it was started with {key} = {old.get(key)}, not {new.get(key)}, and"
+                f" {why}; {shlex.join(words)} goes on as it was,"
+                " or choose another --out."
+            )
+    return [(key, str(old.get(key)), str(new.get(key))) for key in found]
+
+
+def recorded(changed: list[tuple[str, str, str]], step: int) -> tuple[Change, ...]:
+    return tuple(Change(step=step, key=key, before=old, after=new) for key, old, new in changed)
+
+
+def newest_checkpoint(out: Path, notice: Callable[[str], None]) -> Path | None:
+    """The newest complete and unchanged checkpoint; damaged newer ones are put aside, where they harm none.
+
+    None before the first one. Raises ConsiliumError where all there are were damaged.
+    """
+    folder = out / CHECKPOINTS
+    found = atomic.latest(folder, fall_back=True, notice=notice)
+    steps = [path for _, path in atomic.steps(folder)]
+    newer = steps if found is None else steps[steps.index(found) + 1 :]
+    if found is None and newer:
+        names = ", ".join(path.name for path in newer)
+        raise ConsiliumError(
+            f"cannot resume {out}: no checkpoint there is complete and unchanged ({names}); restore one of"
+            " them, or choose another --out."
+        )
+    for path in newer:
+        aside = _free(path.with_name(f"{path.name}.damaged"))
+        path.rename(aside)
+        notice(f"{path} is damaged and kept as {aside.name}; the run goes on from {found}")
+    return found
+
+
+def put_records_aside(out: Path) -> Path | None:
+    """Keep what steps left behind that no checkpoint holds; None where none ran."""
+    metrics = out / METRICS_FILE
+    if not metrics.exists() or b'"train/loss"' not in metrics.read_bytes():
+        return None
+    aside = _free(out / "unsaved")
+    aside.mkdir()
+    write_text(aside / CONFIG_FILE, (out / CONFIG_FILE).read_text(encoding="utf-8"))
+    for name in _KEPT:
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    return aside
+
+
+def _free(path: Path) -> Path:
+    """``path``, with a number behind it where it is taken."""
+    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _flat(data: object) -> dict[str, object]:
+    return dict(_leaves(data, ""))
+
+
+def _leaves(data: object, prefix: str) -> Iterator[tuple[str, object]]:
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
+    if pairs is None:
+        yield prefix.removesuffix("."), data
+    else:
+        for key, value in pairs:
+            yield from _leaves(value, f"{prefix}{key}.")

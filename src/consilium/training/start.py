@@ -1,0 +1,100 @@
+"""Where a run's weights begin, and the digests that make that part of its identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TypeVar
+from pathlib import Path
+
+import torch
+
+from consilium.checkpoint import store
+from consilium.config.training import Folder, Random, StartTokenizer, StartWeights, Training
+from consilium.data.corpus import Corpus, fingerprint
+from consilium.errors import ConsiliumError
+from consilium.model.build import build
+from consilium.model.decoder import Decoder
+from consilium.training.freeze import freeze
+
+S = TypeVar("S", StartWeights, StartTokenizer)
+
+
+def initial(config: Training, corpus: Corpus) -> tuple[Decoder, Training]:
+    """A model at step 0, and ``config`` with the digests of what it begins with.
+
+    Raises ConsiliumError where a folder holds other weights than the model takes, or than ``config`` says.
+    """
+    match config.init:
+        case Random():
+            model, init = build(config.model, seed=config.seed), config.init
+        case Folder() as init:
+            model = _from_folder(init, config)
+            init = _settled(init, _digest(model), "weights")
+    freeze(model, config.freeze)
+    return model, dataclasses.replace(config, init=init, tokenizer=tokenizer_of(config, corpus))
+
+
+def tokenizer_of(config: Training, corpus: Corpus) -> StartTokenizer:
+    """``config.tokenizer`` with its digest. Raises ConsiliumError where the folder has another by now."""
+    if isinstance(config.tokenizer, Folder):
+        return _settled(config.tokenizer, fingerprint(corpus.tokenizer), "tokenizer")
+    return config.tokenizer
+
+
+def as_stored(asked: Training, stored: Training) -> Training:
+    """``asked`` with the digests of ``stored`` where it names the same places without any."""
+    return dataclasses.replace(
+        asked,
+        init=_with_digest(asked.init, stored.init),
+        tokenizer=_with_digest(asked.tokenizer, stored.tokenizer),
+    )
+
+
+def _with_digest(asked: S, stored: S) -> S:
+    same = isinstance(asked, Folder) and asked.sha256 is None and isinstance(stored, Folder)
+    return stored if same and asked.path == stored.path else asked
+
+
+def _settled(folder: Folder, sha256: str, what: str) -> Folder:
+    if folder.sha256 not in (None, sha256):
+        raise ConsiliumError(
+            f"train: {folder.path} has another {what} than when this configuration was made (SHA-256 {sha256},"
+            f" not {folder.sha256}); restore it, or take sha256 out of the configuration."
+        )
+    return dataclasses.replace(folder, sha256=sha256)
+
+
+def _from_folder(folder: Folder, config: Training) -> Decoder:
+    source = store.load(folder.path, dtype="float32")
+    if source.config.vocab_size != config.model.vocab_size:
+        raise ConsiliumError(
+            f"train: {folder.path} has a vocabulary of {source.config.vocab_size} tokens and the model one of"
+            f" {config.model.vocab_size}; give them the same."
+        )
+    return source if source.config == config.model else _refitted(source, folder.path, config)
+
+
+def _refitted(source: Decoder, path: str, config: Training) -> Decoder:
+    """The weights of ``source`` in a model of other settings; state that balances begins anew where new."""
+    model = build(config.model, seed=config.seed)
+    found, wanted = source.state_dict(), model.state_dict()
+    for name, parameter in model.named_parameters():
+        if name not in found or found[name].shape != parameter.shape:
+            raise ConsiliumError(
+                f"train: {path} has no weight {name} of shape {list(parameter.shape)}; give the model the"
+                " settings of that folder."
+            )
+    with torch.no_grad():
+        for name in wanted.keys() & found.keys():
+            wanted[name].copy_(found[name])
+    return model
+
+
+def _digest(model: Decoder) -> str:
+    """SHA-256 of names and values, whatever the format of the files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}\0".encode())
+        digest.update(memoryview(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
