@@ -18,7 +18,7 @@ from consilium.config.training import Training
 from consilium.training.files import CONFIG_FILE
 
 MODEL = "deepseek-v3:tiny"
-SMALL = ["--params", "200k", "--set", "model.layers=2", "--set", "tokenizer={kind: bytes}"]
+SMALL = ["--params", "200k", "--set", "model.layers=2", "--set", "tokenizer.kind=bytes"]
 OPTIONS = [*SMALL, "--batch", "2", "--seq", "24", "--lr", "0.001", "--balance", "switch", "--seed", "3"]
 
 
@@ -53,8 +53,8 @@ def test_no_option_is_wanted_again(run: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--batch", "4"], "started with batch = 2, not 4; consilium train"),
-        (["--steps", "9"], "started with steps = 2, not 9"),
+        (["--steps", "1"], "it has run 2 steps, more than the 1 asked for"),
+        (["--seq", "16"], "started with data.sequence_length = 24, not 16, and what it has read"),
         (["--balance", "none"], "started with model.moe.balance"),
         (["--set", "optimizer.decay=0.5"], "started with optimizer.decay = 0.1, not 0.5"),
         (["--params", "300k"], "started with model."),

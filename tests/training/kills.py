@@ -32,7 +32,16 @@ LONGEST_RUN = 60.0
 def configuration(text: Path) -> Training:
     data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
     model = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
-    return Training(model=model, tokenizer=Bytes(), data=data, steps=16, batch=4, save_every=2, eval_every=7, eval_tokens=64)
+    return Training(
+        model=model,
+        tokenizer=Bytes(),
+        data=data,
+        steps=16,
+        batch=4,
+        save_every=2,
+        eval_every=7,
+        eval_tokens=64,
+    )
 
 
 def run_in_child(config: Training, out: Path) -> int:

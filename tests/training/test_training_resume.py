@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +15,21 @@ import torch
 
 import consilium
 from consilium.checkpoint import store
+from consilium.config import io
 from consilium.config.model import Model
 from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.data.corpus import build_corpus
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
+from consilium.records.io import read_json
 from consilium.records.loads import LoadFile
 from consilium.records.metrics import read_metrics
-from consilium.training.events import Event, Finished, Listener, Notice, Stepped
+from consilium.records.run import RunMeta
+from consilium.training import loop
+from consilium.training.events import Event, Finished, Listener, Notice, Saved, Stepped
 from consilium.training.loop import train
+from consilium.training.run import loader_of
+from consilium.training.schedule import learning_rate
 from small import DEEPSEEK, SWITCH
 
 TESTS = Path(__file__).parent.parent
@@ -39,18 +48,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configuration(text: Path, model: Model = DEEPSEEK, **changes: object) -> Training:
     data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
-    base = Training(model=model, tokenizer=Bytes(), data=data, steps=8, batch=4, accumulate=2, save_every=3, eval_tokens=64)
+    base = Training(
+        model=model,
+        tokenizer=Bytes(),
+        data=data,
+        steps=8,
+        batch=4,
+        accumulate=2,
+        save_every=3,
+        eval_tokens=64,
+    )
     return dataclasses.replace(base, **changes)
 
 
-class Crash(Exception):
-    pass
+class Killed(BaseException):
+    """Like a kill nothing is saved on the way out; an error would be."""
 
 
-def crash_after(step: int) -> Listener:
+def killed_after(step: int) -> Listener:
     def listen(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == step:
-            raise Crash
+            raise Killed
 
     return listen
 
@@ -88,8 +106,8 @@ def test_a_run_that_crashed_reaches_the_same_bits(
     config = configuration(text, model)
     train(config, tmp_path / "whole")
     for step in crashes:
-        with pytest.raises(Crash):
-            train(config, tmp_path / "broken", resume=True, listeners=(crash_after(step),))
+        with pytest.raises(Killed):
+            train(config, tmp_path / "broken", resume=True, listeners=(killed_after(step),))
     finished = train(config, tmp_path / "broken", resume=True)
     assert (finished.steps, finished.interrupted) == (8, False)
     assert_same(tmp_path / "whole", tmp_path / "broken")
@@ -137,7 +155,9 @@ def test_a_folder_with_a_run_is_not_overwritten(text: Path, tmp_path: Path) -> N
 
 def test_other_settings_do_not_resume(text: Path, tmp_path: Path) -> None:
     train(configuration(text, steps=1), tmp_path / "run")
-    with pytest.raises(ConsiliumError, match="started with seed = 0, not 5"):
+    with pytest.raises(
+        ConsiliumError, match="started with seed = 0, not 5, and the seed has ordered the text"
+    ):
         train(configuration(text, steps=1, seed=5), tmp_path / "run", resume=True)
 
 
@@ -152,15 +172,163 @@ def test_other_text_does_not_resume(text: Path, tmp_path: Path) -> None:
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_damaged_checkpoint_is_named_and_not_loaded(text: Path, tmp_path: Path) -> None:
-    config = configuration(text)
-    train(config, tmp_path / "run")
-    weights = tmp_path / "run/checkpoints/step-8/model.safetensors"
-    damaged = bytearray(weights.read_bytes())
+def flip_a_bit(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
     damaged[-100] ^= 1
-    weights.write_bytes(damaged)
-    with pytest.raises(ConsiliumError, match=r"model\.safetensors"):
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", ["changed", "manifest gone"])
+def test_a_damaged_newest_checkpoint_loses_no_step(damage: str, text: Path, tmp_path: Path) -> None:
+    """The run falls back to the one before, says so, reaches the same end, and keeps what was damaged."""
+    config = configuration(text)
+    for name in ("whole", "run"):
+        train(config, tmp_path / name)
+    newest = tmp_path / "run/checkpoints/step-8"
+    if damage == "changed":
+        flip_a_bit(newest / "model.safetensors")
+    else:
+        (newest / "manifest.json").unlink()
+    told: list[Event] = []
+    finished = train(config, tmp_path / "run", resume=True, listeners=(told.append,))
+    said = " ".join(event.text for event in told if isinstance(event, Notice))
+    assert "kept as step-8.damaged; the run goes on from" in said
+    assert [event.step for event in told if isinstance(event, Stepped)] == [7, 8]
+    assert finished.checkpoint == newest
+    assert (newest.parent / "step-8.damaged").is_dir()
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_alone(
+    text: Path, tmp_path: Path
+) -> None:
+    config = configuration(text, keep=1)
+    train(config, tmp_path / "run")
+    flip_a_bit(tmp_path / "run/checkpoints/step-8/model.safetensors")
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(ConsiliumError, match=r"no checkpoint there is complete and unchanged \(step-8\)"):
         train(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_resume_before_any_checkpoint_says_so_and_keeps_the_records(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, save_every=100)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", listeners=(killed_after(2),))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    told: list[Event] = []
+    train(config, tmp_path / "run", resume=True, listeners=(told.append,))
+    assert any("starts anew from step 0" in event.text for event in told if isinstance(event, Notice))
+    assert (tmp_path / "run/unsaved/metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run/unsaved/routing/loads.bin").stat().st_size > 0
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_error_in_a_listener_saves_the_step_before_it(step: int, text: Path, tmp_path: Path) -> None:
+    config = configuration(text, save_every=100)
+    train(config, tmp_path / "whole")
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == step:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path / "run", listeners=(fail,))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step}"]
+    train(config, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["gradients", "update"])
+def test_an_error_in_a_step_saves_the_last_whole_one(
+    moment: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While weights move there is no step to save: half of a step would not resume to the same bits."""
+    config = configuration(text, save_every=3)
+    train(config, tmp_path / "whole")
+    plain = getattr(loop, moment)
+    calls: list[int] = []
+
+    def fail(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, moment, fail)
+        with pytest.raises(MemoryError):
+            train(config, tmp_path / "run")
+    newest = {"gradients": "step-5", "update": "step-3"}[moment]
+    assert max(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == newest
+    train(config, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_gives_up_saves_its_last_good_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.training.guard.is_healthy", lambda *_: False)
+    with pytest.raises(ConsiliumError, match="not finite 10 steps in a row"):
+        train(configuration(text, steps=20, save_every=100), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/step-10").is_dir()
+
+
+def test_a_run_saves_by_time(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is four minutes after the one before, so ten minutes are over now and then."""
+    clock = itertools.count(time.monotonic(), 240)
+    monkeypatch.setattr("consilium.training.loop.time.monotonic", lambda: next(clock))
+    told: list[Event] = []
+    config = configuration(text, steps=12, save_every=Training(model=DEEPSEEK, steps=1).save_every)
+    train(config, tmp_path / "run", listeners=(told.append,))
+    saved = [event.step for event in told if isinstance(event, Saved)]
+    assert 3 <= len(saved) <= 6
+    assert saved[-1] == 12
+
+
+def test_what_may_change_on_a_resume_is_recorded(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, steps=4)
+    train(config, tmp_path / "run")
+    rate = dataclasses.replace(config.optimizer, learning_rate=1e-4)
+    longer = dataclasses.replace(config, steps=6, batch=8, optimizer=rate, save_every=1, keep=9)
+    told: list[Event] = []
+    finished = train(longer, tmp_path / "run", resume=True, listeners=(told.append,))
+    assert (finished.steps, finished.interrupted) == (6, False)
+    assert io.read_yaml(Training, tmp_path / "run/config.yaml") == longer
+    changes = read_json(RunMeta, tmp_path / "run/meta.json").changes
+    assert {(c.step, c.key, c.before, c.after) for c in changes} == {
+        (4, "steps", "4", "6"),
+        (4, "batch", "4", "8"),
+        (4, "optimizer.learning_rate", "0.003", "0.0001"),
+        (4, "save_every", "3", "1"),
+        (4, "keep", "2", "9"),
+    }
+    last = [event.result for event in told if isinstance(event, Stepped)][-1]
+    assert last.rate == learning_rate(config.schedule, 1e-4, 5, 6)
+    state = store.load_training_state(finished.checkpoint)
+    assert state.scalars["rows"] == 4 * 4 + 2 * 8
+    again = train(longer, tmp_path / "run", resume=True)
+    assert (again.steps, again.last) == (finished.steps, finished.last)
+
+
+def test_another_batch_reads_on_where_the_text_was(text: Path) -> None:
+    """No row twice and none left out: two steps of 8 rows after four of 4 are rows 16 to 31."""
+    config = configuration(text)
+    corpus = build_corpus(config.data, 300, start=config.tokenizer)
+    plain = loader_of(config, corpus)
+    wider = loader_of(dataclasses.replace(config, batch=8), corpus, (4, 16))
+    for step in (4, 5):
+        first = 16 + (step - 4) * 8
+        rows = torch.cat([plain.batch(first // 4 + i).ids_BS for i in range(2)])
+        assert torch.equal(wider.batch(step).ids_BS, rows)
+        halves = [wider.micro(step, i, 2).ids_BS for i in range(2)]
+        assert torch.equal(torch.cat(halves), rows)
+
+
+def test_fewer_steps_than_have_run_are_refused(text: Path, tmp_path: Path) -> None:
+    train(configuration(text, steps=4), tmp_path / "run")
+    with pytest.raises(ConsiliumError, match="it has run 4 steps, more than the 3 asked for"):
+        train(configuration(text, steps=3), tmp_path / "run", resume=True)
 
 
 def test_another_number_of_threads_is_told(text: Path, tmp_path: Path) -> None:

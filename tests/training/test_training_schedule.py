@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from consilium.config.training import WSD, Cosine, Schedule, StepDecay
 from consilium.training.schedule import learning_rate
 
-SCHEDULES = (Cosine(), WSD(), StepDecay(), Cosine(warmup=0.0, final=0.0), WSD(decay=1.0), StepDecay(warmup=0.5))
+SCHEDULES = (
+    Cosine(),
+    WSD(),
+    StepDecay(),
+    Cosine(warmup=0.0, final=0.0),
+    WSD(decay=1.0),
+    StepDecay(warmup=0.5),
+)
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 500), st.data())

@@ -16,13 +16,13 @@ from consilium.training.summary import spent, write_summary
 from small import DENSE
 
 
-class Crash(Exception):
-    pass
+class Killed(BaseException):
+    """Nothing is saved on the way out."""
 
 
 def crash(event: Event) -> None:
     if isinstance(event, Stepped) and event.step == 4:
-        raise Crash
+        raise Killed
 
 
 def record(step: int, tokens: int, speed: float | None) -> StepRecord:
@@ -39,8 +39,10 @@ def test_time_and_speed_are_those_of_all_processes(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("".join(f"line {i} of many.\n" for i in range(400)))
     data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
-    config = Training(model=DENSE, tokenizer=Bytes(), data=data, steps=6, batch=2, eval_tokens=64, save_every=3)
-    with pytest.raises(Crash):
+    config = Training(
+        model=DENSE, tokenizer=Bytes(), data=data, steps=6, batch=2, eval_tokens=64, save_every=3
+    )
+    with pytest.raises(Killed):
         train(config, tmp_path / "run", listeners=(crash,))
     first = write_summary(tmp_path / "run", train(config, tmp_path / "run", resume=True))
     records = read_metrics(tmp_path / "run" / METRICS_FILE).records

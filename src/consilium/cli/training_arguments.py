@@ -10,7 +10,10 @@ from consilium.cli.arguments import count
 def training_arguments(parser: ArgumentParser) -> None:
     """Everything about a run but its model and folder."""
     parser.add_argument(
-        "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or a folder; default: built-in text"
+        "--data",
+        action="append",
+        metavar="PATH",
+        help=".txt, .md, .py, .jsonl or a folder; may be given several times; default: built-in text",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
@@ -25,7 +28,9 @@ def training_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--balance", metavar="NAME", help="none, switch, sequence, bias, bias-linear, adaptive, switch-z"
     )
-    parser.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    parser.add_argument(
+        "--save-every", metavar="N", help="steps between checkpoints, or minutes; default 10m"
+    )
     parser.add_argument("--eval-every", type=int, metavar="N", help="steps between validations")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="default 0")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all cores")

@@ -102,27 +102,28 @@ def _kinds_first(key: str) -> tuple[bool, int]:
 def _assign(node: Any, parts: list[str], value: object, fresh: set[int], unknown: str) -> None:
     """Put ``value`` below ``node``; what is in ``fresh`` takes any key, which the union member will check."""
     part, *below = parts
-    known = _keys(node)
+    known = _known(node)
     if part not in known and id(node) not in fresh:
         raise ConsiliumError(f"{unknown}.{nearest(part, known)}")
-    key = int(part) if isinstance(node, list) else part
+    key = known.get(part, part)
     if below:
-        if isinstance(node, dict) and node.get(key) is None:
+        if part not in known or node[key] is None:
             node[key] = {}
             fresh.add(id(node[key]))
         _assign(node[key], below, value, fresh, unknown)
-    elif key == "kind" and node.get("kind") != value:
+    elif key == "kind" and value != node.get(key):
         node.clear()
-        node["kind"] = value
+        node[key] = value
         fresh.add(id(node))
     else:
         node[key] = value
 
 
-def _keys(node: object) -> list[str]:
+def _known(node: object) -> dict[str, Any]:
+    """What may stand in a dotted key below ``node``: keys of a dict, places of a list."""
     if isinstance(node, list):
-        return [str(i) for i in range(len(cast("list[object]", node)))]
-    return [str(key) for key in cast("dict[object, object]", node)] if isinstance(node, dict) else []
+        return {str(i): i for i in range(len(cast("list[object]", node)))}
+    return {str(key): key for key in cast("dict[object, object]", node)} if isinstance(node, dict) else {}
 
 
 def _plain(value: str, where: str) -> Any:

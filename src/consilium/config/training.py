@@ -200,7 +200,7 @@ class Training:
     @classmethod
     def _of_any_version(cls, data: Any) -> Any:
         """The first version had one text and a tokenizer beside it, and saved by steps or not at all."""
-        return _second_version(data) if isinstance(data, dict) else data
+        return _second_version(cast("dict[str, Any]", data)) if isinstance(data, dict) else data
 
     def __post_init__(self) -> None:
         _check_gate(self.model.moe)

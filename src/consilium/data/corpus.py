@@ -111,17 +111,17 @@ def _given(start: StartTokenizer, vocab_size: int) -> Tokenizer | None:
 
 def _documents(data: Data) -> list[Document]:
     _refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
-    alone = len(data.sources) == 1
-    found = [document for source in data.sources for document in _of(source, data.held_out, alone)]
+    beside = len(data.sources) > 1
+    found = [d for source in data.sources for d in _of(source, data.held_out, prefixed=beside)]
     return sorted(found, key=lambda document: (document.domain, document.name))
 
 
-def _of(source: Source, held_out: float, alone: bool) -> list[Document]:
-    """Beside other sources, names begin with the source: they stay unique and a split that moves no file."""
+def _of(source: Source, held_out: float, *, prefixed: bool) -> list[Document]:
+    """Beside other sources names begin with the source's, so that they stay unique."""
     match source:
         case BuiltIn():
             return builtin_documents(held_out)
-        case TextPath(path=path) if alone:
+        case TextPath(path=path) if not prefixed:
             return split(path_texts(Path(path)), held_out)
         case TextPath(path=path):
             texts = path_texts(Path(path))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a polite request: the step in progress ends, the run saves and says how on."""
+"""Ctrl-C, SIGTERM and SIGHUP as a polite request: the step in progress ends and the run saves."""
 
 from __future__ import annotations
 

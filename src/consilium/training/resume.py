@@ -1,4 +1,4 @@
-"""How a run goes on: from which checkpoint, with which settings changed, and what becomes of older records."""
+"""How a run goes on: from which checkpoint, with which settings changed, and what older records become."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE
 from consilium.records.metrics import METRICS_FILE
-from consilium.records.run import META_FILE, SUMMARY_FILE, Change
+from consilium.records.run import META_FILE, SUMMARY_FILE
 from consilium.training.files import CONFIG_FILE
 
 MAY_CHANGE: Final = frozenset(
@@ -41,22 +41,35 @@ def changes(stored: Training, asked: Training, out: Path) -> list[tuple[str, str
 
     Raises ConsiliumError that says why where a run keeps what it began with.
     """
-    old, new = _flat(io.to_data(stored)), _flat(io.to_data(asked))
-    found = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    for key in found:
+    found = _differences(stored, asked)
+    for key, old, new in found:
         if key not in MAY_CHANGE:
-            words = ["consilium", "train", str(out / CONFIG_FILE), "--out", str(out), "--resume"]
-            why = _WHY.get(key.partition(".")[0], "that names the run")
-            raise ConsiliumError(
-                f"cannot resume {out}: it was started with {key} = {old.get(key)}, not {new.get(key)}, and"
-                f" {why}; {shlex.join(words)} goes on as it was,"
-                " or choose another --out."
-            )
-    return [(key, str(old.get(key)), str(new.get(key))) for key in found]
+            raise _cannot(out, key, old, new, _WHY.get(key.partition(".")[0], "that names the run"))
+    return found
 
 
-def recorded(changed: list[tuple[str, str, str]], step: int) -> tuple[Change, ...]:
-    return tuple(Change(step=step, key=key, before=old, after=new) for key, old, new in changed)
+def refuse_unnamed(settled: Training, read: Training, out: Path, *, length: bool) -> None:
+    """Refuse a file that says something else than the run and its options: an option says it by name.
+
+    ``length``: an option says how long, whatever the file says.
+    """
+    for key, old, new in _differences(settled, read):
+        if not (key == "steps" and length):
+            raise _cannot(out, key, old, new, "a file changes no run: options do, by name")
+
+
+def _differences(one: Training, other: Training) -> list[tuple[str, str, str]]:
+    old, new = dict(_leaves(io.to_data(one), "")), dict(_leaves(io.to_data(other), ""))
+    keys = sorted(old.keys() | new.keys())
+    return [(key, str(old.get(key)), str(new.get(key))) for key in keys if old.get(key) != new.get(key)]
+
+
+def _cannot(out: Path, key: str, old: str, new: str, why: str) -> ConsiliumError:
+    words = ["consilium", "train", str(out / CONFIG_FILE), "--out", str(out), "--resume"]
+    return ConsiliumError(
+        f"cannot resume {out}: it was started with {key} = {old}, not {new}, and {why};"
+        f" {shlex.join(words)} goes on as it was, or choose another --out."
+    )
 
 
 def newest_checkpoint(out: Path, notice: Callable[[str], None]) -> Path | None:
@@ -99,10 +112,6 @@ def _free(path: Path) -> Path:
     """``path``, with a number behind it where it is taken."""
     names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
     return next(name for name in names if not name.exists())
-
-
-def _flat(data: object) -> dict[str, object]:
-    return dict(_leaves(data, ""))
 
 
 def _leaves(data: object, prefix: str) -> Iterator[tuple[str, object]]:

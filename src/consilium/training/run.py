@@ -27,12 +27,12 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
 from consilium.records.io import read_json, write_json, write_text
-from consilium.records.run import META_FILE, Hardware, RunMeta, Versions
+from consilium.records.run import META_FILE, Change, Hardware, RunMeta, Versions
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
 from consilium.training.optimizer import build_optimizer, moments, restore_moments
-from consilium.training.resume import changes, newest_checkpoint, put_records_aside, recorded
+from consilium.training.resume import changes, newest_checkpoint, put_records_aside
 from consilium.training.start import as_stored, initial, tokenizer_of
 
 
@@ -94,7 +94,9 @@ def _begin(config: Training, out: Path, corpus: Corpus, notice: Callable[[str], 
         notice(text)
     write_json(out / META_FILE, _meta(config, corpus))
     files = RunFiles.start(out, config)
-    return Run(config, out, corpus, loader, model, build_optimizer(model, config.optimizer), files, Progress())
+    return Run(
+        config, out, corpus, loader, model, build_optimizer(model, config.optimizer), files, Progress()
+    )
 
 
 def _go_on(
@@ -133,7 +135,8 @@ def _record(
 ) -> None:
     """The list first: a crash between the two leaves a change that is asked for again, never one untold."""
     meta = read_json(RunMeta, out / META_FILE)
-    write_json(out / META_FILE, dataclasses.replace(meta, changes=meta.changes + recorded(changed, step)))
+    changed_now = tuple(Change(step=step, key=key, before=old, after=new) for key, old, new in changed)
+    write_json(out / META_FILE, dataclasses.replace(meta, changes=meta.changes + changed_now))
     write_text(out / CONFIG_FILE, io.to_yaml(config))
     for key, before, after in changed:
         notice(f"from step {step} on {key} is {after} instead of {before}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from typing import TypeVar
-from pathlib import Path
 
 import torch
 
@@ -52,15 +51,16 @@ def as_stored(asked: Training, stored: Training) -> Training:
 
 
 def _with_digest(asked: S, stored: S) -> S:
-    same = isinstance(asked, Folder) and asked.sha256 is None and isinstance(stored, Folder)
-    return stored if same and asked.path == stored.path else asked
+    if isinstance(asked, Folder) and isinstance(stored, Folder) and asked.sha256 is None:
+        return stored if asked.path == stored.path else asked
+    return asked
 
 
 def _settled(folder: Folder, sha256: str, what: str) -> Folder:
     if folder.sha256 not in (None, sha256):
         raise ConsiliumError(
-            f"train: {folder.path} has another {what} than when this configuration was made (SHA-256 {sha256},"
-            f" not {folder.sha256}); restore it, or take sha256 out of the configuration."
+            f"train: {folder.path} has another {what} than when this configuration was made (SHA-256"
+            f" {sha256}, not {folder.sha256}); restore it, or take sha256 out of the configuration."
         )
     return dataclasses.replace(folder, sha256=sha256)
 

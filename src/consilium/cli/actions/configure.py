@@ -8,14 +8,14 @@ from pathlib import Path
 
 from consilium.config import io
 from consilium.config.model import Model
-from consilium.config.training import AdamW, Training
-from consilium.config.training import Path as PathSource
+from consilium.config.training import AdamW, TextPath, Training
 from consilium.errors import ConsiliumError
 from consilium.planner.scaling import scale_to
 from consilium.recipes import catalogue
 from consilium.recipes.variants import with_balance
 from consilium.training import budget
 from consilium.training.precision import faster_dtype
+from consilium.training.resume import refuse_unnamed
 
 
 def training_config(model: str, options: Namespace, stored: Training | None = None) -> Training:
@@ -24,13 +24,32 @@ def training_config(model: str, options: Namespace, stored: Training | None = No
     Where a run goes on, ``stored`` says all that the options leave out.
     """
     base = _from_file(model) if is_file(model) else _from_recipe(model)
-    if stored is not None and not is_file(model):
-        base = _of_run(base, stored, options)
-    if stored is not None and options.dtype == "auto":  # measured when the run began
-        base, options = dataclasses.replace(base, dtype=stored.dtype), _without(options, "dtype")
+    if stored is None:
+        return _settled(base, options)
+    if options.dtype == "auto":  # measured when the run began
+        options = Namespace(**(vars(options) | {"dtype": stored.dtype}))
+    if not is_file(model):
+        return _settled(_of_run(base, stored, options), options)
+    config = _settled(stored, options)
+    refuse_unnamed(config, _settled(base, options), options.out, length=_says_length(options))
+    return config
+
+
+def _settled(base: Training, options: Namespace) -> Training:
     config = _apply(base, options)
     assignments = dict(_assignment(text) for text in options.set)
     return io.replace(config, assignments) if assignments else config
+
+
+def sets_steps(options: Namespace) -> bool:
+    """Whether ``--set steps=N`` says how long."""
+    return "steps" in dict(_assignment(text) for text in options.set)
+
+
+def _says_length(options: Namespace) -> bool:
+    return any(value is not None for value in (options.steps, options.tokens, options.minutes)) or sets_steps(
+        options
+    )
 
 
 def chosen_budget(options: Namespace, default: budget.Budget) -> budget.Budget:
@@ -84,7 +103,7 @@ def _apply(base: Training, options: Namespace) -> Training:
         base.data,
         where="train",
         **_given(
-            source=PathSource(path=options.data) if options.data else None,
+            sources=[TextPath(path=path) for path in options.data] if options.data else None,
             sequence_length=options.seq,
         ),
     )
@@ -106,10 +125,6 @@ def _model(model: Model, options: Namespace) -> Model:
     return model if options.balance is None else with_balance(model, options.balance)
 
 
-def _without(options: Namespace, name: str) -> Namespace:
-    return Namespace(**(vars(options) | {name: None}))
-
-
 def _given(**values: object) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -118,7 +133,7 @@ def _assignment(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConsiliumError(f"--set {text!r} has no '='; write --set key.path=value.")
-    return key, value
+    return key.removeprefix("train."), value
 
 
 DEMO_MODEL = "deepseek-v3:tiny"

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from rich.console import Console
 
-from consilium.cli.actions.configure import chosen_budget, is_file, training_config
+from consilium.cli.actions.configure import chosen_budget, is_file, sets_steps, training_config
 from consilium.cli.actions.live import Page
 from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.config.training import Training
@@ -40,7 +40,7 @@ def _run(config: Training, budget: Budget, options: Namespace) -> int:
         def notice(text: str) -> None:
             page(Notice(text))
 
-        corpus = build_corpus(config.data, config.model.vocab_size, progress=notice)
+        corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer, progress=notice)
         config = with_budget(config, budget, corpus, notice=notice)
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
@@ -53,12 +53,9 @@ def _run(config: Training, budget: Budget, options: Namespace) -> int:
 
 def _budget(options: Namespace, config: Training, stored: Training | None) -> Budget:
     """Minutes of a run that goes on were turned into steps when it began."""
-    budget = chosen_budget(options, _default(options, config))
-    return Steps(stored.steps) if stored is not None and isinstance(budget, Minutes) else budget
-
-
-def _default(options: Namespace, config: Training) -> Budget:
-    return Steps(config.steps) if is_file(options.model) else Minutes(3.0)
+    said = stored is not None or is_file(options.model) or sets_steps(options)
+    budget = chosen_budget(options, Steps(config.steps) if said else Minutes(3.0))
+    return Steps(config.steps) if stored is not None and isinstance(budget, Minutes) else budget
 
 
 def _stopped(finished: Finished, options: Namespace) -> int:
