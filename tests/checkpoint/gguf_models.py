@@ -133,7 +133,7 @@ CASES = {
     "qwen2": dense("qwen2", dataclasses.replace(GROUPED, qkv_bias=True)),
     "qwen3": dense("qwen3", dataclasses.replace(GROUPED, qk_norm="head")),
     "qwen2_moe": softmax("qwen-moe", dataclasses.replace(GROUPED, qkv_bias=True), SigmoidGated(width=64)),
-    "olmoe": softmax("olmoe", dataclasses.replace(GROUPED, qk_norm="full")),
+    "olmoe": softmax("olmoe", dataclasses.replace(GROUPED, kv_heads=4, qk_norm="full")),
     "deepseek": deepseek_moe(),
     "qwen3_moe": qwen3(),
     "qwen3_moe-tied": qwen3(tied=True),

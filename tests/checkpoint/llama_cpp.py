@@ -2,7 +2,9 @@
 
 A request is ``{"prompt": [ids] or text, "probs": n, "letter": id}``, the answer ``{"tokens": n, "logprobs":
 {id: logprob}}`` with the ``probs`` most likely tokens after the prompt. ``letter`` is a token of one ASCII
-letter: sampled whatever its probability, since half a character has no answer.
+letter: sampled whatever its probability, since half a character has no answer. ``{"prompt": text, "greedy":
+n}`` is answered by ``{"tokens": n, "ids": [...]}``, the likeliest n tokens one after
+the other, up to the end of the text.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ def serve(path: str) -> None:
 
 
 def answer(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    if "greedy" in asked:
+        return greedy(server, asked)
     request = {"prompt": asked["prompt"], "n_predict": 1, "temperature": 0.0, "n_probs": asked["probs"]}
     request |= {"post_sampling_probs": False, "cache_prompt": False}
     request |= {"logit_bias": [[asked["letter"], 1000.0]]}
@@ -38,6 +42,13 @@ def answer(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
         "tokens": reply["usage"]["prompt_tokens"],
         "logprobs": {entry["id"]: entry["logprob"] for entry in top},
     }
+
+
+def greedy(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    request = {"prompt": asked["prompt"], "n_predict": asked["greedy"], "temperature": 0.0, "n_probs": 1}
+    reply = server.handle_completions(request | {"cache_prompt": False})
+    content = reply["choices"][0]["logprobs"]["content"]
+    return {"tokens": reply["usage"]["prompt_tokens"], "ids": [entry["id"] for entry in content]}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
-from checkpoint.gguf_models import CASES, deepseek_v2, deepseek_v3, llama, mixtral, qwen3, yarn
+from checkpoint.gguf_models import CASES, deepseek_v2, deepseek_v3, llama, mixtral, qwen3, softmax, yarn
 from checkpoint.models import switch, trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
@@ -260,6 +260,7 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
             "always normalises the weights of a qwen3moe",
         ),
         (qwen3(dense_first=1), "expects experts in every layer of a qwen3moe"),
+        (softmax("olmoe", GQA(heads=4, kv_heads=2, head_dim=16, qk_norm="full")), "as many as queries"),
         (deepseek_v2(layers=27), "takes one of 27 layers to have no query compression"),
         (deepseek_v3(rope=yarn(0.0)), "no key for YaRN with mscale 0 and mscale_all_dim 0"),
         (
@@ -269,7 +270,7 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
             "",
         ),
     ],
-    ids=["switch", "raw weights", "dense layers", "27 layers", "yarn", "interleaved"],
+    ids=["switch", "raw weights", "dense layers", "fewer keys", "27 layers", "yarn", "interleaved"],
 )
 def test_what_a_reader_would_compute_differently_is_refused(
     config: Model, message: str, tmp_path: Path

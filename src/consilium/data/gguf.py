@@ -22,6 +22,14 @@ _SENTENCE_PIECE: Final = {"bos": 1, "eos": 2, "unknown": 0}
 _WHOLE_FIRST: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
 """Splits whose pieces are tokens where they can be, whatever the merges say; texts open with a token."""
 _NONE: Final = (None, "no_vocab", "none")
+_ENDS: Final = frozenset(
+    {
+        *("<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<|eot_id|>", "<|eom_id|>", "<EOT>", "<_EOT>", "</s>", "<end_of_turn>", "<end_of_utterance>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)
+"""Texts of special tokens after which llama.cpp ends an answer, whatever ids a file names."""
 _SPACE: Final = "▁"
 
 
@@ -55,10 +63,13 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def stop_ids(path: Path) -> tuple[int, ...]:
-    """Return the tokens that end an answer: of the text and, where it has its own, of the turn."""
+    """Return the tokens that end an answer: those that the file names, and those known by their text."""
     keys = read_header(path).keys
-    found = [keys.get(f"{_OWN}{name}_token_id") for name in ("eos", "eot", "eom")]
-    return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+    tokens, kinds = (keys.get(f"{_OWN}{name}") or [] for name in ("tokens", "token_type"))
+    named = [keys.get(f"{_OWN}{name}_token_id") for name in ("eos", "eot", "eom")]
+    marks = zip(tokens, kinds, strict=False)
+    known = [i for i, (token, kind) in enumerate(marks) if kind == TokenType.CONTROL and token in _ENDS]
+    return tuple(dict.fromkeys(token for token in (*named, *known) if isinstance(token, int)))
 
 
 def mark_ids(path: Path) -> tuple[int | None, int | None]:
