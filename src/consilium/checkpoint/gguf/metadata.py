@@ -187,9 +187,7 @@ def _check(config: Model, arch: MODEL_ARCH) -> None:
         case MLA(q_rank=int()) if config.layers in _LITE:
             raise _impossible(f"llama.cpp takes one of {config.layers} layers to have no query compression")
         case GQA(qk_norm="full", heads=heads, kv_heads=kv_heads) if kv_heads != heads:
-            raise _impossible(
-                "llama.cpp norms keys over all heads only where they are as many as queries"
-            )
+            raise _impossible("llama.cpp norms keys over all heads only where they are as many as queries")
         case GQA() | MLA():
             pass
     if config.moe is not None and arch in _NORMALISED:
