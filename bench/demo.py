@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from consilium.cli.actions.bench import once, record
+from consilium.benchmarking.record import once, record
 from consilium.records.bench import Figure
 from consilium.records.io import read_json, write_json
 from consilium.records.loads import LoadFile, max_over_mean

@@ -21,7 +21,7 @@ from typing import get_args
 
 import torch
 
-from consilium.cli.actions.bench import record
+from consilium.benchmarking.record import record
 from consilium.machine.allocator import keep_memory
 from consilium.ops.grouped import Backend, stacked_feed_forward
 from consilium.ops.weights import DenseStack

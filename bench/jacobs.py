@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from consilium.cli.actions.bench import once, record
+from consilium.benchmarking.record import once, record
 from consilium.records.bench import Figure
 from consilium.records.io import write_json
 

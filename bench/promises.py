@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from consilium.cli.actions.bench import once, record
+from consilium.benchmarking.record import once, record
 from consilium.errors import ConsiliumError, nearest
 from consilium.records.io import read_json, write_json
 from consilium.records.promise import Promise, Promises

@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from planned import BLOCKS, table
+from planned import BLOCKS
 
 from consilium.records.bench import BenchRecord, Figure
 from consilium.records.io import read_json
 from consilium.records.promise import Promise, Promises
+from consilium.report.plain import markdown
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
@@ -73,7 +74,7 @@ def record_block(record: BenchRecord | None, words: Words) -> str:
     repeated = any(figure.n > 1 for figure in record.figures)
     rows = [figure_cells(figure, repeated=repeated) for figure in record.figures]
     source = words.source.format(date=record.date.date(), machine=record.machine, command=record.command)
-    return f"{table(words.repeated if repeated else words.single, rows)}\n{source}\n"
+    return f"{markdown(words.repeated if repeated else words.single, rows)}\n{source}\n"
 
 
 def promise_row(promise: Promise, record: BenchRecord | None, words: Words) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ def promise_row(promise: Promise, record: BenchRecord | None, words: Words) -> t
 
 def promises_block(records: dict[str, BenchRecord], words: Words) -> str:
     known = read_json(Promises, PROMISES).promises
-    return table(words.promises, [promise_row(one, records.get(one.record), words) for one in known])
+    return markdown(words.promises, [promise_row(one, records.get(one.record), words) for one in known])
 
 
 def block(name: str, records: dict[str, BenchRecord], words: Words) -> str:

@@ -14,6 +14,7 @@ from mistakes import INPUTS, MEANS, MISTAKES, TOKENS, V3, Effect, Leak, zero_mas
 
 from consilium.conformance.suite import TOLERANCE, Vectors, shipped
 from consilium.report.bars import Bar, bar_chart
+from consilium.report.plain import markdown
 
 DOCS = Path(__file__).parent
 STYLE = DOCS.parent / "src" / "consilium" / "report" / "templates" / "report.css"
@@ -82,11 +83,6 @@ The tests in `tests/conformance` make these mistakes on purpose, one at a time, 
 """
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def source(vectors: Vectors) -> str:
     """The router of transformers that was asked, or the case by hand."""
     for case in vectors.cases:
@@ -114,11 +110,11 @@ def page(effects: Sequence[Effect], leaks: Iterable[Leak]) -> str:
     return "".join(
         (
             HEAD,
-            table(("System", "Experts", "Cases", "Choices", "Source"), map(system_row, shipped())),
+            markdown(("System", "Experts", "Cases", "Choices", "Source"), map(system_row, shipped())),
             MISTAKES_TEXT,
-            table(("System", "Mistake", "Other experts", "Weight"), map(effect_row, effects)),
+            markdown(("System", "Mistake", "Other experts", "Weight"), map(effect_row, effects)),
             LEAK_TEXT,
-            table(("Mean bias", "Tokens with a closed expert"), map(leak_row, leaks)),
+            markdown(("Mean bias", "Tokens with a closed expert"), map(leak_row, leaks)),
             TAIL,
         )
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from consilium.cli.table import counted, operations, sized
 from consilium.config.attention import GQA, MLA
 from consilium.config.model import Model
 from consilium.planner.compare import kv_ratio
@@ -15,17 +14,13 @@ from consilium.planner.predictions import Point, point, predict
 from consilium.recipes.catalogue import recipe
 from consilium.records.plan import Plan
 from consilium.records.prediction import Prediction
+from consilium.report.plain import counted, markdown, operations, sized
 
 GPU_HOURS = MappingProxyType({"DeepSeek 67B": 300.6, "DeepSeek-V2": 172.8})
 """Thousands of H800 hours a trillion tokens, as 2405.04434 prints them."""
 
 LAPTOP, SYSTEM = 32 * 2**30, 4 * 2**30
 """Memory of the laptop, and what its system and a browser keep of it."""
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def saved(ratio: float) -> str:
@@ -41,7 +36,7 @@ def cache_block() -> str:
     before, after = GPU_HOURS.values()
     forward = sparse.flops_per_token.forward / dense.flops_per_token.forward
     return (
-        table(("Model", "Cached values a token", "Bits a value", "Bytes a token", "Saved"), rows)
+        markdown(("Model", "Cached values a token", "Bits a value", "Bytes a token", "Saved"), rows)
         + f"\nTraining hours: 1 - {after} / {before} = {saved(after / before)}."
         f" Arithmetic, which the planner counts: 1 - {operations(sparse.flops_per_token.forward)} /"
         f" {operations(dense.flops_per_token.forward)} = {saved(forward)} a token forward.\n"
@@ -69,7 +64,7 @@ def clark_block() -> str:
     """Both slopes of the three routers at the point that articles quote, and where the quoted number is."""
     columns = ("Router", "N", "E", "Loss", "a + c log E", "b + c log N", "d log L/d log N", "d log L/d log E")
     rows = [clark_row(router, n) for router, n in CLARK_POINTS]
-    return table((*columns, "Equals a dense"), rows)
+    return markdown((*columns, "Equals a dense"), rows)
 
 
 def clark_row(router: str, n: float) -> tuple[str, ...]:
@@ -85,7 +80,7 @@ def clark_row(router: str, n: float) -> tuple[str, ...]:
 
 def laws_block() -> str:
     rows = [(f"`{law.name}`", paper(law.paper), law.counts, law.fitted) for law in LAWS]
-    return table(("Law", "Paper", "N", "Bounds"), rows)
+    return markdown(("Law", "Paper", "N", "Bounds"), rows)
 
 
 def paper(number: str) -> str:
@@ -104,7 +99,7 @@ TRAINED = (
 def models_block() -> str:
     """What the laws that see experts make of real models."""
     columns = ("Model", "Tokens", "Active", "E", "G", "`clark:s-base`", "`joint`", "`krajewski`", "`ling`")
-    return table(columns, [model_row(name, tokens) for name, tokens in TRAINED])
+    return markdown(columns, [model_row(name, tokens) for name, tokens in TRAINED])
 
 
 def model_row(name: str, tokens: int) -> tuple[str, ...]:
@@ -141,7 +136,7 @@ def laptop_block() -> str:
     }
     columns = ("Model", "Parameters", "Active", "bfloat16", f"In {sized(free)}?", "Cached tokens beside it")
     rows = [laptop_row(name, plan(model), free) for name, model in models.items()]
-    return table((*columns, "8 bits a weight", "4 bits a weight"), rows)
+    return markdown((*columns, "8 bits a weight", "4 bits a weight"), rows)
 
 
 def laptop_row(name: str, planned: Plan, free: int) -> tuple[str, ...]:

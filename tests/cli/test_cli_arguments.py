@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from consilium.cli.arguments import count, path, size
 from consilium.cli.models import full_name, read_model
-from consilium.cli.table import columns, counted, operations, sized
 from consilium.config.io import to_json, to_yaml
 from consilium.config.training import Training
 from consilium.errors import ConsiliumError
 from consilium.recipes.catalogue import recipe
+from consilium.report.plain import columns, counted, operations, sized
 
 
 @pytest.mark.parametrize(

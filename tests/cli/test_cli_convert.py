@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from gguf import GGUFReader
 from checkpoint.gguf_models import qwen3
 from checkpoint.models import switch, trained
 from consilium.checkpoint import store
-from consilium.cli.actions.convert import Shown
 from consilium.cli.main import main
 from consilium.data.tokenizer import Tokenizer
 
@@ -30,8 +28,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     assert main(["convert", *map(str, words)]) == 0
     output = capsys.readouterr()
-    # Nothing but the line of progress, which a conversion of over two seconds shows.
-    assert re.fullmatch(r"((\r *\d+% of [\d.,]+ GB)+\n)?", output.err)
+    # Nothing but lines of progress, which a conversion of over two seconds shows.
+    assert re.fullmatch(r"(converting: +\d+% of [\d.,e-]+ GB\n)*", output.err)
     return output.out
 
 
@@ -129,23 +127,12 @@ def test_an_architecture_without_gguf_says_which_there_are(
     )
 
 
-def clock_of(times: list[float]) -> Callable[[], float]:
-    return iter(times).__next__
-
-
-def test_progress_is_shown_from_two_seconds_on(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Shown(clock_of([0.0, 1.9, 2.1, 2.1, 2.2, 2.7, 2.7]))
-    for done in (10, 20, 30, 40):
-        shown(done * 10**9, 40 * 10**9)
-    shown.end()
-    assert capsys.readouterr().err == "\r 50% of 40.00 GB\r100% of 40.00 GB\n"
-
-
-def test_a_quick_conversion_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Shown(clock_of([0.0, 0.1]))
-    shown(1, 1)
-    shown.end()
-    assert capsys.readouterr().err == ""
+def test_what_was_written_is_told_in_json(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = json.loads(said(capsys, source, tmp_path / "out", "--json"))
+    assert told["written"] == str(tmp_path / "out")
+    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
 
 
 def test_the_configuration_names_the_new_dtype(

@@ -57,6 +57,29 @@ def test_fit_says_what_fits_and_how_much_cache_is_left(capsys: pytest.CaptureFix
     assert data["fit"]["training"] is False
 
 
+def test_serving_costs_weights_cache_and_one_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "deepseek-v2", "--context", "1000", "--batch", "3"
+    half, quarter = planned(capsys, *words)["serving"], planned(capsys, *words, "--dtype", "int8")["serving"]
+    assert half["cache_bytes"] == 3 * 1000 * plan(recipe("deepseek-v2")).kv_bytes_per_token
+    assert quarter["cache_bytes"] == half["cache_bytes"]
+    assert 2 * quarter["weight_bytes"] == half["weight_bytes"]
+    assert half["total_bytes"] == half["weight_bytes"] + half["cache_bytes"] + half["activation_bytes"]
+    twice = planned(capsys, *words[:-1], "6")["serving"]
+    assert twice["activation_bytes"] == 2 * half["activation_bytes"]
+    assert planned(capsys, *words, "--fit", "1G")["serving"]["fits"] is False
+    assert "serving 3 x 1,000 tokens" in shown(capsys, *words)
+    assert main(["plan", "llama:tiny", "--context", "1T"]) == 2
+    assert "lower --context" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("80G", "80GiB"), ("24g", "24GiB"), ("512M", "512MiB")])
+def test_a_letter_alone_is_a_power_of_1024(text: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        planned(capsys, "llama:tiny", "--fit", text)["fit"]
+        == planned(capsys, "llama:tiny", "--fit", size)["fit"]
+    )
+
+
 @pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
 def test_what_fits_exactly_fits(spare: int, *, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = plan(recipe("llama:tiny"))

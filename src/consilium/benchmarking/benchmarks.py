@@ -24,6 +24,7 @@ from consilium.data.batch import Batch
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError
 from consilium.model.build import build, torch_dtype
+from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode
 from consilium.recipes import catalogue
@@ -33,12 +34,23 @@ from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from consilium.training.precision import faster_dtype
 
-Contestant = Callable[[], object]
+Contestant = Callable[[], int]
+"""One run, which returns the tokens that it was about."""
+Progress = Callable[[float, float], None]
+"""Told how many runs are done, and of how many."""
 
 MOST_GATHERED = 4 * 2**30
 
 FAR_BEHIND = 4.0
 """Times the fastest, beyond which a contestant's exact figure does not matter."""
+
+
+PROMPT, DECODED = 64, 32
+"""Tokens read and tokens added."""
+
+
+def _unheard(done: float, total: float) -> None:
+    """Progress that nobody asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +77,52 @@ def shapes() -> Mapping[str, Shape]:
     }
 
 
-def training(name: str, against: str | None) -> tuple[Figure, ...]:
+def training(name: str, against: str | None, progress: Progress = _unheard) -> tuple[Figure, ...]:
     """Tokens a second of whole optimizer steps: forward, backward, clip, AdamW."""
     shape = shapes()[name]
     contestants: dict[str, Contestant] = {"consilium": ours(shape)}
     if against == "transformers":
         contestants |= transformers(shape)
-    speeds = take_turns(contestants, shape.repeats, shape.tokens)
-    return figures(speeds, "tokens/s")
+    return figures(take_turns(contestants, shape.repeats, progress), "tokens/s")
 
 
-def dense_against_moe(repeats: int = 15) -> tuple[Figure, ...]:
+def dense_against_moe(progress: Progress = _unheard, repeats: int = 15) -> tuple[Figure, ...]:
     """The tiny MoE beside a dense model of the same active parameters: steps of the same tokens."""
     tiny = shapes()["train-tiny"]
     twin = dataclasses.replace(tiny, model=dense_twin(tiny.model))
-    return figures(
-        take_turns({"moe": ours(tiny), "dense twin": ours(twin)}, repeats, tiny.tokens), "tokens/s"
-    )
+    return figures(take_turns({"moe": ours(tiny), "dense twin": ours(twin)}, repeats, progress), "tokens/s")
 
 
-def decoding(name: str, repeats: int = 5) -> tuple[Figure, ...]:
-    """Tokens a second of greedy decoding at batch 1 and 8 after a prompt of 64 tokens."""
-    engine = Engine(build(shapes()[name.replace("decode", "train")].model))
-    prompt = list(range(1, 65))
+def yardstick(name: str) -> Decoder:
+    """The untrained model that ``decode-tiny`` or ``decode-1b`` decodes with."""
+    return build(shapes()[name.replace("decode", "train")].model)
+
+
+def decoding(model: Decoder, progress: Progress = _unheard, repeats: int = 5) -> tuple[Figure, ...]:
+    """Tokens a second of reading a prompt of 64 tokens, and of greedy decoding after it at batch 1 and 8.
+
+    Figures are no rivals: each is measured by itself. A model of a short length gets a shorter prompt.
+    """
+    engine, most = Engine(model), model.config.max_length
+    new = min(DECODED, most // 2)
+    prompt = [1 + i % (model.config.vocab_size - 1) for i in range(min(PROMPT, most - new))]
+    runs: dict[str, Contestant] = {
+        f"prompt of {len(prompt)}": lambda: len(prompt) * len(engine.complete([prompt], max_tokens=1)),
+        **{f"batch {batch}": _decode(engine, [prompt] * batch, new) for batch in (1, 8)},
+    }
     speeds: dict[str, list[float]] = {}
-    for batch in (1, 8):
-        run = _decode(engine, [prompt] * batch, 32)
-        speeds |= take_turns({f"batch {batch}": run}, repeats, 32 * batch)
-    return figures(speeds, "tokens/s")
+    for done, (label, run) in enumerate(runs.items()):
+        speeds |= take_turns({label: run}, repeats, _share_of(progress, done, len(runs)))
+    return tuple(figure for label in speeds for figure in figures({label: speeds[label]}, "tokens/s"))
 
 
 def _decode(engine: Engine, prompts: Sequence[list[int]], new: int) -> Contestant:
-    return lambda: engine.complete(prompts, max_tokens=new)
+    """A model that has learnt to stop may stop early."""
+    return lambda: sum(map(len, engine.complete(prompts, max_tokens=new)))
+
+
+def _share_of(progress: Progress, before: int, parts: int) -> Progress:
+    return lambda done, total: progress(before * total + done, parts * total)
 
 
 def ours(shape: Shape) -> Contestant:
@@ -113,11 +139,12 @@ def ours(shape: Shape) -> Contestant:
     )
     options = Options(mode=Mode(training=True), dtype=torch_dtype(faster_dtype()))
 
-    def step() -> None:
+    def step() -> int:
         optimizer.zero_grad(set_to_none=True)
         training_loss(model, batch, Share(shape.tokens, 1), options=options).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return shape.tokens
 
     return step
 
@@ -156,13 +183,14 @@ def _gathered_bytes(shape: Shape) -> int:
 def _theirs(model: Any, optimizer: torch.optim.Optimizer, ids_BS: torch.Tensor, *, cast: bool) -> Contestant:
     targets_T = ids_BS.roll(-1, 1).flatten()
 
-    def step() -> None:
+    def step() -> int:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             logits_BSV = model(ids_BS, use_cache=False).logits
         F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_T).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return targets_T.numel()
 
     return step
 
@@ -172,27 +200,29 @@ def _ids(shape: Shape) -> torch.Tensor:
     return torch.randint(shape.model.vocab_size, (shape.batch, shape.length), generator=generator)
 
 
-def take_turns(contestants: Mapping[str, Contestant], repeats: int, tokens: int) -> dict[str, list[float]]:
+def take_turns(
+    contestants: Mapping[str, Contestant], repeats: int, progress: Progress = _unheard
+) -> dict[str, list[float]]:
     """Run all once to warm up, then in turn; return tokens a second of each run by contestant.
 
     Who is far behind after the warm-up takes no turn: its first run, which may be minutes, is its figure.
     """
-    warm = {name: _seconds(run) for name, run in contestants.items()}
-    limit = FAR_BEHIND * min(warm.values())
-    speeds: dict[str, list[float]] = {
-        name: [] if seconds < limit else [tokens / seconds] for name, seconds in warm.items()
-    }
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            if warm[name] < limit:
-                speeds[name].append(tokens / _seconds(run))
+    warm = {name: _timed(run) for name, run in contestants.items()}
+    limit = FAR_BEHIND * min(seconds for _, seconds in warm.values())
+    near = [name for name, (_, seconds) in warm.items() if seconds < limit]
+    speeds = {name: [] if name in near else [tokens / seconds] for name, (tokens, seconds) in warm.items()}
+    for turn in range(repeats):
+        for i, name in enumerate(near):
+            tokens, seconds = _timed(contestants[name])
+            speeds[name].append(tokens / seconds)
+            progress(turn * len(near) + i + 1, repeats * len(near))
     return speeds
 
 
-def _seconds(run: Contestant) -> float:
+def _timed(run: Contestant) -> tuple[int, float]:
     begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
+    tokens = run()
+    return tokens, time.perf_counter() - begun
 
 
 def figures(speeds: Mapping[str, Sequence[float]], unit: str) -> tuple[Figure, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -35,18 +36,35 @@ def checkpoint_in(folder: Path) -> Path:
     found = newest_of_run(folder)
     if (found / "config.json").exists() or (found.suffix == GGUF and found.is_file()):
         return found
-    name = str(folder)
-    if name.partition(":")[0] in catalogue.names():
-        raise ConsiliumError(
-            f"{name} is a recipe without weights; train it first: consilium train {name} --out runs/x."
-        )
-    if not folder.exists() and name.count("/") == 1 and not folder.parent.exists():
-        raise ConsiliumError(
-            f"no folder {name}; a hub id is not fetched here: hf download {name} --local-dir {folder.name},"
-            f" then give {folder.name}."
-        )
-    what = "no such folder" if not folder.exists() else "it has neither config.json nor checkpoints"
+    if not folder.exists():
+        raise ConsiliumError(missing(str(folder)))
     raise ConsiliumError(
-        f"{folder} is not a checkpoint or a run: {what}; give a folder made by consilium train, or a"
-        " downloaded one."
+        f"{folder} is not a checkpoint or a run: it has neither config.json nor checkpoints; give a folder"
+        " made by consilium train, or a downloaded one."
     )
+
+
+def missing(name: str) -> str:
+    """What to say of a folder ``name`` that is not there: a recipe, a name on the hub, or a slip."""
+    if name.partition(":")[0] in catalogue.names():
+        return (
+            f"no such folder here, and {name} is a recipe without weights; train it first:"
+            f" consilium train {name} --out runs/x."
+        )
+    if is_hub_name(name):
+        short = name.rpartition("/")[2]
+        return (
+            f"no such folder here: {name}; names on the Hugging Face hub are not fetched: run hf download"
+            f" {name} --local-dir {short} and give the folder {short}."
+        )
+    return f"no such folder: {name}; give a folder made by consilium train, or a downloaded one."
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` is an owner and a model, rather than a folder of a folder that is or was to be here.
+
+    Models on the hub say their size or version: a name in small letters alone is a folder's.
+    """
+    owner = name.partition("/")[0]
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    return plain is not None and name != name.lower() and owner != "runs" and not Path(owner).exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -11,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn, final
 
-from consilium.errors import ConsiliumError, nearest
+from consilium.errors import ConsiliumError, closest
 
 _COUNTS = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12})
 _BYTES = MappingProxyType(
     {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    | {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 )
 
 
@@ -33,6 +33,17 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def actions(self) -> tuple[argparse.Action, ...]:
+        """All arguments and options."""
+        return tuple(self._actions)
+
+    def show_defaults(self) -> None:
+        """Let the help of every option end with its default, where it does not say what holds without it."""
+        for action in self._actions:
+            said = action.help or ""
+            if action.nargs != 0 and action.default not in (None, []) and "default" not in said:
+                action.help = f"{said}; default %(default)s".removeprefix("; ")
+
     def error(self, message: str) -> NoReturn:
         raise ConsiliumError(f"{self.prog}: {message}; {self.prog} --help shows the arguments.")
 
@@ -48,8 +59,8 @@ class Parser(argparse.ArgumentParser):
         if not flags:
             return f"{self.prog}: unexpected argument {words[0]!r}; {self.prog} --help shows the arguments."
         known = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(flags[0], known, n=1, cutoff=0.6)
-        hint = nearest(flags[0], close) if close else f" {self.prog} --help lists the options."
+        meant = closest(flags[0], known)
+        hint = f" Did you mean {meant!r}?" if meant else f" {self.prog} --help lists the options."
         return f"{self.prog}: unknown option {flags[0]}.{hint}"
 
 
@@ -64,8 +75,11 @@ def count(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """Read a positive number of bytes with its unit: ``24GiB``, ``80GB``. A bare ``80`` would be a slip."""
-    return _scaled(text, _BYTES, "a positive size with its unit, such as 24GiB or 80GB")
+    """Read a positive number of bytes with its unit: ``24GiB``, ``80GB``. A bare ``80`` would be a slip.
+
+    A letter alone is a power of 1024, as for ls, docker and Slurm.
+    """
+    return _scaled(text, _BYTES, "a positive size with its unit, such as 24GiB, 80GB or 80G (as GiB)")
 
 
 def path(text: str) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from consilium.cli.table import columns
 from consilium.planner.compare import compare
 from consilium.records.plan import Plan
+from consilium.report.plain import columns
 
 
 def comparison_data(plan: Plan, other: Plan) -> dict[str, object]:

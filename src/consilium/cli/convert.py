@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
 
-from consilium.cli.arguments import path
+from consilium.cli.arguments import json_flag, path
+from consilium.cli.progress import Lines
+from consilium.errors import ConsiliumError, nearest
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", type=path, metavar="SRC", help="a run, a checkpoint or a downloaded folder")
+    parser.add_argument(
+        "source", type=path, metavar="SRC", help="a run, a checkpoint, a downloaded folder or a .gguf file"
+    )
     parser.add_argument("destination", type=path, metavar="DST", help="a new folder, or a new file.gguf")
     parser.add_argument(
         "--to",
@@ -19,11 +27,63 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help="float32 or bfloat16, for gguf also q8_0 or q4_0; default: that of SRC",
+        help="float32, bfloat16 or float16, for gguf also q8_0 or q4_0; default: that of SRC",
     )
+    json_flag(parser)
 
 
 def run(options: Namespace) -> int:
-    from consilium.cli.actions import convert as action
+    from consilium.checkpoint.folders import checkpoint_in
 
-    return action.run(options)
+    source = checkpoint_in(options.source)
+    if source.resolve() in options.destination.resolve().parents:
+        raise ConsiliumError(
+            f"convert: {options.destination} lies inside {source}, which would no longer be what was saved;"
+            " choose a place outside."
+        )
+    writers = {"hf": _to_folder, "gguf": _to_gguf}
+    start = time.monotonic()
+    with Lines("converting", " GB") as shown:
+        notes = writers[options.to](source, options.destination, options.dtype, shown)
+    size, seconds = _size(options.destination), time.monotonic() - start
+    if options.json:
+        written = {"written": str(options.destination), "bytes": size, "seconds": seconds, "notes": notes}
+        print(json.dumps(written))
+        return 0
+    print(
+        f"{options.destination}  {size / 1e6:,.1f} MB  {seconds:.1f} s", *(f"  {n}" for n in notes), sep="\n"
+    )
+    return 0
+
+
+def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines) -> tuple[str, ...]:
+    from consilium.checkpoint.convert import convert
+    from consilium.model.build import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        gguf = " Types such as q8_0 are for --to gguf." if dtype.lower().startswith("q") else ""
+        raise ConsiliumError(f"convert: unknown --dtype {dtype!r}.{gguf or nearest(dtype, DTYPES)}")
+    if destination.suffix == ".gguf":
+        raise ConsiliumError(f"convert: {destination} would be a folder; add --to gguf to write a GGUF file.")
+    convert(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
+    return (f"opens with consilium.load({str(destination)!r})",)
+
+
+def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines) -> tuple[str, ...]:
+    if destination.suffix != ".gguf":
+        raise ConsiliumError(
+            f"convert: {destination} is no name of a GGUF file; give one that ends in .gguf."
+        )
+    from consilium.checkpoint.gguf.export import export
+
+    done = export(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
+    return (f"{done.typed:.1%} of the values are of this type, the others float32", *done.notices)
+
+
+def _in_gigabytes(shown: Lines) -> Callable[[int, int], None]:
+    return lambda done, total: shown(done / 1e9, total / 1e9)
+
+
+def _size(destination: Path) -> int:
+    paths = [destination] if destination.is_file() else [p for p in destination.rglob("*") if p.is_file()]
+    return sum(path.stat().st_size for path in paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -11,10 +12,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 from consilium.cli.arguments import Parser
 from consilium.cli.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
+from consilium.cli.failures import failure_text
 from consilium.errors import ConsiliumError, nearest
 
 
@@ -59,24 +61,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None and code == INTERRUPTED:
             # The process ends now and has said how: one more Ctrl-C in a burst must not end it otherwise.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if sys.stdout is not None:  # None where it was closed
-            sys.stdout.flush()
+        _flush()
     except ConsiliumError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
+        return _refuse(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         _forget_output()  # the reader went away (`| head`)
         return BROKEN_PIPE
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
+    except Exception as error:
+        text = "standard output is full: free space where it is written to" if _full(error) else None
+        text = text or failure_text(error)
+        if text is None:
+            error.add_note(_REPORT)
             raise
-        _forget_output()
-        print("error: standard output is full: free space where it is written to.", file=sys.stderr)
-        return MISTAKE
+        return _refuse(f"{text}.")
     return code
+
+
+_REPORT: Final = (
+    "This is a fault of Consilium, not yours: please report it with the lines above, the command, and what"
+    " `consilium doctor` prints."
+)
+
+
+def _refuse(text: str) -> int:
+    plain = text.encode(errors="backslashreplace").decode()  # names of files may hold any bytes
+    _tell(f"error: {' '.join(plain.split())}")
+    return MISTAKE
+
+
+def _tell(text: str) -> None:
+    """Print to standard error, or nowhere where it is closed or full: never to standard output."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # None where it was closed
+        sys.stdout.flush()
+
+
+def _full(error: Exception) -> bool:
+    """Whether standard output, and no file, has no room: it then fails again, and is given up."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename is not None:
+        return False
+    try:
+        _flush()
+    except OSError:
+        _forget_output()
+        return True
+    return False
 
 
 def _write_any_character() -> None:
@@ -94,40 +131,56 @@ def _forget_output() -> None:
 
 
 def _dispatch(words: Sequence[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if words[0] == "--version":
-        from importlib.metadata import version
+    match words:
+        case [] | ["-h" | "--help", *_]:
+            print(_help())
+            return 0
+        case ["--version", *_]:
+            from importlib.metadata import version
 
-        print(f"consilium {version('consilium-moe')}")
-        return 0
-    name = words[0]
-    if name not in VERBS:
-        raise ConsiliumError(_unknown(name))
-    return _run(name, words[1:])
+            print(f"consilium {version('consilium-moe')}")
+            return 0
+        case ["--completion", *rest]:
+            from consilium.cli.completion import completion
+
+            helps = {name: verb.help for name, verb in VERBS.items()}
+            print(completion("".join(rest[:1]), {name: verb_parser(name) for name in VERBS}, helps))
+            return 0
+        case [name, *rest] if name in VERBS:
+            return _run(name, rest)
+        case _:
+            raise ConsiliumError(_unknown(words[0]))
 
 
 def _unknown(name: str) -> str:
     if name.startswith("-"):
-        return f"unknown option {name!r}.{nearest(name, ('--help', '--version'))}"
+        return f"unknown option {name!r}.{nearest(name, ('--help', '--version', '--completion'))}"
     return f"unknown verb {name!r}.{nearest(name, VERBS)}"
 
 
-def _run(name: str, words: Sequence[str]) -> int:
+def verb_parser(name: str) -> Parser:
+    """The parser of a verb, whose module is imported and, being light, nothing else."""
     verb = VERBS[name]
-    # pydantic would search every installed distribution for plugins: a tenth of the time to a plan.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    module = cast(VerbModule, importlib.import_module(f"consilium.cli.{name}"))
     parser = Parser(
         prog=f"consilium {name}", description=f"{verb.help[0].upper()}{verb.help[1:]}.", example=verb.example
     )
-    module.arguments(parser)
+    _module(name).arguments(parser)
+    parser.show_defaults()
+    return parser
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    # pydantic would search every installed distribution for plugins: a tenth of the time to a plan.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        options = parser.read(words)
+        options = verb_parser(name).read(words)
     except SystemExit as stop:  # argparse leaves this way after --help
         return stop.code if isinstance(stop.code, int) else 0
-    return module.run(options)
+    return _module(name).run(options)
+
+
+def _module(name: str) -> VerbModule:
+    return cast(VerbModule, importlib.import_module(f"consilium.cli.{name}"))
 
 
 def _help() -> str:
@@ -136,5 +189,7 @@ def _help() -> str:
     return (
         "Mixture-of-Experts language models: build, train, study and run them.\n\n"
         f"usage: consilium VERB ...\n\n{verbs}\n\n"
-        "options:\n  --help     this text; consilium VERB --help explains a verb\n  --version  the version"
+        "options:\n  --help              this text; consilium VERB --help explains a verb\n"
+        "  --version           the version\n"
+        "  --completion SHELL  what bash or another shell needs to complete verbs and options"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from consilium.checkpoint.folders import missing
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.recipes.catalogue import names, parse, recipe
@@ -17,21 +18,19 @@ def read_model(text: str) -> Model:
     ConsiliumError when it is neither.
     """
     path = Path(text)
-    if text.partition(":")[0] not in names():
-        if path.is_dir():
-            return _read_folder(path)
-        if path.suffix == ".gguf":
-            from consilium.checkpoint.gguf.keys import model_of
-            from consilium.ops.gguf import read_header
+    if text.partition(":")[0] in names():
+        return recipe(text)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".gguf":
+        from consilium.checkpoint.gguf.keys import model_of
+        from consilium.ops.gguf import read_header
 
-            return model_of(read_header(path))
-        if path.suffix in (".yaml", ".yml"):
-            return _read_yaml(path)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-            raise ConsiliumError(
-                f"there is no folder {text!r}, and names on the Hugging Face hub are not fetched;"
-                f" run 'hf download {text} --local-dir {path.name}' and give the folder {path.name}."
-            )
+        return model_of(read_header(path))
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path)
+    if text != path.name:
+        raise ConsiliumError(missing(text))
     return recipe(text)
 
 

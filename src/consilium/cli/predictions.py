@@ -7,13 +7,13 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from consilium.cli.table import columns, counted
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.planner.laws import Law, find
 from consilium.planner.predictions import Point, point, predict
 from consilium.recipes.catalogue import names
 from consilium.records.prediction import Prediction, Predictions, Slopes
+from consilium.report.plain import columns, counted
 
 QUOTED = Point(active=21 * 10**9, experts=8.0)
 """The point whose slopes articles quote; docs/laws.md says what is wrong with the second."""

@@ -36,6 +36,11 @@ _MODULES = MappingProxyType(
     }
 )
 
+_OTHERS = MappingProxyType(
+    {"mistral": "without its sliding window it is a LLaMA, and its mixture of experts is mixtral"}
+)
+"""What a hint would mistake for a slip of the finger."""
+
 
 def names() -> tuple[str, ...]:
     """Names of all recipes, without importing any of them."""
@@ -44,6 +49,8 @@ def names() -> tuple[str, ...]:
 
 def find(name: str) -> Recipe:
     """Return the recipe called ``name``. Raises ConsiliumError with the nearest name."""
+    if name in _OTHERS:
+        raise ConsiliumError(f"{name} is no recipe here: {_OTHERS[name]}.")
     if name not in _MODULES:
         raise ConsiliumError(f"unknown recipe {name!r}.{nearest(name, _MODULES)}")
     found: object = importlib.import_module(_MODULES[name]).RECIPE

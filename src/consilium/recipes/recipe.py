@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Final, Literal, final
 
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
 from consilium.recipes.layout import Table
+
+LEGEND: Final = "x or u a token's hidden state; E routed experts; k those it visits; S the selected; T tokens"
+"""Letters of the equations of recipes."""
 
 
 @final

@@ -52,6 +52,23 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Serving:
+    """Memory of a model with ``batch`` sequences of ``context`` tokens each, without gradients."""
+
+    context: PositiveInt
+    batch: PositiveInt
+    dtype: str
+    weight_bytes: PositiveInt
+    cache_bytes: PositiveInt
+    activation_bytes: PositiveInt
+    """One pass over all the tokens at once; reading them in pieces needs less."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Comparison:
     """One model over another: below 1 this one needs less."""
 

@@ -1,8 +1,8 @@
-"""Plain text for the terminal: aligned columns and numbers with units."""
+"""Plain text: aligned columns for the terminal, tables in Markdown, numbers with units."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 _THOUSANDS = ("", " k", " M", " B", " T")
@@ -47,3 +47,9 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: st
         )
         lines.append(f"{indent}{'  '.join(cells)}".rstrip())
     return "\n".join(lines)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
