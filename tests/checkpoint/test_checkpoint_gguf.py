@@ -317,8 +317,8 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_type_that_is_not_written_names_the_nearest(tmp_path: Path) -> None:
     store.save(trained(llama()), tmp_path / "model")
-    with pytest.raises(ConsiliumError, match=r"no type 'q8_1'\. Did you mean 'q8_0'"):
-        export(tmp_path / "model", tmp_path / "model.gguf", dtype="q8_1")
+    with pytest.raises(ConsiliumError, match=r"no type 'q8-0'\. Did you mean 'q8_0'"):
+        export(tmp_path / "model", tmp_path / "model.gguf", dtype="q8-0")
 
 
 def test_the_same_model_gives_the_same_file(tmp_path: Path) -> None:

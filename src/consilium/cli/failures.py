@@ -49,6 +49,8 @@ def failure_text(error: BaseException) -> str | None:
 
 
 def _system(error: OSError) -> str:
+    if error.errno == errno.ENOSPC and error.filename is None:
+        return "no space left for standard output or a file that was being written; free some where they go"
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     what = (error.strerror or str(error) or type(error).__name__).lower()
     where = " to ".join(names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import io
 import os
@@ -71,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _forget_output()  # the reader went away (`| head`)
         return BROKEN_PIPE
     except Exception as error:
-        text = "standard output is full: free space where it is written to" if _full(error) else None
-        text = text or failure_text(error)
+        text = failure_text(error)
         if text is None:
             error.add_note(_REPORT)
             raise
@@ -87,6 +85,10 @@ _REPORT: Final = (
 
 
 def _refuse(text: str) -> int:
+    try:
+        _flush()
+    except OSError:  # full, which may be what `text` says
+        _forget_output()
     plain = text.encode(errors="backslashreplace").decode()  # names of files may hold any bytes
     _tell(f"error: {' '.join(plain.split())}")
     return MISTAKE
@@ -102,18 +104,6 @@ def _tell(text: str) -> None:
 def _flush() -> None:
     if sys.stdout is not None:  # None where it was closed
         sys.stdout.flush()
-
-
-def _full(error: Exception) -> bool:
-    """Whether standard output, and no file, has no room: it then fails again, and is given up."""
-    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename is not None:
-        return False
-    try:
-        _flush()
-    except OSError:
-        _forget_output()
-        return True
-    return False
 
 
 def _write_any_character() -> None:
