@@ -119,7 +119,7 @@ def test_a_damaged_step_makes_way_and_stays(tmp_path: Path) -> None:
     commit(tmp_path / "step-6", "again")
     assert sweep(tmp_path) == []
     prune(tmp_path, 1)
-    assert names(tmp_path) == ["step-6", "step-6.damaged", "step-6.damaged-0"]
+    assert names(tmp_path) == ["step-6", "step-6.damaged", "step-6.damaged-1"]
     assert (tmp_path / "step-6.damaged" / "model.safetensors").read_text() == "first"
 
 

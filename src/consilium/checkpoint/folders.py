@@ -24,6 +24,7 @@ def newest_of_run(folder: Path, *, notice: atomic.Notice = logging.getLogger("co
     One that is incomplete is passed over and told to ``notice``. Nothing is written, and no weights are read.
     Raises ConsiliumError for a run that has none.
     """
+    folder = atomic.standing(folder)
     if (folder / CONFIG_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
         return folder
     newest = atomic.latest(folder / CHECKPOINTS, notice=notice)

@@ -9,6 +9,7 @@ at a time writes a name; a folder that several share is written under ``disk.loc
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator
@@ -105,10 +106,10 @@ def remove(path: Path, *, files: Filesystem = DISK) -> None:
 
 def standing(destination: Path) -> Path:
     """Return where ``destination`` is to be read: a crash in its replacement may have left it moved aside."""
-    destination = destination.resolve()
-    if not destination.exists() and destination.parent.is_dir():
-        for path, match in _leftovers(destination.parent):
-            if match["kind"] == "old" and match["name"] == destination.name:
+    there = destination.resolve()
+    if not there.exists() and there.parent.is_dir():
+        for path, match in _leftovers(there.parent):
+            if match["kind"] == "old" and match["name"] == there.name:
                 return path
     return destination
 
@@ -160,10 +161,9 @@ def is_whole(folder: Path, check: Check = check_complete) -> bool:
 
 def set_aside(folder: Path, *, files: Filesystem = DISK) -> Path:
     """Give a damaged ``folder`` another name, which nothing here ever deletes, and return it."""
-    taken = (
-        folder.with_name(f"{folder.name}.damaged{end}") for end in ("", *(f"-{i}" for i in range(10**6)))
-    )
-    aside = next(path for path in taken if not path.exists())
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
+    names = (folder.with_name(f"{folder.name}.damaged{end}") for end in ends)
+    aside = next(path for path in names if not path.exists())
     try:
         files.rename(folder, aside)
         files.sync_folder(folder.parent)
