@@ -9,7 +9,7 @@ from data_corpora import CODE, PROSE, documents
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.data import tokenizer as module
+from consilium.data import bpe as module
 from consilium.data.documents import Document
 from consilium.data.tokenizer import END, SMALLEST_VOCABULARY, SPECIALS, Tokenizer
 from consilium.errors import ConsiliumError

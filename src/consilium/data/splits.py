@@ -97,6 +97,14 @@ _PIECES: Final = frozenset(
 """Rules of text and cut of Llama 2 and Mixtral, as published and as transformers 5 writes them."""
 
 
+_FAMILIAR_RULES: Final = frozenset({*_COMPOSED, ("prepend", "▁"), (" ", "▁"), (r"\A▁", "▁▁")})
+_FAMILIAR_CUTS: Final = frozenset(
+    {cut for _, cuts in _KNOWN for cut in cuts} - {LETTERS} | {f"{LETTERS}{_CASED}]+"}
+)
+_STEPS: Final = 16
+"""Most cuts one after the other that any published tokenizer comes near to."""
+
+
 def split_of(description: Mapping[str, Any], where: str) -> str:
     """Return llama.cpp's name of the split, or ``PIECES``.
 
@@ -130,6 +138,28 @@ def steps_of(name: str, where: str) -> dict[str, Any]:
         )
     steps = [_step(cut) for cut in known[found]]
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
+def is_familiar(description: Mapping[str, Any]) -> bool:
+    """Whether text is changed and cut by rules that are known here, in a time that grows with the text."""
+    rules = _rules(description.get("normalizer"))
+    return (
+        _FAMILIAR_RULES.issuperset(rules)
+        and len(rules) == len(set(rules))
+        and _is_familiar_cut(description.get("pre_tokenizer"))
+    )
+
+
+def _is_familiar_cut(step: Mapping[str, Any] | None) -> bool:
+    match step:
+        case {"type": "Sequence", "pretokenizers": steps}:
+            return len(steps) <= _STEPS and all(map(_is_familiar_cut, steps))
+        case {"type": "Split", "pattern": {"Regex": pattern}}:
+            return pattern in _FAMILIAR_CUTS
+        case None | {"type": "ByteLevel" | "Digits" | "Metaspace" | "WhitespaceSplit"}:
+            return True
+        case _:
+            return False
 
 
 def _step(cut: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained on the spot or read from a folder, and its streaming decoder.
+"""Text to tokens and back: BPE, trained on the spot or read from a folder, and its streaming decoder.
 
 Legend: V vocabulary.
 """
@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, final
+from types import MappingProxyType
+from typing import Any, Final, Self, final
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from consilium.data.documents import Document, stable_fraction
+from consilium.data.bpe import train_bpe
+from consilium.data.documents import Document
+from consilium.data.encoder import damaged, encoder, make_slot, source_sizes
 from consilium.data.gguf import tokenizer_files
-from consilium.data.vocabulary import token_bytes
+from consilium.data.vocabulary import content_of, marker_ids, template_opening, token_bytes
+from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 
 END = "<|endoftext|>"
 SPECIALS = (END, "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
-SAMPLE_CHARACTERS = 3_500_000
-"""Text that BPE is trained on; more changes little and costs a second a megabyte."""
+LARGEST_FILE: Final = 64 * 2**20
+"""Bytes of a tokenizer.json: twice the largest that is published."""
+_STEPS: Final = "checkpoints"
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""What reading JSON of another shape than expected ends in."""
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -35,13 +41,18 @@ CONFIG_FILE = "tokenizer_config.json"
 class StreamDecoder:
     """Decodes token by token. Joined pieces equal the full decode; incomplete characters are held back."""
 
-    def __init__(self, bytes_V: Sequence[bytes]) -> None:
+    def __init__(self, bytes_V: Sequence[bytes], *, drop: bytes = b"") -> None:
+        """``drop`` is left out where the first bytes are those."""
         self._bytes_V = bytes_V
+        self._drop = drop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """Return the text that ``token`` completes, which may be empty."""
-        return self._decoder.decode(_bytes_of(self._bytes_V, token))
+        data = _bytes_of(self._bytes_V, token)
+        if data:
+            data, self._drop = data.removeprefix(self._drop), b""
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """Return what was held back, as U+FFFD where the last character never became whole."""
@@ -50,7 +61,7 @@ class StreamDecoder:
 
 @final
 class Tokenizer:
-    """Text to token ids and back, without loss. Text never encodes to a special token unless asked to.
+    """Text to token ids and back. No text encodes to a marker: roles, tools and ends are given as ids.
 
     ``opening_id`` is the token that opens a prompt, None where a model wants none. ``open_id`` opens a
     document: the same token, else ``eos_id``. In tokenizers trained here both are ``eos_id``, which so also
@@ -58,19 +69,37 @@ class Tokenizer:
     """
 
     def __init__(self, description: str, config: Mapping[str, Any], *, where: str = "tokenizer") -> None:
-        """``description`` and ``config`` are the contents of tokenizer.json and tokenizer_config.json."""
+        """``description`` and ``config`` are the contents of tokenizer.json and tokenizer_config.json.
+
+        Raises ConsiliumError that begins with ``where`` for what is no tokenizer, or of a kind not read.
+        """
         self._description = description
         self._config = dict(config)
-        self._with_specials = _parse(description, where)
-        self._plain = _parse(description, where)
-        # Otherwise a file that spells a special token would forge the end of a document.
-        self._plain.encode_special_tokens = True
-        self._bytes_V = token_bytes(json.loads(description), where=where)
+        try:
+            data = json.loads(description)
+            self._bytes_V = token_bytes(data, where=where)
+            self.markers: Mapping[str, int] = MappingProxyType(marker_ids(data, config))
+            """The tokens that are no text, by what stands for them in a template."""
+            self._ids = data["model"]["vocab"] | {
+                t["content"]: t["id"] for t in data.get("added_tokens") or ()
+            }
+            self._slot = make_slot(len(self._bytes_V))
+            self._encoder = encoder(data, frozenset(self.markers.values()), self._slot, where)
+            self._before = template_opening(data)
+        except ConsiliumError:
+            raise
+        except _MALFORMED as error:
+            raise damaged(where, error) from None
         self.eos_id: int = self._find_end(where)
         self.opening_id: int | None = self._find_opening()
+        first = self.decode_bytes(self.encode("a"))
+        self._blank = first.removesuffix(b"a")
+        """What the tokenizer puts before a text: a space or nothing."""
 
     @classmethod
-    def train(cls, documents: Iterable[Document], vocab_size: int) -> Self:
+    def train(
+        cls, documents: Iterable[Document], vocab_size: int, *, progress: Callable[[str], None] | None = None
+    ) -> Self:
         """Train byte-level BPE (GPT-2's split) on a sample of the documents that are not held out.
 
         The same documents give the same tokenizer.json. A small text gives fewer tokens than ``vocab_size``.
@@ -80,15 +109,8 @@ class Tokenizer:
                 f"tokenizer: a vocabulary of {vocab_size} cannot hold 256 bytes and {len(SPECIALS)} special"
                 f" tokens; use vocab_size {SMALLEST_VOCABULARY} or more."
             )
-        tokenizer = _untrained()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(SPECIALS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(_sample(documents), trainer)
-        return cls(tokenizer.to_str(), _own_config())
+        report = progress or (lambda _: None)
+        return cls(train_bpe(documents, vocab_size, SPECIALS, report), _own_config())
 
     @classmethod
     def of_bytes(cls) -> Self:
@@ -96,19 +118,17 @@ class Tokenizer:
         return cls.train((), SMALLEST_VOCABULARY)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read the two files that ``save`` writes, or the tokenizer of a .gguf file.
+    def load(cls, folder: Path | str) -> Self:
+        """Read the tokenizer of what ``cs.load`` accepts: a checkpoint, a run's newest one, a .gguf file.
 
         Raises ConsiliumError naming the file that is wrong.
         """
+        folder = _home(Path(folder))
         if folder.suffix == ".gguf":
             return cls(*tokenizer_files(folder), where=str(folder))
         description = _read(folder / TOKENIZER_FILE)
         config = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
-        try:
-            return cls(description, json.loads(config), where=str(folder / TOKENIZER_FILE))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(folder / TOKENIZER_FILE, error) from None
+        return cls(description, _object(config, folder / CONFIG_FILE), where=str(folder / TOKENIZER_FILE))
 
     def save(self, folder: Path) -> None:
         """Write the two files that ``load`` and transformers read."""
@@ -131,7 +151,7 @@ class Tokenizer:
     @property
     def known_ids(self) -> frozenset[int]:
         """Ids that stand for something; a file may leave holes, and a model may have more."""
-        return frozenset(self._with_specials.get_vocab(with_added_tokens=True).values())
+        return frozenset(self._ids.values())
 
     @property
     def sizes_V(self) -> NDArray[np.int64]:
@@ -139,22 +159,44 @@ class Tokenizer:
         return np.array([len(data) for data in self._bytes_V], dtype=np.int64)
 
     def encode(self, text: str) -> list[int]:
-        """Encode text in which nothing is special. Raises ConsiliumError for half a surrogate pair."""
-        return self._plain.encode(_encodable(text), add_special_tokens=False).ids
+        """Encode text in which nothing is a marker. Raises ConsiliumError for half a surrogate pair."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode as ``encode`` does, in parallel."""
-        batch = [_encodable(text) for text in texts]
-        return [found.ids for found in self._plain.encode_batch_fast(batch, add_special_tokens=False)]
+        return self._encoder.ids([_encodable(text) for text in texts])
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Encode text with markers in between, given by id, as one: no text of it becomes a marker."""
+        text = "".join(self._slot.text if isinstance(part, int) else _encodable(part) for part in parts)
+        given = iter([part for part in parts if isinstance(part, int)])
+        (ids,) = self._encoder.ids([text])
+        return [next(given) if token == self._slot.id else token for token in ids]
+
+    def split_markers(self, text: str) -> list[str | int]:
+        """Return the parts of a template's own text, in which the text of a marker stands for it."""
+        longest_first = sorted(self.markers, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        pieces = [text] if pattern is None else pattern.split(text)
+        return [self.markers.get(piece, piece) for piece in pieces if piece]
 
     def encode_template(self, text: str) -> list[int]:
-        """Encode text in which special tokens count, such as a filled chat template."""
-        return self._with_specials.encode(_encodable(text), add_special_tokens=False).ids
+        """Encode text that nobody else had a hand in, in which markers count."""
+        return self.encode_parts(self.split_markers(text))
+
+    def source_sizes(self, text: str, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Return the bytes of ``text`` behind each of its tokens ``ids``; their sum is the bytes of ``text``.
+
+        A blank that the tokenizer puts in front has none, and what a normaliser changed counts as it was.
+        """
+        if self.decode_bytes(ids) == text.encode():
+            return self.sizes_V[np.asarray(ids, dtype=np.int64)]
+        return np.array(source_sizes(text, self._encoder.ends(text)), dtype=np.int64)
 
     def named(self, key: str, default: object = None) -> int | None:
         """Return the id of what tokenizer_config.json calls ``key``, such as ``pad_token``, or None."""
-        token = _content(self._config.get(key, default))
-        return self._with_specials.token_to_id(token) if isinstance(token, str) else None
+        token = content_of(self._config.get(key, default))
+        return self._ids.get(token) if isinstance(token, str) else None
 
     @property
     def bos_id(self) -> int | None:
@@ -163,23 +205,28 @@ class Tokenizer:
 
     def special_id(self, token: str) -> int | None:
         """Return the id of a token by its name, such as ``<|im_end|>``, or None."""
-        return self._with_specials.token_to_id(token)
+        return self._ids.get(token)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes behind ``tokens``; special tokens have none."""
         return b"".join([_bytes_of(self._bytes_V, token) for token in tokens])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text behind ``tokens``, with U+FFFD where they do not form UTF-8."""
-        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+        """Return the text that ``tokens`` begin and end, with U+FFFD where they do not form UTF-8.
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._bytes_V)
+        A blank that the tokenizer puts before a text is none of it. What goes on after other text keeps it:
+        see ``stream``.
+        """
+        return self.decode_bytes(tokens).removeprefix(self._blank).decode("utf-8", errors="replace")
+
+    def stream(self, *, opens: bool = False) -> StreamDecoder:
+        """Return a decoder of tokens that go on after other text, or, with ``opens``, that begin one."""
+        return StreamDecoder(self._bytes_V, drop=self._blank if opens else b"")
 
     def _find_end(self, where: str) -> int:
         found = self.named("eos_token", END)
         if found is None:
-            token = _content(self._config.get("eos_token", END))
+            token = content_of(self._config.get("eos_token", END))
             raise ConsiliumError(
                 f"{where}: its end-of-text token {token!r} is not in the vocabulary; name one as eos_token in"
                 f" {CONFIG_FILE}."
@@ -188,39 +235,19 @@ class Tokenizer:
 
     def _find_opening(self) -> int | None:
         """What the files say of it: a flag, the template of tokenizer.json, or one token for both ends."""
-        begin = self.named("bos_token", _content(self._config.get("eos_token", END)))
+        begin = self.named("bos_token", content_of(self._config.get("eos_token", END)))
         match self._config.get("add_bos_token"):
             case True:
                 return begin
             case False:
                 return None
             case _:
-                before = self._template_opening()
-                return begin if before is None and begin == self.eos_id else before
-
-    def _template_opening(self) -> int | None:
-        """The token that tokenizer.json's template puts before a text; it may also put some behind it."""
-        plain, filled = (
-            self._with_specials.encode("a", add_special_tokens=special).ids for special in (False, True)
-        )
-        return filled[0] if len(filled) > len(plain) and filled[1 : len(plain) + 1] == plain else None
-
-
-def _content(token: object) -> object:
-    """A special token is named by its text, alone or among its flags."""
-    return token["content"] if isinstance(token, dict) else token
+                return begin if self._before is None and begin == self.eos_id else self._before
 
 
 def _bytes_of(bytes_V: Sequence[bytes], token: int) -> bytes:
     # A model's vocabulary may be larger than its tokenizer's, and an untrained model does use the difference.
     return bytes_V[token] if token < len(bytes_V) else b""
-
-
-def _untrained() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _own_config() -> dict[str, Any]:
@@ -233,24 +260,38 @@ def _own_config() -> dict[str, Any]:
     }
 
 
-def _parse(description: str, where: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(description)
-    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
-        raise _damaged(Path(where), error) from None
-
-
-def _damaged(path: Path, error: Exception) -> ConsiliumError:
-    return ConsiliumError(f"{path} is not a tokenizer ({error}); copy it again from its source.")
+def _home(folder: Path) -> Path:
+    """A run stands for its newest checkpoint."""
+    steps = folder / _STEPS
+    if (folder / TOKENIZER_FILE).exists() or not steps.is_dir():
+        return folder
+    return atomic.latest(steps) or folder
 
 
 def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ConsiliumError(f"cannot read the tokenizer {path}: it is no file; give a folder that has one.")
+    if path.exists() and path.stat().st_size > LARGEST_FILE:
+        raise ConsiliumError(
+            f"{path} has {path.stat().st_size:,} bytes, and no tokenizer needs more than {LARGEST_FILE:,};"
+            " copy it again from its source."
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConsiliumError(
             f"cannot read the tokenizer {path}: {error}; give a folder that has one."
         ) from None
+
+
+def _object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except _MALFORMED as error:
+        raise damaged(str(path), error) from None
+    if not isinstance(found, dict):
+        raise damaged(str(path), TypeError("not a JSON object"))
+    return found
 
 
 def _encodable(text: str) -> str:
@@ -261,34 +302,3 @@ def _encodable(text: str) -> str:
             f"the text has half a surrogate pair at character {error.start}, which UTF-8 has not; remove it."
         ) from None
     return text
-
-
-def _sample(documents: Iterable[Document]) -> list[str]:
-    """Draw training documents, the same number of characters from each domain as far as it has them.
-
-    A domain that has less leaves its share to the larger ones. Documents are taken in the order of the hash
-    of their names, so that the sample does not depend on the order in which they were read.
-    """
-    by_domain: dict[str, list[Document]] = {}
-    for document in documents:
-        if not document.held_out:
-            by_domain.setdefault(document.domain, []).append(document)
-    sizes = {domain: sum(len(document.text) for document in members) for domain, members in by_domain.items()}
-    sample: list[str] = []
-    left = SAMPLE_CHARACTERS
-    for index, domain in enumerate(sorted(by_domain, key=lambda domain: (sizes[domain], domain))):
-        chosen = _take(by_domain[domain], left // (len(by_domain) - index))
-        left -= sum(map(len, chosen))
-        sample.extend(chosen)
-    return sample
-
-
-def _take(documents: Sequence[Document], budget: int) -> list[str]:
-    taken: list[str] = []
-    for document in sorted(documents, key=lambda document: stable_fraction(document.name, salt="sample")):
-        piece = document.text[:budget]
-        taken.append(piece)
-        budget -= len(piece)
-        if budget <= 0:
-            break
-    return taken
