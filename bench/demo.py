@@ -20,6 +20,7 @@ from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
 from consilium.report.curves import balance_chart
 from consilium.report.lines import line_chart
 from consilium.report.source import read_run
+from consilium.report.svg import standalone
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
@@ -78,12 +79,9 @@ def write(name: str, command: str, figures: list[Figure]) -> None:
 
 def picture(balanced: Path, unbalanced: Path) -> None:
     """Both runs' curves as one SVG that stands alone."""
-    svg = line_chart(balance_chart([read_run(balanced), read_run(unbalanced)]))
-    head, _, rest = svg.partition(">")
-    style = f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
+    drawn = line_chart(balance_chart([read_run(balanced), read_run(unbalanced)]))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    background = '<rect width="100%" height="100%" fill="white"/>'
-    PICTURE.write_text(f"{head}>{style}{background}{rest}\n", encoding="utf-8", newline="\n")
+    PICTURE.write_text(standalone(drawn, STYLE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
 
 
 def main(arguments: list[str]) -> None:

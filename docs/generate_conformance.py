@@ -15,6 +15,7 @@ from mistakes import INPUTS, MEANS, MISTAKES, TOKENS, V3, Effect, Leak, zero_mas
 from consilium.conformance.suite import TOLERANCE, Vectors, shipped
 from consilium.report.bars import Bar, bar_chart
 from consilium.report.plain import markdown
+from consilium.report.svg import standalone
 
 DOCS = Path(__file__).parent
 STYLE = DOCS.parent / "src" / "consilium" / "report" / "templates" / "report.css"
@@ -129,10 +130,8 @@ def picture(effects: Sequence[Effect]) -> str:
         for effect in group
     ]
     title, unit = "tokens that use other experts, in percent", "of tokens"
-    svg = bar_chart(title, unit, tuple(bars), width=720, shown_as="{:.1f} %")
-    head, _, rest = svg.partition(">")
-    style = f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
-    return f'{head}>{style}<rect width="100%" height="100%" fill="white"/>{rest}\n'
+    drawn = bar_chart(title, unit, tuple(bars), width=720, shown_as="{:.1f} %")
+    return standalone(drawn, STYLE.read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:

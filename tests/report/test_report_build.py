@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 from run_folders import DOMAINS, Kind, MakeRun, association, specialisation
 
 from consilium.errors import ConsiliumError
-from consilium.records.metrics import METRICS_FILE
+from consilium.records.io import read_json, write_json
+from consilium.records.metrics import METRICS_FILE, read_metrics, to_line
+from consilium.records.run import SUMMARY_FILE, Summary
 from consilium.records.specialisation import LayerSpecialisation, Specialisation
 from consilium.report.build import build_report, spaced
-from consilium.report.load_map import read_load_map
 from consilium.report.source import newest_checkpoint, read_run
 from consilium.report.tables import specialists
 from consilium.report.words import balance
@@ -67,8 +69,9 @@ def test_the_page_loads_nothing(make_run: MakeRun) -> None:
 def test_every_picture_is_valid_xml(make_run: MakeRun) -> None:
     html, _ = page_of(make_run("demo", Kind()))
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    # Bits, loss, bars, two strips, balance, entropy, two layers by domain and syntax, two colour bars, speed.
-    assert len(pictures) == 14
+    # Bits, loss, bars, two strips, balance, entropy, two layers by domain and syntax, two
+    # colour bars, the run.
+    assert len(pictures) == 16
     for picture in pictures:
         ET.fromstring(picture)
 
@@ -209,10 +212,49 @@ def test_specialists_carry_the_most_information() -> None:
 
 
 def test_collapse_is_said_with_its_number(make_run: MakeRun) -> None:
-    loads = read_load_map(make_run("off", Kind(dead=(0, 1, 2))))
-    assert loads is not None
-    assert "carried 4.00 times its fair share, above the limit of 1.5" in balance(loads)
-    assert "6 of 8 experts are dead" in balance(loads)
+    run = read_run(make_run("off", Kind(dead=(0, 1, 2))))
+    assert run.loads is not None
+    assert "carried 4.00 times its fair share, above the limit of 1.5" in balance(run, run.loads)
+    assert "6 of 8 experts are dead" in balance(run, run.loads)
+
+
+def with_records(run: Path, **fields: object) -> Path:
+    """``run``, whose steps also measured ``fields``."""
+    metrics = read_metrics(run / METRICS_FILE).records
+    lines = [to_line(dataclasses.replace(record, **fields)) for record in metrics]  # pyright: ignore[reportArgumentType]
+    (run / METRICS_FILE).write_text("".join(line + "\n" for line in lines))
+    return run
+
+
+def test_everything_that_is_recorded_is_drawn(make_run: MakeRun) -> None:
+    fields = {"lr": 3e-3, "grad_norm": 1.5, "dropped_frac": 0.125, "losses": {"switch": 0.01, "z": 0.002}}
+    html, _ = page_of(with_records(make_run("all", Kind()), **fields))
+    for title in ("Learning rate", "Gradient norm", "Dropped tokens", "Losses beside"):
+        assert f"<h3>{title}" in html
+    assert "dropped tokens, step 19: 12.5 percent of the copies wanted" in html
+    assert ">switch</text>" in html
+    assert "<h3>Dropped tokens" not in page_of(make_run("none", Kind()))[0]
+
+
+def test_a_layer_behind_the_last_block_is_a_prediction_module(make_run: MakeRun) -> None:
+    run = make_run("mtp", Kind(layers=2))
+    (run / "config.yaml").write_text("model:\n  family: deepseek-v3\n  layers: 2\n  moe:\n    experts: 4\n")
+    html, _ = page_of(run)
+    assert "prediction module 1" in html
+    assert "layer 2" not in re.sub(r"<title>.*?</title>", "", html)
+    (run / "config.yaml").write_text("model: [torn")
+    assert "layer 2" in page_of(run)[0]
+
+
+def test_empty_lines_of_a_sample_are_counted_and_a_rival_is_no_success(make_run: MakeRun) -> None:
+    run = make_run("blank", Kind())
+    summary = read_json(Summary, run / SUMMARY_FILE)
+    assert summary.sample is not None
+    blank = dataclasses.replace(summary.sample, text="a" + "\n" * 81 + "b\n\nc")
+    write_json(run / SUMMARY_FILE, dataclasses.replace(summary, sample=blank))
+    html, _ = page_of(run)
+    assert "a\n… 80 empty lines …\nb\n\nc" in html
+    assert not re.search(r'class="tile (good|bad)"><div class="label">(byte trigram|dense)', html)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 60, 1000])

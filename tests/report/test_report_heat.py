@@ -121,7 +121,7 @@ def test_a_strip_shows_its_layer_and_marks_the_dead(tmp_path: Path) -> None:
     load_SLE[:, 1, 2] = 0
     load_SLE[:, 1, 0] = 100
     loads = recorded(tmp_path, load_SLE)
-    even, uneven = load_strip(loads, 0), load_strip(loads, 1)
+    even, uneven = load_strip(loads, 0, "layer 0"), load_strip(loads, 1, "layer 1")
     assert (images(even)[0] == LEVELS // 2).all()
     (pixels,) = images(uneven)
     assert (pixels[2] == NEVER).all()
@@ -136,14 +136,17 @@ def test_a_strip_shows_its_layer_and_marks_the_dead(tmp_path: Path) -> None:
 
 def test_hover_values_stop_at_their_budget(tmp_path: Path) -> None:
     loads = recorded(tmp_path, np.ones((30, 1, 8), dtype=np.int64))
-    assert sum(1 for _ in ET.fromstring(load_strip(loads, 0, hover_cells=50)).iter(f"{SVG}rect")) == 48
-    assert "<rect" not in load_strip(loads, 0, hover_cells=7)
+    assert (
+        sum(1 for _ in ET.fromstring(load_strip(loads, 0, "layer 0", hover_cells=50)).iter(f"{SVG}rect"))
+        == 48
+    )
+    assert "<rect" not in load_strip(loads, 0, "layer 0", hover_cells=7)
 
 
 @pytest.mark.parametrize(("steps", "experts"), [(1, 1), (1, 300), (700, 2)])
 def test_strips_of_awkward_sizes_are_drawn(tmp_path: Path, steps: int, experts: int) -> None:
     loads = recorded(tmp_path, np.ones((steps, 1, experts), dtype=np.int64))
-    (pixels,) = images(load_strip(loads, 0, width=500))
+    (pixels,) = images(load_strip(loads, 0, "layer 0", width=500))
     assert pixels.shape == (experts, min(steps, MOST_COLUMNS))
     assert (pixels == LEVELS // 2).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def render(run: Run, beside: Run | None = None) -> str:
         bars=bar_chart("held-out bits per byte, lower is better", "bits per byte", bars) if bars else None,
         scores=tables.scores(run, beside),
         charts=_charts(runs),
-        strips=[(other, _strips(other.loads, len(runs))) for other in runs if other.loads is not None],
-        balance=[(other, words.balance(other.loads)) for other in runs if other.loads is not None],
+        strips=[(other, _strips(other, other.loads, len(runs))) for other in runs if other.loads is not None],
+        balance=[(other, words.balance(other, other.loads)) for other in runs if other.loads is not None],
         affinities=[(other, _affinities(other)) for other in runs if other.specialisation is not None],
         specialisation=[
             (r, words.specialisation(r.specialisation)) for r in runs if r.specialisation is not None
@@ -62,6 +63,10 @@ def render(run: Run, beside: Run | None = None) -> str:
         specialists=_specialists(run),
         load_bar=colour_bar("load over fair share"),
         affinity_bar=colour_bar("how much more often an expert is chosen for a label than usual"),
+        dropped=any(record.dropped_frac for other in runs for record in other.metrics.records),
+        losses=any(record.losses for other in runs for record in other.metrics.records),
+        sample=None if run.summary is None or run.summary.sample is None else run.summary.sample,
+        shown=_shown,
         commands=tables.commands(run),
         hidden_layers=_hidden(run.loads),
     )
@@ -73,9 +78,18 @@ def _charts(runs: list[Run]) -> dict[str, str]:
         "bits": curves.bits_chart,
         "balance": curves.balance_chart,
         "entropy": curves.entropy_chart,
+        "dropped": curves.dropped_chart,
+        "losses": curves.losses_chart,
+        "rate": curves.rate_chart,
+        "norm": curves.norm_chart,
         "speed": curves.speed_chart,
     }
     return {name: line_chart(chart(runs)) for name, chart in drawn.items()}
+
+
+def _shown(text: str) -> str:
+    """A sample as a page shows it: a long run of empty lines is said, not drawn."""
+    return re.sub(r"\n{4,}", lambda found: f"\n\u2026 {len(found[0]) - 1} empty lines \u2026\n", text)
 
 
 def spaced(count: int, most: int) -> list[int]:
@@ -85,10 +99,12 @@ def spaced(count: int, most: int) -> list[int]:
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
-def _strips(loads: LoadMap, columns: int) -> list[str]:
+def _strips(run: Run, loads: LoadMap, columns: int) -> list[str]:
     rows = spaced(len(loads.layers), MOST_STRIPS)
     width, cells = 1088 / columns - 10 * (columns - 1), HOVER_CELLS // (columns * len(rows))
-    return [load_strip(loads, row, width=width, hover_cells=cells) for row in rows]
+    names = [run.layer_name(loads.layers[row]) for row in rows]
+    pairs = zip(rows, names, strict=True)
+    return [load_strip(loads, row, name, width=width, hover_cells=cells) for row, name in pairs]
 
 
 def _hidden(loads: LoadMap | None) -> int:
@@ -104,8 +120,12 @@ def _affinities(run: Run) -> list[tuple[int, str, str]]:
     return [
         (
             row.layer,
-            affinity(f"layer {row.layer}: domain", record.domains, row.domain.counts_EL, hover=hover),
-            affinity(f"layer {row.layer}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover),
+            affinity(
+                f"{run.layer_name(row.layer)}: domain", record.domains, row.domain.counts_EL, hover=hover
+            ),
+            affinity(
+                f"{run.layer_name(row.layer)}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover
+            ),
         )
         for row in rows
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,20 +48,62 @@ def bits_chart(runs: Sequence[Run]) -> LineChart:
 
 
 def entropy_chart(runs: Sequence[Run]) -> LineChart:
-    """Entropy of the router's scores: how undecided it is."""
-    series = tuple(
-        Series(run.name, _of(run, lambda r: r.router_entropy), number, "line" if number == 0 else "dashed")
-        for number, run in enumerate(runs)
+    """Entropy of the router's scores, from 0, decided, to that of a router that prefers nobody."""
+    experts = {run.loads.experts for run in runs if run.loads is not None}
+    rules = tuple(Rule(math.log(e), f"ln {e} = {math.log(e):.2f}: no preference") for e in sorted(experts))
+    drawn = _measure(runs, "router entropy", "nats, mean over tokens and layers", lambda r: r.router_entropy)
+    return replace(drawn, rules=rules, from_zero=True)
+
+
+def dropped_chart(runs: Sequence[Run]) -> LineChart:
+    """Copies that a capacity dropped, as a share of those that routers wanted."""
+    return _measure(
+        runs, "dropped tokens", "percent of the copies wanted", lambda r: _percent(r.dropped_frac)
     )
-    return LineChart("router entropy", "step", "nats, mean over tokens and layers", series)
 
 
 def speed_chart(runs: Sequence[Run]) -> LineChart:
+    return _measure(runs, "training speed", "tokens/s", lambda r: r.tok_per_sec)
+
+
+def rate_chart(runs: Sequence[Run]) -> LineChart:
+    return _measure(runs, "learning rate", "", lambda r: r.lr)
+
+
+def norm_chart(runs: Sequence[Run]) -> LineChart:
+    return _measure(runs, "gradient norm", "before clipping", lambda r: r.grad_norm)
+
+
+def losses_chart(runs: Sequence[Run]) -> LineChart:
+    """Balance losses and tokens further ahead, by name, coefficients included."""
+    series: list[Series] = []
+    for number, run in enumerate(runs):
+        names = {name: None for record in run.metrics.records for name in record.losses}
+        for place, name in enumerate(names):
+            label = name if len(runs) == 1 else f"{run.name}: {name}"
+            curve = points((r.step, r.losses.get(name)) for r in run.metrics.records)
+            series.append(Series(label, curve, place, "line" if number == 0 else "dashed"))
+    return LineChart("losses beside the next token", "step", "nats per token", tuple(series))
+
+
+def _measure(
+    runs: Sequence[Run], title: str, unit: str, value: Callable[[StepRecord], float | None]
+) -> LineChart:
+    """One number of each logged step: alone it is called by its name, beside another by its run's."""
     series = tuple(
-        Series(run.name, _of(run, lambda r: r.tok_per_sec), number, "line" if number == 0 else "dashed")
+        Series(
+            title if len(runs) == 1 else run.name,
+            _of(run, value),
+            number,
+            "line" if number == 0 else "dashed",
+        )
         for number, run in enumerate(runs)
     )
-    return LineChart("training speed", "step", "tokens/s", series)
+    return LineChart(title, "step", unit or title, series)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def balance_chart(runs: Sequence[Run]) -> LineChart:
@@ -77,16 +121,16 @@ def balance_chart(runs: Sequence[Run]) -> LineChart:
 def _balance(run: Run) -> list[tuple[str, tuple[Point, ...]]]:
     """Named curves: of every layer, or over layers where there are many."""
     if run.loads is not None:
-        curves = _from_loads(run.loads)
+        curves = _from_loads(run, run.loads)
     else:
         layers = sorted({layer for record in run.metrics.records for layer in record.layers})
-        curves = [(f"layer {i}", _layer(run, i)) for i in layers]
+        curves = [(run.layer_name(i), _layer(run, i)) for i in layers]
     return [(name, smooth(curve, len(curve) // 40)) for name, curve in curves]
 
 
-def _from_loads(loads: LoadMap) -> list[tuple[str, tuple[Point, ...]]]:
+def _from_loads(run: Run, loads: LoadMap) -> list[tuple[str, tuple[Point, ...]]]:
     values_LS = loads.max_over_mean_LS
-    names = [f"layer {layer}" for layer in loads.layers]
+    names = [run.layer_name(layer) for layer in loads.layers]
     if len(names) > MOST_LINES:
         values_LS = np.quantile(values_LS, (1.0, 0.5, 0.0), axis=0)
         names = ["least even layer", "median layer", "most even layer"]

@@ -48,6 +48,7 @@ class LineChart:
     crosses: tuple[float, ...] = ()
     """x of events, marked on the axis."""
     cross_label: str = ""
+    from_zero: bool = False
     width: float = 540
     height: float = 280
 
@@ -72,7 +73,7 @@ def line_chart(chart: LineChart) -> str:
 def _scales(chart: LineChart, shown: Sequence[Series], top: float) -> tuple[Scale, Scale]:
     x_low, x_high = spread(x for series in shown for x, _ in series.points)
     values = [y for series in shown for _, y in series.points] + [rule.y for rule in chart.rules]
-    low, high = spread(values)
+    low, high = spread(values, zero=chart.from_zero)
     margin = (high - low) * 0.05
     low = max(low - margin, 0.0) if low >= 0 else low - margin
     return (

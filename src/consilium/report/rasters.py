@@ -16,21 +16,25 @@ from consilium.report.png import data_uri, indexed_png
 from consilium.report.svg import Scale, cross, line, picture, pixel, rect, short, text, ticks
 
 LEFT, RIGHT, BOTTOM, TOP = 46.0, 22.0, 22.0, 22.0
-SIDE = 30.0
+SIDE = 36.0
+LABEL = 11.0
+"""Height of a number beside a row."""
+MOST_NUMBERED = 64
+"""Experts whose numbers stand beside an affinity, which is not in their order."""
 HOVER_CELLS = 2400
 """Most hover rectangles of all heat maps of one kind together; beyond it cells share one."""
 
 
-def load_strip(loads: LoadMap, row: int, *, width: float = 1088, hover_cells: int = 1000) -> str:
+def load_strip(loads: LoadMap, row: int, name: str, *, width: float = 1088, hover_cells: int = 1000) -> str:
     """Load of every expert of one MoE layer (the ``row``-th) over the steps, as a ratio to its fair share."""
     share_EC, experts = loads.share_LEC[row], loads.experts
     height = experts * min(max(160 / experts, 1.0), 12.0)
     plot = (LEFT, TOP, width - LEFT - RIGHT, height)
-    title = f"layer {loads.layers[row]}: load of each expert over steps"
+    title = f"{name}: load of each expert over steps"
     parts = [_image(indices(share_EC), plot), _strip_hover(loads, row, plot, hover_cells)]
     parts += [_dead(loads, row, expert, plot) for expert in np.flatnonzero(loads.dead_LE[row]).tolist()]
     parts += _strip_axes(loads, plot)
-    parts.append(text(LEFT, 14, f"layer {loads.layers[row]}", css="strong"))
+    parts.append(text(LEFT, 14, name, css="strong"))
     balance = f"last steps: busiest expert at {loads.final_L[row]:.2f} × fair share"
     parts.append(text(width - RIGHT, 14, balance, css="axis", anchor="end"))
     return picture(width, TOP + height + BOTTOM, title, parts)
@@ -51,7 +55,8 @@ def affinity(
     lift_EL = lift(counts_EL)
     order = preferred_order(lift_EL)
     experts, columns = lift_EL.shape
-    cell_width, height = max(200 / columns, 14.0), experts * min(max(224 / experts, 1.0), 16.0)
+    row = min(max(224 / experts, LABEL if experts <= MOST_NUMBERED else 1.0), 16.0)
+    cell_width, height = max(200 / columns, 14.0), experts * row
     plot = (SIDE, TOP, columns * cell_width, height)
     parts = [text(SIDE, 14, title, css="strong"), _image(indices(lift_EL[order]), plot)]
     if hover:
@@ -60,7 +65,12 @@ def affinity(
         text(SIDE + (place + 0.6) * cell_width, TOP + height + 12, name, css="axis", anchor="end", turn=-40)
         for place, name in enumerate(labels)
     ]
-    parts.append(text(SIDE - 8, TOP + height / 2, "experts", css="axis", anchor="middle", turn=-90))
+    if experts <= MOST_NUMBERED:
+        parts += [
+            text(SIDE - 4, TOP + (place + 0.5) * row + 4, str(expert), css="axis", anchor="end")
+            for place, expert in enumerate(order)
+        ]
+    parts.append(text(8, TOP + height / 2, "expert", css="axis", anchor="middle", turn=-90))
     return picture(SIDE + columns * cell_width + 14, TOP + height + 76, title, parts)
 
 
@@ -152,15 +162,23 @@ def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
     low, high = float(loads.steps_S[0]), float(loads.steps_S[-1])
     scale = Scale(low, high if high > low else low + 1, x, x + width)
     parts = [text(14, y + height / 2, "expert", css="axis", anchor="middle", turn=-90)]
-    for expert in (0, loads.experts - 1):
-        middle = y + (expert + 0.5) * height / loads.experts
-        parts.append(text(x - 6, middle + 4, str(expert), css="axis", anchor="end"))
+    row = height / loads.experts
+    parts += [
+        text(x - 6, y + (expert + 0.5) * row + 4, str(expert), css="axis", anchor="end")
+        for expert in _numbered(loads.experts, row)
+    ]
     for step in ticks(scale.low, scale.high, 8):
         parts += [
             line(scale(step), bottom, scale(step), bottom + 4, "tick"),
             text(scale(step), bottom + 16, short(step), css="axis", anchor="middle"),
         ]
     return [*parts, text(x - 6, bottom + 16, "step", css="axis", anchor="end")]
+
+
+def _numbered(experts: int, row: float) -> list[int]:
+    """The experts whose numbers have room beside rows of ``row`` pixels: all, or every 2nd, 4th, ..."""
+    stride = next(2**n for n in range(32) if row * 2**n >= LABEL)
+    return [*range(0, experts - stride, stride), experts - 1]
 
 
 def _affinity_hover(

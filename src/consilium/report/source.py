@@ -27,6 +27,15 @@ class Run:
     checkpoint: Path | None
     """The newest one."""
 
+    layers: int | None
+    """Blocks of the model; MoE layers beyond them are those of multi-token prediction."""
+
+    def layer_name(self, layer: int) -> str:
+        """``layer 3``, or ``prediction module 1`` for what stands behind the last block."""
+        if self.layers is None or layer < self.layers:
+            return f"layer {layer}"
+        return f"prediction module {layer - self.layers + 1}"
+
     @property
     def name(self) -> str:
         return self.folder.name or self.folder.resolve().name
@@ -49,7 +58,14 @@ def read_run(folder: Path) -> Run:
         specialisation=read_json_if_present(Specialisation, folder / SPECIALISATION_FILE),
         config=_text(folder / CONFIG_FILE),
         checkpoint=newest_checkpoint(folder),
+        layers=_layers(_text(folder / CONFIG_FILE)),
     )
+
+
+def _layers(config: str) -> int | None:
+    """Of the run's own configuration; a page is no place to refuse one of another version."""
+    match = re.search(r"^model:\n(?:[ ]+.*\n)*?[ ]+layers: ([0-9]+)$", config, re.MULTILINE)
+    return None if match is None else int(match[1])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -89,6 +89,13 @@ def picture(width: float, height: float, label: str, parts: Sequence[str]) -> st
     return head + "".join(parts) + "</svg>"
 
 
+def standalone(drawn: str, css: str) -> str:
+    """A picture as a file of its own: with its style, on a ground that is dark where the reader's page is."""
+    head, _, rest = drawn.partition(">")
+    ground = '<rect width="100%" height="100%" style="fill: var(--card)"/>'
+    return f"{head}><style>{css}</style>{ground}{rest}\n"
+
+
 def text_width(content: str, size: float = 11) -> float:
     """Width in pixels, by a rule of thumb that errs on the wide side; CJK characters are square."""
     return sum(size if ord(char) > 0x2E80 else size * 0.58 for char in content)

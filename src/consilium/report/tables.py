@@ -86,14 +86,8 @@ def _rival_tiles(summary: Summary) -> Iterator[Tile]:
     dense = None if summary.dense is None else summary.dense.bits_per_byte
     for name, rival in (("byte trigram", summary.trigram), ("dense, same active size", dense)):
         if rival is not None:
-            better = bits < rival.macro
-            word = "below" if better else "not below"
-            yield Tile(
-                name,
-                f"{rival.macro:.3f}",
-                f"bits per byte; this run is {word} it",
-                "good" if better else "bad",
-            )
+            word = "below" if bits < rival.macro else "not below"
+            yield Tile(name, f"{rival.macro:.3f}", f"bits per byte; this run is {word} it")
 
 
 def _speed_tiles(run: Run) -> list[Tile]:

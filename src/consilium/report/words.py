@@ -6,6 +6,7 @@ import math
 
 from consilium.records.specialisation import Association, Specialisation
 from consilium.report.load_map import WINDOW, LoadMap
+from consilium.report.source import Run
 
 LIMIT = 1.5
 """max/mean load up to which a layer counts as balanced."""
@@ -13,7 +14,7 @@ NEGLIGIBLE = 0.002
 """Shares of the expert choice closer than this are not told apart."""
 
 
-def balance(loads: LoadMap) -> str:
+def balance(run: Run, loads: LoadMap) -> str:
     """How even the loads were at the end."""
     worst, final = loads.worst, float(loads.final_L[loads.worst])
     if math.isnan(final):
@@ -24,7 +25,7 @@ def balance(loads: LoadMap) -> str:
     experts = "No expert is dead" if dead == 0 else f"{dead} of {loads.dead_LE.size} experts are dead"
     return (
         f"Over the last {window} recorded steps the busiest expert of the least even layer,"
-        f" layer {loads.layers[worst]}, carried {final:.2f} times its fair share,"
+        f" {run.layer_name(loads.layers[worst])}, carried {final:.2f} times its fair share,"
         f" {verdict} the limit of {LIMIT}."
         f" {experts}{'' if dead == 0 else ': no token in these steps, marked × at the right edge'}."
     )
