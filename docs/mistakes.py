@@ -20,7 +20,7 @@ from consilium.config import io
 from consilium.config.moe import MoE
 from consilium.config.router import Groups, TopK
 from consilium.moe.routing.router import Router
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
 from consilium.recipes import catalogue
 
 TOKENS, INPUTS = 10_000, 256
@@ -67,7 +67,7 @@ def routed(config: MoE, logits_TE: Tensor, bias_E: Tensor) -> Routing:
     place_T = torch.arange(logits_TE.shape[0])
     valid_T = torch.ones_like(place_T, dtype=torch.bool)
     tokens = Tokens(place_T, torch.zeros_like(place_T), place_T, valid_T)
-    return module(logits_TE.float(), bias_E.float(), tokens, Mode())
+    return module(logits_TE.float(), bias_E.float(), tokens, LayerMode())
 
 
 def spread(routing: Routing) -> Tensor:

@@ -22,7 +22,7 @@ from consilium.moe.adaptive_mixture import (
     cooperative_error,
     log_likelihood_error,
 )
-from consilium.moe.types import Mode, Tokens
+from consilium.moe.types import LayerMode, Tokens
 
 Error = Callable[[Tensor, Tensor, Tensor], Tensor]
 ERRORS: Mapping[str, Error] = {
@@ -99,7 +99,7 @@ def train(task: Task, error: Error, experts: int, seed: int, epochs: int) -> Res
     optimizer = torch.optim.Adam(mixture.parameters(), lr=STEP)
     tokens, learnt = task.train.tokens, math.inf
     for epoch in range(epochs):
-        said = mixture(task.train.x_TI, tokens, Mode(training=True))
+        said = mixture(task.train.x_TI, tokens, LayerMode(training=True))
         if learnt == math.inf and squared_error(said.blend_TO, task.train) <= task.criterion:
             learnt = epoch
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def train(task: Task, error: Error, experts: int, seed: int, epochs: int) -> Res
 
 @torch.no_grad()
 def judge(mixture: AdaptiveMixture, cases: Cases, epochs: float) -> Result:
-    said = mixture(cases.x_TI, cases.tokens, Mode())
+    said = mixture(cases.x_TI, cases.tokens, LayerMode())
     gate_TE = said.routing.scores_TE
     entropy_T = torch.special.entr(gate_TE).sum(dim=1)
     leader_T = gate_TE.argmax(dim=1)

@@ -95,11 +95,11 @@ def highest_number_first(values_NM: Tensor, k: int) -> Tensor:
     return columns - 1 - values_NM.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def counts_padding(factor: float, tokens: int, k: int, experts: int) -> int:
-    return admission_capacity(factor, tokens + 1, k, experts)
+def counts_padding(factor: float, tokens_G: Tensor, k: int, experts: int) -> Tensor:
+    return admission_capacities(factor, tokens_G + 1, k, experts)
 
 
-admission_capacity = admission.capacity
+admission_capacities = admission.capacities
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ admission_capacity = admission.capacity
         ("mixtral:8x7b", gate.Gate, "forward", bfloat16_gate, "ordinary"),
         ("mixtral:8x7b", select, "highest", highest_number_first, "ties"),
         ("deepseek-v2:236b", select, "highest", highest_number_first, "uniform"),
-        ("gshard:600b", admission, "capacity", counts_padding, "crowded"),
-        ("switch:c", admission, "capacity", counts_padding, "crowded"),
+        ("gshard:600b", admission, "capacities", counts_padding, "crowded"),
+        ("switch:c", admission, "capacities", counts_padding, "crowded"),
     ],
 )
 def test_a_mistake_in_the_code_is_noticed_where_it_shows(

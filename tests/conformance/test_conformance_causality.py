@@ -28,7 +28,7 @@ from consilium.config.router import (
 from consilium.conformance import suite as conformance
 from consilium.moe.admission import admit
 from consilium.moe.routing.router import Router as RouterModule
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
 
 TOKENS, HIDDEN, EXPERTS = 14, 6, 8
 
@@ -79,7 +79,7 @@ def tight(config: MoE) -> MoE:
             return config
 
 
-def past(config: MoE, seed: int, later: int, mode: Mode) -> list[torch.Tensor]:
+def past(config: MoE, seed: int, later: int, mode: LayerMode) -> list[torch.Tensor]:
     """Experts, weights and what is admitted of the first half, with a second half drawn from ``later``."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(TOKENS, HIDDEN, generator=generator)
@@ -105,7 +105,7 @@ def past(config: MoE, seed: int, later: int, mode: Mode) -> list[torch.Tensor]:
     ]
 
 
-def same_past(config: MoE, seed: int, later: int, mode: Mode) -> bool:
+def same_past(config: MoE, seed: int, later: int, mode: LayerMode) -> bool:
     pairs = zip(past(config, seed, -1 - later, mode), past(config, seed, later, mode), strict=True)
     return all(torch.equal(one, other) for one, other in pairs)
 
@@ -114,18 +114,18 @@ def same_past(config: MoE, seed: int, later: int, mode: Mode) -> bool:
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), later=st.integers(0, 10**6))
 def test_the_future_changes_no_routing_of_the_past(name: str, seed: int, later: int) -> None:
-    assert same_past(SYSTEMS[name], seed, later, Mode())
+    assert same_past(SYSTEMS[name], seed, later, LayerMode())
 
 
 @pytest.mark.parametrize("name", sorted(set(SYSTEMS) - NOT_IN_TRAINING))
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), later=st.integers(0, 10**6))
 def test_nor_in_training_with_its_noise_and_drops(name: str, seed: int, later: int) -> None:
-    assert same_past(tight(SYSTEMS[name]), seed, later, Mode(training=True))
+    assert same_past(tight(SYSTEMS[name]), seed, later, LayerMode(training=True))
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IN_TRAINING))
 def test_what_is_said_not_to_be_causal_is_not(name: str) -> None:
     """One seed of fifty is enough to show it."""
-    mode = Mode(training=name not in NOT_CAUSAL)
+    mode = LayerMode(training=name not in NOT_CAUSAL)
     assert not all(same_past(tight(SYSTEMS[name]), seed, seed + 1, mode) for seed in range(50))

@@ -32,10 +32,11 @@ from consilium.moe.balance import Balance
 from consilium.moe.routing.chance import chance
 from consilium.moe.routing.gate import Level
 from consilium.moe.routing.router import Router as RouterModule
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Tokens
+from moe.cases import decision
 
 EXPERTS, K = 16, 4
-TRAINING = Mode(training=True)
+TRAINING = LayerMode(training=True)
 NOISY = Router(noise=LearnedNoise(), select=TopK(k=K), weight=SoftmaxOfSelected())
 PLAIN = Router(select=TopK(k=K))
 
@@ -58,9 +59,9 @@ def value(
     module = RouterModule(router, EXPERTS, EXPERTS)
     with torch.no_grad():
         module.projection.weight.copy_(torch.eye(EXPERTS))
-    routing = module(x_TE, torch.zeros(EXPERTS), every, Mode())
-    mode = replace(TRAINING, earlier=None if earlier_E is None else {0: earlier_E})
-    report = Balance(BalanceConfig(losses=(loss,)), router, EXPERTS)(routing, routing, every, 0, mode)
+    routing = module(x_TE, torch.zeros(EXPERTS), every, LayerMode())
+    mode = replace(TRAINING, earlier_E=earlier_E)
+    report = Balance(BalanceConfig(losses=(loss,)), router, EXPERTS)(routing, every, mode)
     return report.losses[loss.kind].item()
 
 
@@ -128,7 +129,7 @@ def loads(x_TE: Tensor, every: Tokens) -> Tensor:
     module = RouterModule(PLAIN, EXPERTS, EXPERTS)
     with torch.no_grad():
         module.projection.weight.copy_(torch.eye(EXPERTS))
-    return module(x_TE, None, every, Mode()).load_E()
+    return module(x_TE, None, every, LayerMode()).load_E()
 
 
 LOSSES: tuple[BalanceLoss, ...] = (
@@ -162,11 +163,9 @@ def in_float64(loss: BalanceLoss, score: Callable[[Tensor], Tensor]) -> Callable
         weights_TK = scores_TE.gather(1, chosen_TK) * keep_TK
         deviation_TE = torch.nn.functional.softplus(logits_TE.flip(1))
         smooth_TE = chance(Level(logits_TE, logits_TE + draw_TE * deviation_TE, deviation_TE), 2)
-        routing = Routing(
-            logits_TE, scores_TE, chosen_TK, weights_TK, keep_TK, clean_TE=logits_TE, chance_TE=smooth_TE
-        )
-        mode = replace(TRAINING, earlier={0: torch.arange(6)})
-        return module(routing, routing, every, 0, mode).losses[loss.kind]
+        routing = decision(scores_TE, chosen_TK, keep_TK, weights_TK, logits_TE, chance_TE=smooth_TE)
+        mode = replace(TRAINING, earlier_E=torch.arange(6))
+        return module(routing, every, mode).losses[loss.kind]
 
     return of
 

@@ -41,7 +41,7 @@ from consilium.config.router import (
     TopK,
 )
 from consilium.moe.routing.router import Router as RouterModule
-from consilium.moe.types import Mode, Tokens
+from consilium.moe.types import LayerMode, Tokens
 
 TOKENS, HIDDEN, EXPERTS, K = 400, 12, 32, 6
 V3 = Router(
@@ -126,7 +126,7 @@ def test_our_router_is_that_of_transformers(kind: Any, mean: float) -> None:
         module.projection.bias.copy_(projection_bias_E)
     place_T = torch.arange(TOKENS)
     every = Tokens(place_T, torch.zeros_like(place_T), place_T, torch.ones(TOKENS, dtype=torch.bool))
-    routing = module(x_TD, bias_E, every, Mode())
+    routing = module(x_TD, bias_E, every, LayerMode())
     actual_TE = torch.zeros(TOKENS, EXPERTS).scatter(1, routing.experts_TK, routing.weights_TK)
     assert torch.equal(actual_TE != 0, expected_TE != 0)
     assert float(((actual_TE - expected_TE).abs() / expected_TE.abs().clamp_min(1)).max()) < 1e-6

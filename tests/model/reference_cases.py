@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,14 +69,14 @@ def _latent(multiplier: float, q_rank: int | None) -> MLA:
     return MLA(heads=2, q_rank=q_rank, kv_rank=9, nope_dim=6, rope_dim=8, v_dim=5, rope=rope)
 
 
-def _deepseek_v3(**loss: Any) -> Model:
+def _deepseek_v3(sequence: Literal["document", "row"] = "document", **loss: Any) -> Model:
     config = recipe("deepseek-v3", "tiny")
     moe = small_experts(
         config,
         router=small_router(
             config, select=TopK(k=3, groups=Groups(count=4, keep=2, score="top2_sum")), scale=2.5
         ),
-        balance=Balance(losses=(SequenceLoss(coefficient=0.5, **loss),), bias=SignBias()),
+        balance=Balance(losses=(SequenceLoss(coefficient=0.5, **loss),), bias=SignBias(), sequence=sequence),
         shared=AlwaysOn(count=2, width=7),
     )
     attention, mtp = _latent(1.0, q_rank=11), MTP(depth=2, weight=0.7)
@@ -130,7 +130,7 @@ def switch_config(factor: float, **router: Any) -> Model:
 
 SYSTEMS: dict[str, Model] = {
     "deepseek-v3": _deepseek_v3(),
-    "deepseek-v3-as-printed": _deepseek_v3(counts="scores"),
+    "deepseek-v3-as-printed": _deepseek_v3("row", counts="scores"),
     "deepseek-v2": _deepseek_v2(q_rank=11),
     "deepseek-v2-lite": _deepseek_v2(q_rank=None),
     "mixtral": _mixtral(),
@@ -342,7 +342,14 @@ def _run(
     reference: Reference | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     run = reference or REFERENCES[config.family]
-    return run(weights, {**hyper_of(config), **changes}, [row for row in rows if row])
+    return run(weights, {**hyper_of(config), **changes}, sequences_of(config, rows))
+
+
+def sequences_of(config: Model, rows: Rows) -> Rows:
+    """Documents by sequence, as the balance losses of the configuration count sequences."""
+    if config.moe is not None and config.moe.balance.sequence == "row":
+        return [row for row in rows if row]
+    return [[document] for document in documents_of(rows)]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from consilium.model.block import Block
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Objective, Options
-from consilium.moe.types import Mode
+from consilium.moe.types import LayerMode, Mode
 from consilium.training.objective import Share, training_loss
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively, random_batch
 from support import relative_error
@@ -53,7 +53,7 @@ def by_hand(block: Block, config: Model, x_BSD: Tensor) -> Tensor:
         y_BSD = block.feed_forward(inner)
     else:
         assert block.moe is not None
-        y_BSD = block.moe(inner.flatten(0, 1), inputs.tokens(), Mode()).y_TD.view_as(inner)
+        y_BSD = block.moe(inner.flatten(0, 1), inputs.tokens(), LayerMode()).y_TD.view_as(inner)
     return x_BSD + normed("feed_forward_post_norm", y_BSD)
 
 

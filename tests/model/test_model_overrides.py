@@ -53,12 +53,12 @@ def training_pass(model: Decoder, override: dict[int, Override] | None) -> Hidde
 def test_a_training_pass_is_replayed_layer_by_layer(admission: Capacity | DeviceCapacity) -> None:
     model = gshard_like(admission)
     first = training_pass(model, None)
-    assert all(int(report.dropped) > 0 for report in first.reports.values())
+    assert all(int(report.dropped) > 0 for report in first.reports)
     replays = {layer: routing.replay() for layer, routing in first.routings.items()}
     again = training_pass(model, replays)
     assert torch.equal(again.final_BSD, first.final_BSD)
-    for layer, one in first.reports.items():
-        two = again.reports[layer]
+    for one, two in zip(first.reports, again.reports, strict=True):
+        assert one.layer == two.layer
         assert one.losses == two.losses
         assert torch.equal(one.load_E, two.load_E)
         assert torch.equal(one.wanted_E, two.wanted_E)

@@ -5,6 +5,9 @@ Legend: T tokens, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +38,7 @@ from consilium.config.router import (
     Uniform,
 )
 from consilium.moe.layer import MoELayer
-from consilium.moe.types import Tokens
+from consilium.moe.types import Routing, Tokens
 
 HIDDEN = 12
 EXPERTS = 8
@@ -145,10 +148,24 @@ def tokens(count: int, sequences: int = 3, padding: int = 0, seed: int = 2) -> T
     sequence_T = torch.arange(count) * sequences // max(count, 1)
     position_T = torch.arange(count) - torch.searchsorted(sequence_T, sequence_T)
     ids_T = torch.randint(VOCABULARY, (count,), generator=generator)
-    return Tokens(ids_T, sequence_T, position_T, torch.arange(count) < count - padding)
+    return Tokens(ids_T, sequence_T, position_T, torch.arange(count) < count - padding, sequences=sequences)
 
 
 def some_tokens(every: Tokens, index_T: Tensor) -> Tokens:
-    return Tokens(
-        every.ids_T[index_T], every.sequence_T[index_T], every.position_T[index_T], every.valid_T[index_T]
-    )
+    names = ("ids_T", "sequence_T", "position_T", "valid_T")
+    return replace(every, **{name: getattr(every, name)[index_T] for name in names})
+
+
+def decision(
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    keep_TK: Tensor,
+    weights_TK: Tensor | None = None,
+    logits_TE: Tensor | None = None,
+    **extra: Any,
+) -> Routing:
+    """A routing that wants what it keeps; weights are scores and logits are too unless given."""
+    logits_TE = scores_TE if logits_TE is None else logits_TE
+    weights_TK = scores_TE.gather(1, experts_TK) if weights_TK is None else weights_TK
+    masks = {"considered_TK": keep_TK, "wanted_TK": keep_TK, "keep_TK": keep_TK}
+    return Routing(logits_TE, scores_TE, experts_TK, weights_TK, clean_TE=logits_TE, **masks, **extra)

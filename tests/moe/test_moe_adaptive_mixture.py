@@ -18,7 +18,7 @@ from consilium.moe.adaptive_mixture import (
     cooperative_error,
     log_likelihood_error,
 )
-from consilium.moe.types import Mode
+from consilium.moe.types import LayerMode
 from moe.cases import tokens
 from reference import jacobs
 from support import relative_error
@@ -157,7 +157,7 @@ def test_a_mixture_and_its_gradients_are_the_references(error: Error, unit: Unit
     with torch.no_grad():
         mixture.bias.normal_(generator=generator)
     x, target = torch.randn(7, 3, generator=generator), torch.randn(7, 2, generator=generator)
-    said = mixture(x, tokens(7), Mode())
+    said = mixture(x, tokens(7), LayerMode())
     error(said.routing.logits_TE, said.output_TEO, target).backward()
     twin = {name: p.detach().double().requires_grad_() for name, p in mixture.named_parameters()}
     gate, obvious = "router.projection", getattr(jacobs, error.__name__.removesuffix("_error"))
@@ -177,7 +177,7 @@ def test_a_mixture_and_its_gradients_are_the_references(error: Error, unit: Unit
 
 def test_the_blend_is_the_sum_of_what_experts_say_weighed_by_the_gate() -> None:
     mixture, x = AdaptiveMixture(3, 2, EXPERTS, seed=4), torch.randn(7, 3, generator=torch.Generator())
-    said = mixture(x, tokens(7), Mode())
+    said = mixture(x, tokens(7), LayerMode())
     blend = torch.zeros(7, 2)
     for e in range(EXPERTS):
         blend += said.routing.scores_TE[:, e, None] * said.output_TEO[:, e]
@@ -196,11 +196,11 @@ def fit(error: Error, steps: int = 150) -> tuple[float, float]:
     mixture, every = AdaptiveMixture(2, 1, 3), tokens(90, sequences=1)
     optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1)
     for _ in range(steps):
-        said = mixture(x, every, Mode(training=True))
+        said = mixture(x, every, LayerMode(training=True))
         optimizer.zero_grad()
         error(said.routing.logits_TE, said.output_TEO, target).backward()
         optimizer.step()
-    said = mixture(x, every, Mode())
+    said = mixture(x, every, LayerMode())
     entropy = torch.special.entr(said.routing.scores_TE.detach()).sum(dim=1).mean()
     return float(entropy), float((said.blend_TO.detach() - target).square().mean())
 

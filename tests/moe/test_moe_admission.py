@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from consilium.config.moe import Capacity, DeviceCapacity, Dropless
 from consilium.moe.admission import admit, exempt
 from consilium.moe.ordering import capacity
-from consilium.moe.types import Mode, Routing, Tokens
-from moe.cases import some_tokens, tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
+from moe.cases import decision, some_tokens, tokens
 
-TRAINING = Mode(training=True)
+TRAINING = LayerMode(training=True)
 
 
 def routing(count: int, experts: int, k: int, seed: int, padding: int = 0, *, ties: bool = False) -> Routing:
@@ -30,7 +30,7 @@ def routing(count: int, experts: int, k: int, seed: int, padding: int = 0, *, ti
     experts_TK = scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
     keep_TK = torch.rand(count, k, generator=generator) < 0.9
     keep_TK[count - padding :] = False
-    return Routing(scores_TE, scores_TE, experts_TK, scores_TE.gather(1, experts_TK), keep_TK, scores_TE)
+    return decision(scores_TE, experts_TK, keep_TK)
 
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6)).filter(
@@ -51,6 +51,20 @@ def test_capacity_is_never_exceeded_and_drops_exactly_the_excess(
     assert after == [min(load, limit) for load in before]
     assert not (admitted.keep_TK & ~wanted.keep_TK).any()
     assert admitted.weights_TK is wanted.weights_TK
+
+
+def test_a_second_choice_that_the_draw_rejected_has_taken_its_place() -> None:
+    """GShard algorithm 1 counts it (line 22): of three that want 1 second, the last comes too late."""
+    experts_TK = torch.tensor([[0, 1], [2, 1], [3, 1], [2, 0]])
+    every_TK = torch.ones(4, 2, dtype=torch.bool)
+    wanted_TK = every_TK.clone()
+    wanted_TK[1, 1] = False
+    drawn = replace(
+        decision(torch.rand(4, 4), experts_TK, wanted_TK), considered_TK=every_TK, wanted_TK=wanted_TK
+    )
+    admitted = admit(drawn, tokens(4), Capacity(factor=1.0), TRAINING)
+    assert admitted.keep_TK.tolist() == [[True, True], [True, False], [True, False], [True, True]]
+    assert admitted.wanted_TK is wanted_TK
 
 
 @given(SHAPES, st.sampled_from(["position", "probability"]))
@@ -114,7 +128,7 @@ def test_local_groups_admit_as_if_each_came_alone(
     count, experts, k, seed = shape
     wanted = routing(count, experts, k, seed)
     valid_T = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.7
-    wanted = replace(wanted, keep_TK=wanted.keep_TK & valid_T[:, None])
+    wanted = decision(wanted.scores_TE, wanted.experts_TK, wanted.keep_TK & valid_T[:, None])
     every = replace(tokens(count), valid_T=valid_T)
     whole = Capacity(factor=factor, by=by)
     grouped = admit(wanted, every, replace(whole, group_tokens=size), TRAINING)
@@ -166,7 +180,7 @@ def test_drops_happen_only_where_the_configuration_says(
 ) -> None:
     wanted, every = routing(40, 4, 2, seed=0), tokens(40)
     for training, drops in ((True, in_training), (False, in_evaluation)):
-        admitted = admit(wanted, every, admission, Mode(training=training))
+        admitted = admit(wanted, every, admission, LayerMode(training=training))
         assert (admitted.load_E().sum() < wanted.load_E().sum()) == drops
 
 
@@ -200,7 +214,7 @@ def test_balanced_devices_drop_nothing() -> None:
     experts_TK = torch.arange(24).view(12, 2) % 6
     scores_TE = torch.rand(12, 6)
     keep_TK = torch.ones(12, 2, dtype=torch.bool)
-    wanted = Routing(scores_TE, scores_TE, experts_TK, scores_TE[:, :2], keep_TK, scores_TE)
+    wanted = decision(scores_TE, experts_TK, keep_TK)
     admitted = admit(wanted, tokens(12), DeviceCapacity(devices=3, exempt=0.0), TRAINING)
     assert admitted.keep_TK.all()
 

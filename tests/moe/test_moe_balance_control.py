@@ -13,7 +13,7 @@ from consilium.config.balance import Balance as BalanceConfig
 from consilium.config.moe import Capacity
 from consilium.config.router import Router, Sigmoid, TopK
 from consilium.moe.balance import Balance
-from consilium.moe.types import Mode
+from consilium.moe.types import LayerMode
 from moe.cases import EXPERTS, SYSTEMS, V3, layer, moe, tokens, vectors
 
 BIASED = Router(score=Sigmoid(), offset="scores", select=TopK(k=2))
@@ -73,7 +73,7 @@ def test_the_adaptive_loss_uses_the_coefficient_of_the_moment() -> None:
         admission=Capacity(factor=1.0),
         balance=BalanceConfig(losses=(AdaptiveLoss(start=0.01, momentum=0.5),)),
     )
-    built, mode = layer(config), Mode(training=True)
+    built, mode = layer(config), LayerMode(training=True)
     first = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
     built.balance.step(torch.ones(EXPERTS, dtype=torch.int64))
     second = built(vectors(9), tokens(9), mode).report.losses["adaptive"]
@@ -128,7 +128,7 @@ def test_a_cast_model_still_routes_in_float32_with_its_float32_bias() -> None:
     built.balance.bias_E += torch.linspace(0, 1e-4, EXPERTS)
     bias_E = built.balance.bias_E.clone()
     built.bfloat16()
-    result = built(x_TD.bfloat16(), tokens(40), Mode())
+    result = built(x_TD.bfloat16(), tokens(40), LayerMode())
     weight = built.router.projection.weight
     assert weight.dtype == result.y_TD.dtype == torch.bfloat16
     scores_TE = torch.sigmoid(x_TD.bfloat16().float() @ weight.float().T)
@@ -161,7 +161,7 @@ def test_with_a_capacity_an_expert_below_the_mean_moves_up(rule: SignBias | Line
     built = layer(config)
     built.balance.bias_E.zero_()
     x_TD = vectors(512) + 2 * built.router.projection.weight[0].detach()
-    report = built(x_TD, tokens(512), Mode(training=True)).report
+    report = built(x_TD, tokens(512), LayerMode(training=True)).report
     wanted_E, load_E = report.wanted_E, report.load_E
     misled_E = (wanted_E < wanted_E.float().mean()) & (load_E > load_E.float().mean())
     assert misled_E.any()
@@ -178,7 +178,7 @@ def test_the_bias_brings_a_collapsed_router_back_into_balance() -> None:
     x_TD = vectors(512) + 2 * built.router.projection.weight[0].detach()
     loads = []
     for _ in range(150):
-        report = built(x_TD, tokens(512), Mode(training=True)).report
+        report = built(x_TD, tokens(512), LayerMode(training=True)).report
         built.balance.step(report.wanted_E)
         loads.append(float(report.load_E.max() / report.load_E.float().mean()))
     assert loads[0] > 3

@@ -33,17 +33,17 @@ from consilium.moe import losses
 from consilium.moe.balance import Balance
 from consilium.moe.routing.chance import chance
 from consilium.moe.routing.gate import Level
-from consilium.moe.types import Mode, Routing, Tokens
-from moe.cases import SYSTEMS, V3, layer, moe, some_tokens, tokens, vectors
+from consilium.moe.types import LayerMode, Routing, Tokens
+from moe.cases import SYSTEMS, V3, decision, layer, moe, some_tokens, tokens, vectors
 from support import relative_error
 
-TRAINING = Mode(training=True)
+TRAINING = LayerMode(training=True)
 PLAIN = Router(select=TopK(k=4))
 
 
 def value(loss: BalanceLoss, routing: Routing, every: Tokens, router: Router = PLAIN) -> Tensor:
     balance = Balance(BalanceConfig(losses=(loss,)), router, routing.logits_TE.shape[1])
-    report = balance(routing, routing, every, 0, TRAINING)
+    report = balance(routing, every, TRAINING)
     assert set(report.losses) == {loss.kind}
     return report.losses[loss.kind]
 
@@ -57,10 +57,7 @@ def uniform(experts: int = 16, k: int = 4, rounds: int = 3) -> tuple[Routing, To
     every = tokens(count, sequences=rounds)
     keep_TK[-size:] = False
     scores_TE = torch.full((count, experts), 1 / experts)
-    weights_TK = keep_TK / k
-    routing = Routing(
-        torch.zeros(count, experts), scores_TE, experts_TK, weights_TK, keep_TK, torch.zeros(count, experts)
-    )
+    routing = decision(scores_TE, experts_TK, keep_TK, keep_TK / k, torch.zeros(count, experts))
     return routing, replace(every, valid_T=every.sequence_T < rounds - 1)
 
 
@@ -91,7 +88,7 @@ def test_gshards_own_value_is_one_over_the_square_of_experts() -> None:
     experts_TK = torch.arange(16)[:, None]
     scores_TE = torch.full((16, 16), 1 / 16)
     keep_TK = torch.ones(16, 1, dtype=torch.bool)
-    routing = Routing(scores_TE, scores_TE, experts_TK, keep_TK.float(), keep_TK, scores_TE)
+    routing = decision(scores_TE, experts_TK, keep_TK, keep_TK.float())
     assert (
         value(SwitchLoss(coefficient=1.0, counts="first"), routing, tokens(16)).item() / 16**2 == 0.00390625
     )
@@ -177,7 +174,7 @@ def _segment(loss: BalanceLoss, routing: Routing, scores: Tensor, part: list[int
 def test_losses_equal_plain_loops_in_values_and_gradients(loss: BalanceLoss, name: str) -> None:
     built = layer(moe(SYSTEMS[name].router))
     x_TD, every = vectors(29), tokens(29, sequences=4, padding=9)
-    mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
+    mode = LayerMode(training=True, generator=torch.Generator().manual_seed(0))
     routing = built.router(x_TD, built.balance.bias_E, every, mode)
     actual, expected = value(loss, routing, every), by_hand(loss, routing, every)
     assert relative_error(actual, expected) < 1e-5
@@ -192,7 +189,7 @@ def test_the_sequence_loss_of_v3_counts_scores_without_bias() -> None:
     x_TD, every = vectors(40), tokens(40)
     results = []
     for bias in (torch.zeros(8), torch.linspace(-2, 2, 8)):
-        routing = built.router(x_TD, bias, every, Mode())
+        routing = built.router(x_TD, bias, every, LayerMode())
         results.append([value(SequenceLoss(counts=c), routing, every).item() for c in ("scores", "routed")])
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] != pytest.approx(results[1][1], rel=1e-2)
@@ -236,7 +233,7 @@ def test_the_load_loss_has_true_gradients(k: int) -> None:
 def test_smooth_losses_have_true_gradients() -> None:
     scores = torch.rand(9, 6, dtype=torch.float64, requires_grad=True)
     every = tokens(9, padding=2)
-    part = losses.by_sequence(every)
+    part = losses.by_sequence(every, every.sequence_T)
     f_SE = torch.rand(part.count, 6, dtype=torch.float64)
 
     def of(scores: Tensor) -> tuple[Tensor, ...]:
@@ -262,7 +259,7 @@ def test_padding_changes_no_loss_and_no_gradient(loss: BalanceLoss) -> None:
     outcomes = []
     for count in (20, 26):
         part = some_tokens(every, torch.arange(count))
-        actual = value(loss, built.router(x_TD[:count], built.balance.bias_E, part, Mode()), part)
+        actual = value(loss, built.router(x_TD[:count], built.balance.bias_E, part, LayerMode()), part)
         outcomes.append((actual, *torch.autograd.grad(actual, built.router.projection.weight)))
     for plain, padded in zip(*outcomes, strict=True):
         assert relative_error(padded, plain) < 1e-5
@@ -276,9 +273,8 @@ def test_sequence_losses_do_not_depend_on_how_sequences_are_grouped(seed: int) -
     def of(rows: slice) -> Tensor:
         part = some_tokens(every, torch.arange(40)[rows])
         part = replace(part, sequence_T=part.sequence_T - part.sequence_T.min())
-        return value(
-            SequenceLoss(coefficient=1.0), built.router(x_TD[rows], built.balance.bias_E, part, Mode()), part
-        )
+        routing = built.router(x_TD[rows], built.balance.bias_E, part, LayerMode())
+        return value(SequenceLoss(coefficient=1.0), routing, part)
 
     halves = (of(slice(0, 20)) + of(slice(20, 40))) / 2
     assert relative_error(halves, of(slice(0, 40))) < 1e-5
@@ -286,8 +282,8 @@ def test_sequence_losses_do_not_depend_on_how_sequences_are_grouped(seed: int) -
 
 def test_empty_sequences_count_for_nothing() -> None:
     built, every, x_TD = layer(moe(V3)), tokens(20, sequences=2), vectors(20)
-    routing = built.router(x_TD, built.balance.bias_E, every, Mode())
-    gap = replace(every, sequence_T=every.sequence_T * 3 + 1)
+    routing = built.router(x_TD, built.balance.bias_E, every, LayerMode())
+    gap = replace(every, sequence_T=every.sequence_T * 3 + 1, sequences=5)
     for loss in (SequenceLoss(coefficient=1.0), CommunicationLoss(coefficient=1.0, devices=4, most=2)):
         assert value(loss, routing, gap).item() == pytest.approx(value(loss, routing, every).item(), rel=1e-6)
 
@@ -300,7 +296,7 @@ def test_pushing_all_sigmoids_down_does_not_lower_the_loss() -> None:
     for shift in (0.0, -40.0, -60.0, -1000.0):
         logits_TE = torch.tensor([[2.0, 1, 0, -1]]).expand(4, 4) + shift
         scores_TE = torch.sigmoid(logits_TE)
-        routing = Routing(logits_TE, scores_TE, experts_TK, keep_TK.float(), keep_TK, logits_TE)
+        routing = decision(scores_TE, experts_TK, keep_TK, keep_TK.float(), logits_TE)
         outcomes.append(value(SwitchLoss(coefficient=1.0), routing, tokens(4)).item())
     assert outcomes[1] == pytest.approx(outcomes[2], rel=1e-5)
     assert min(outcomes) >= 1
@@ -311,9 +307,9 @@ def test_losses_are_of_training_and_named_by_kind() -> None:
         moe(PLAIN, balance=BalanceConfig(losses=(SwitchLoss(), SwitchLoss(counts="first"), ZLoss())))
     )
     every, x_TD = tokens(9), vectors(9)
-    assert built(x_TD, every, Mode()).report.losses == {}
+    assert built(x_TD, every, LayerMode()).report.losses == {}
     report = built(x_TD, every, TRAINING).report
-    routing = built.router(x_TD, None, every, Mode())
+    routing = built.router(x_TD, None, every, LayerMode())
     both = value(SwitchLoss(), routing, every) + value(SwitchLoss(counts="first"), routing, every)
     assert set(report.losses) == {"switch", "z"}
     assert relative_error(report.losses["switch"], both) < 1e-6
@@ -321,7 +317,7 @@ def test_losses_are_of_training_and_named_by_kind() -> None:
 
 def test_a_zero_coefficient_is_a_zero_loss_with_zero_gradient() -> None:
     built = layer(moe(PLAIN))
-    routing = built.router(vectors(9), None, tokens(9), Mode())
+    routing = built.router(vectors(9), None, tokens(9), LayerMode())
     loss = value(SwitchLoss(coefficient=0.0), routing, tokens(9))
     (gradient,) = torch.autograd.grad(loss, built.router.projection.weight)
     assert loss == 0
@@ -329,7 +325,7 @@ def test_a_zero_coefficient_is_a_zero_loss_with_zero_gradient() -> None:
 
 
 def test_entropy_is_that_of_normalised_scores() -> None:
-    routing = layer(moe(V3)).router(vectors(9), torch.zeros(8), tokens(9), Mode())
+    routing = layer(moe(V3)).router(vectors(9), torch.zeros(8), tokens(9), LayerMode())
     p = routing.scores_TE.double() / routing.scores_TE.double().sum(dim=1, keepdim=True)
     expected = -(p * p.log()).sum(dim=1)[:7].mean()
     assert relative_error(losses.entropy(routing.scores_TE, torch.arange(9) < 7), expected) < 1e-6
@@ -348,7 +344,7 @@ def test_the_noise_of_shazeer_balances_loads_at_the_start() -> None:
     built = layer(config)
     for parameter in built.router.parameters():
         torch.nn.init.zeros_(parameter)
-    mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
+    mode = LayerMode(training=True, generator=torch.Generator().manual_seed(0))
     report = built(vectors(4000), tokens(4000), mode).report
     assert report.losses["load"] < 1e-3
     assert report.losses["importance"] < 1e-2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -19,7 +19,18 @@ from consilium.config.moe import Capacity, DeviceCapacity
 from consilium.config.router import LearnedNoise, NoGate, Raw, Router, SampledSecond, TopK
 from consilium.errors import ConsiliumError
 from consilium.moe.adaptive_mixture import AdaptiveMixture
-from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from consilium.moe.types import (
+    CONSIDERED,
+    KEPT,
+    WANTED,
+    LayerMode,
+    LayerObserver,
+    Override,
+    Replay,
+    Routing,
+    Rows,
+    Tokens,
+)
 from moe.cases import DROPPING, EXPERTS, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
 
@@ -40,20 +51,20 @@ class Notes:
 
 def test_hash_routing_reads_ids_and_nothing_else() -> None:
     built, every = layer(SYSTEMS["hash"]), tokens(30)
-    one, two = (built(vectors(30, seed), every, Mode()).routing for seed in (1, 2))
+    one, two = (built(vectors(30, seed), every, LayerMode()).routing for seed in (1, 2))
     assert torch.equal(one.experts_TK, two.experts_TK)
     same_T = every.ids_T == every.ids_T[0]
     assert (one.experts_TK[same_T] == one.experts_TK[0]).all()
 
 
 def test_expert_choice_gives_every_expert_its_fill_and_tokens_what_is_left() -> None:
-    report = layer(SYSTEMS["expert choice"])(vectors(32), tokens(32), Mode()).report
+    report = layer(SYSTEMS["expert choice"])(vectors(32), tokens(32), LayerMode()).report
     assert report.load_E.tolist() == [8] * EXPERTS
     assert int(report.dropped) == 0
 
 
 def test_relu_routing_uses_as_many_experts_as_are_positive() -> None:
-    routing = layer(SYSTEMS["relu"])(vectors(64), tokens(64), Mode()).routing
+    routing = layer(SYSTEMS["relu"])(vectors(64), tokens(64), LayerMode()).routing
     positive_T = (routing.scores_TE > 0).sum(dim=1)
     assert torch.equal(routing.keep_TK.sum(dim=1), positive_T.clamp(max=5))
     assert positive_T.unique().numel() > 2
@@ -68,8 +79,8 @@ LOSSES = (
 TIGHT = [Capacity(factor=0.5), DeviceCapacity(devices=4, factor=0.5, exempt=0.3)]
 
 
-def noisy(seed: int, override: Override | None = None) -> Mode:
-    return Mode(training=True, generator=torch.Generator().manual_seed(seed), override=override)
+def noisy(seed: int, override: Override = Override()) -> LayerMode:
+    return LayerMode(training=True, generator=torch.Generator().manual_seed(seed), override=override)
 
 
 @pytest.mark.parametrize("admission", [None, *TIGHT], ids=["own admission", "capacity", "devices"])
@@ -106,9 +117,11 @@ def test_a_replay_of_its_replay_is_the_same() -> None:
     built, every, x_TD = layer(config), tokens(40), vectors(40)
     first = built(x_TD, every, noisy(4)).routing
     again = built(x_TD, every, noisy(5, first.replay())).routing
-    for name in (part.name for part in fields(Override)):
-        one, two = (getattr(routing.replay(), name) for routing in (first, again))
-        assert one is two or torch.equal(one, two), name
+    one, two = (routing.replay().replay for routing in (first, again))
+    assert torch.equal(one.experts_TK, two.experts_TK)
+    assert torch.equal(one.reached_TK, two.reached_TK)
+    assert one.reached_TK.dtype == torch.uint8
+    assert one.reached_TK.unique().tolist() == [CONSIDERED, WANTED, KEPT]
 
 
 def test_muting_narrows_a_replay() -> None:
@@ -124,10 +137,9 @@ T = 10
 WRONG = {
     "k_T": Override(k_T=torch.ones(T - 1, dtype=torch.int64)),
     "mute_TE": Override(mute_TE=torch.zeros(T + 1, EXPERTS, dtype=torch.bool)),
-    "experts_TK": Override(experts_TK=torch.zeros(1, 3, dtype=torch.int64)),
-    "keep_TK": Override(keep_TK=torch.ones(T, 3, dtype=torch.bool)),
-    "wanted_TK": Override(
-        experts_TK=torch.zeros(T, 3, dtype=torch.int64), wanted_TK=torch.ones(T, 2, dtype=torch.bool)
+    "replay": Override(replay=Replay.of(torch.zeros(1, 3, dtype=torch.int64))),
+    "replay needs": Override(
+        replay=Replay(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 2, dtype=torch.uint8))
     ),
 }
 
@@ -135,13 +147,13 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_an_override_of_another_length_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(ConsiliumError, match=rf"override\.{name} "):
-        layer(SYSTEMS["deepseek-v3"])(vectors(T), tokens(T), Mode(override=WRONG[name]))
+        layer(SYSTEMS["deepseek-v3"])(vectors(T), tokens(T), LayerMode(override=WRONG[name]))
 
 
 def test_one_budget_stands_for_all_tokens() -> None:
     built, every, x_TD = layer(SYSTEMS["qwen2-moe"]), tokens(T), vectors(T)
     one, many = (
-        built(x_TD, every, Mode(override=Override(k_T=torch.full((count,), 2)))).y_TD for count in (1, T)
+        built(x_TD, every, LayerMode(override=Override(k_T=torch.full((count,), 2)))).y_TD for count in (1, T)
     )
     assert torch.equal(one, many)
 
@@ -149,7 +161,7 @@ def test_one_budget_stands_for_all_tokens() -> None:
 def test_replay_recomputes_weights_from_the_live_scores_with_gradient() -> None:
     built, every, x_TD = layer(SYSTEMS["deepseek-v3"]), tokens(10), vectors(10)
     experts_TK = vectors(10, seed=8, hidden=EXPERTS).argsort(dim=1)[:, :3]
-    routing = built(x_TD, every, Mode(override=Override(experts_TK=experts_TK))).routing
+    routing = built(x_TD, every, LayerMode(override=Override(replay=Replay.of(experts_TK)))).routing
     scores_TK = torch.sigmoid(x_TD @ built.router.projection.weight.T).gather(1, experts_TK)
     assert torch.equal(routing.experts_TK, experts_TK)
     assert relative_error(routing.weights_TK, 2.5 * scores_TK / scores_TK.sum(dim=1, keepdim=True)) < 1e-6
@@ -164,8 +176,8 @@ def test_an_observer_gets_what_gptq_needs() -> None:
     """Inputs and hidden activations of every expert's own rows: its Hessians are sums of their products."""
     built, every, x_TD = layer(SYSTEMS["deepseek-v3"]), tokens(20, padding=2), vectors(20)
     notes = Notes()
-    observed = built(x_TD, every, Mode(observer=notes))
-    assert relative_error(observed.y_TD, built(x_TD, every, Mode()).y_TD) < 1e-6
+    observed = built(x_TD, every, LayerMode(observer=LayerObserver(notes, 0)))
+    assert relative_error(observed.y_TD, built(x_TD, every, LayerMode()).y_TD) < 1e-6
     ((index, rows, hidden_RF, output_RD),) = notes.passes
     assert index == 0
     ends = torch.tensor(rows.counts_E).cumsum(0).tolist()
@@ -184,7 +196,7 @@ def test_an_observer_sees_the_routing_as_admitted() -> None:
     router = Router(select=TopK(k=2))
     built = layer(moe(router, admission=Capacity(factor=0.5, scope="always")))
     every, notes = tokens(20), Notes()
-    result = built(vectors(20), every, Mode(observer=notes))
+    result = built(vectors(20), every, LayerMode(observer=LayerObserver(notes, 0)))
     ((index, routing, seen),) = notes.routings
     assert index == 0
     assert routing is result.routing
@@ -200,8 +212,8 @@ def test_the_mixture_of_jacobs_is_the_layer_with_every_expert_kept() -> None:
     with torch.no_grad():
         mixture.router.projection.weight.copy_(built.router.projection.weight)
     x_TD, every = vectors(9), tokens(9)
-    gate = mixture(x_TD, every, Mode()).routing
-    dense = built(x_TD, every, Mode()).routing
+    gate = mixture(x_TD, every, LayerMode()).routing
+    dense = built(x_TD, every, LayerMode()).routing
     assert torch.equal(gate.experts_TK, dense.experts_TK)
     assert torch.equal(gate.weights_TK, dense.weights_TK)
     assert gate.load_E().tolist() == [9] * EXPERTS
@@ -212,7 +224,7 @@ def test_losses_read_the_decision_before_drops() -> None:
     router = Router(select=TopK(k=2))
     balance = Balance(losses=(SwitchLoss(),))
     reports = [
-        layer(moe(router, balance=balance, **extra))(vectors(40), tokens(40), Mode(training=True)).report
+        layer(moe(router, balance=balance, **extra))(vectors(40), tokens(40), LayerMode(training=True)).report
         for extra in ({}, {"admission": Capacity(factor=0.5)})
     ]
     assert int(reports[1].dropped) > 0
@@ -229,7 +241,7 @@ def test_chance_belongs_to_the_generator_of_the_mode(router: Router) -> None:
     built, every, x_TD = layer(moe(router)), tokens(50), vectors(50)
     before = torch.get_rng_state()
     results = [
-        built(x_TD, every, Mode(training=True, generator=torch.Generator().manual_seed(seed)))
+        built(x_TD, every, LayerMode(training=True, generator=torch.Generator().manual_seed(seed)))
         for seed in (4, 4, 5)
     ]
     assert torch.equal(results[0].y_TD, results[1].y_TD)

@@ -11,7 +11,7 @@ from consilium.config.feed_forward import GATED, Activation
 from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
 from consilium.moe.experts import Experts
-from consilium.moe.types import Mode, Routing, Rows, Tokens
+from consilium.moe.types import LayerMode, LayerObserver, Routing, Rows, Tokens
 from consilium.ops.feed_forward import activate
 from consilium.ops.grouped import Backend
 from support import relative_error
@@ -34,7 +34,7 @@ class Recorder:
         self.seen.append((layer, rows, hidden_RF, output_RD))
 
 
-MODES = (Mode(), Mode(observer=Recorder()))
+MODES = (LayerMode(), LayerMode(observer=LayerObserver(Recorder(), 0)))
 
 
 def built(activation: Activation = "swiglu", backend: Backend | None = None) -> Experts:
@@ -69,9 +69,9 @@ def gradients(y: Tensor, experts: Experts, rows: Rows) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "observed"])
-def test_each_row_goes_through_its_own_expert(backend: Backend | None, mode: Mode) -> None:
+def test_each_row_goes_through_its_own_expert(backend: Backend | None, mode: LayerMode) -> None:
     experts, rows = built(backend=backend), some_rows()
-    y, expected = experts(rows, 0, mode), naive(experts, rows)
+    y, expected = experts(rows, mode), naive(experts, rows)
     assert relative_error(y, expected) < 1e-6
     pairs = zip(gradients(y, experts, rows), gradients(expected, experts, rows), strict=True)
     assert all(relative_error(got, wanted) < 1e-5 for got, wanted in pairs)
@@ -83,12 +83,12 @@ def test_parameters_are_stacked_with_gate_and_up_together(activation: Activation
     shapes = {name: tuple(weight.shape) for name, weight in experts.state_dict().items()}
     assert shapes == {"up": (4, 32 if activation in GATED else 16, HIDDEN), "down": (4, HIDDEN, 16)}
     rows = some_rows()
-    assert relative_error(experts(rows, 0, Mode()), naive(experts, rows)) < 1e-6
+    assert relative_error(experts(rows, LayerMode()), naive(experts, rows)) < 1e-6
 
 
 def test_observer_sees_rows_hidden_activations_and_outputs_in_the_graph() -> None:
     experts, rows, recorder = built(), some_rows(), Recorder()
-    y = experts(rows, 5, Mode(observer=recorder))
+    y = experts(rows, LayerMode(observer=LayerObserver(recorder, 5)))
     ((layer, seen, hidden, output),) = recorder.seen
     assert layer == 5
     assert seen is rows
@@ -101,9 +101,11 @@ def test_observer_sees_rows_hidden_activations_and_outputs_in_the_graph() -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "observed"])
-def test_idle_experts_get_zero_gradients_even_where_all_are_idle(backend: Backend | None, mode: Mode) -> None:
+def test_idle_experts_get_zero_gradients_even_where_all_are_idle(
+    backend: Backend | None, mode: LayerMode
+) -> None:
     experts, rows = built(backend=backend), some_rows((0, 0, 0, 0))
-    y = experts(rows, 0, mode)
+    y = experts(rows, mode)
     y.sum().backward()
     assert y.shape == (0, HIDDEN)
     for weight in experts.parameters():
@@ -116,13 +118,13 @@ def test_idle_experts_get_zero_gradients_even_where_all_are_idle(backend: Backen
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "observed"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_bfloat16_rows_compute_in_bfloat16_and_gradients_keep_the_weights_dtype(
-    mode: Mode, weights: torch.dtype
+    mode: LayerMode, weights: torch.dtype
 ) -> None:
     experts, rows = built(), some_rows()
     exact = naive(experts, rows)
     low = Rows(rows.x_RD.detach().to(torch.bfloat16), COUNTS)
     experts = experts.to(weights)
-    y = experts(low, 0, mode)
+    y = experts(low, mode)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     assert relative_error(y, exact) < 0.02
@@ -131,7 +133,7 @@ def test_bfloat16_rows_compute_in_bfloat16_and_gradients_keep_the_weights_dtype(
 
 def test_recomputation_gives_the_same_gradients() -> None:
     experts, rows = built(), some_rows()
-    plain = gradients(experts(rows, 0, Mode()), experts, rows)
-    again = checkpoint(lambda x: experts(Rows(x, COUNTS), 0, Mode()), rows.x_RD, use_reentrant=False)
+    plain = gradients(experts(rows, LayerMode()), experts, rows)
+    again = checkpoint(lambda x: experts(Rows(x, COUNTS), LayerMode()), rows.x_RD, use_reentrant=False)
     assert isinstance(again, Tensor)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(again, experts, rows), strict=True))

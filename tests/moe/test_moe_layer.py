@@ -11,7 +11,7 @@ from consilium.config.balance import Balance, SequenceLoss, SignBias, SwitchLoss
 from consilium.config.moe import MoE
 from consilium.config.router import Jitter, Normalised, Raw, Router, Sigmoid, SoftmaxOfSelected, TopK
 from consilium.moe.layer import MoELayer, Result
-from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from consilium.moe.types import LayerMode, LayerObserver, Override, Routing, Rows, Tokens
 from moe import naive
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
@@ -39,7 +39,7 @@ def test_layer_equals_plain_loops_in_values_and_all_gradients(name: str, count: 
     config = SYSTEMS[name]
     built, every = layer(config), tokens(count, padding=count // 4)
     x_TD = vectors(count).requires_grad_()
-    result = built(x_TD, every, Mode())
+    result = built(x_TD, every, LayerMode())
     expected, state, x = naive_twin(built, config, x_TD, every)
     y = torch.stack(expected.y)
     assert relative_error(result.y_TD, y) < TOLERANCE
@@ -59,7 +59,7 @@ def test_layer_equals_plain_loops_in_values_and_all_gradients(name: str, count: 
 def test_routing_and_loads_equal_plain_loops(name: str) -> None:
     config = SYSTEMS[name]
     built, every, x_TD = layer(config), tokens(23, padding=4), vectors(23)
-    result = built(x_TD, every, Mode())
+    result = built(x_TD, every, LayerMode())
     expected, _, _ = naive_twin(built, config, x_TD, every)
     routing = result.routing
     for t in range(23):
@@ -82,7 +82,7 @@ def test_routing_and_loads_equal_plain_loops(name: str) -> None:
 def test_keeping_every_expert_equals_the_dense_mixture(weight: Raw | Normalised | SoftmaxOfSelected) -> None:
     built = layer(moe(Router(select=TopK(k=EXPERTS), weight=weight)))
     x_TD = vectors(9).requires_grad_()
-    y_TD = built(x_TD, tokens(9), Mode()).y_TD
+    y_TD = built(x_TD, tokens(9), LayerMode()).y_TD
     p_TE = torch.softmax(x_TD @ built.router.projection.weight.T, dim=1)
     gate_TEF, up_TEF = torch.einsum("td,egd->teg", x_TD, built.experts.up).chunk(2, dim=2)
     o_TED = torch.einsum("tef,edf->ted", torch.nn.functional.silu(gate_TEF) * up_TEF, built.experts.down)
@@ -95,13 +95,13 @@ def test_keeping_every_expert_equals_the_dense_mixture(weight: Raw | Normalised 
 
 def test_tokens_without_experts_get_nothing_from_a_latent_space() -> None:
     built = layer(SYSTEMS["latent, weights on input"])
-    mode = Mode(override=Override(mute_TE=torch.ones(1, EXPERTS, dtype=torch.bool)))
+    mode = LayerMode(override=Override(mute_TE=torch.ones(1, EXPERTS, dtype=torch.bool)))
     assert torch.equal(built(vectors(5), tokens(5), mode).y_TD, torch.zeros(5, HIDDEN))
 
 
 def test_rows_in_a_latent_space_are_as_narrow_as_it() -> None:
     built, x_TD, seen = layer(SYSTEMS["latent"]), vectors(9), Widths()
-    built(x_TD, tokens(9), Mode(observer=seen))
+    built(x_TD, tokens(9), LayerMode(observer=LayerObserver(seen, 0)))
     assert seen.widths == [(5, 5)]
 
 
@@ -127,7 +127,7 @@ def noisy_v3() -> MoE:
 def pass_with_gradients(built: MoELayer, *, recompute: bool) -> tuple[Result, dict[str, Tensor], Tensor]:
     built.zero_grad()
     x_TD = vectors(31).requires_grad_()
-    every, mode = tokens(31, padding=3), Mode(training=True)
+    every, mode = tokens(31, padding=3), LayerMode(training=True)
     torch.manual_seed(7)
     if recompute:
         result = checkpoint(built, x_TD, every, mode, use_reentrant=False)
@@ -157,7 +157,7 @@ def test_recomputation_repeats_reports_and_gradients_bit_for_bit() -> None:
 def test_a_pass_leaves_no_trace_in_the_layer(name: str) -> None:
     built, every, x_TD = layer(SYSTEMS[name]), tokens(23), vectors(23)
     before = {key: value.clone() for key, value in built.state_dict().items()}
-    mode = Mode(training=True)
+    mode = LayerMode(training=True)
     torch.manual_seed(3)
     first = built(x_TD, every, mode)
     torch.manual_seed(3)
@@ -170,7 +170,7 @@ def test_a_pass_leaves_no_trace_in_the_layer(name: str) -> None:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_idle_experts_get_zero_gradients(name: str) -> None:
     built = layer(SYSTEMS[name])
-    result = built(vectors(1), tokens(1), Mode())
+    result = built(vectors(1), tokens(1), LayerMode())
     result.y_TD.sum().backward()
     idle_E = result.report.load_E == 0
     for parameter in (built.experts.up, built.experts.down):
@@ -182,7 +182,7 @@ def test_idle_experts_get_zero_gradients(name: str) -> None:
 def test_a_batch_of_padding_gives_only_the_shared_output_and_finite_gradients(name: str) -> None:
     built = layer(SYSTEMS[name])
     x_TD = vectors(6).requires_grad_()
-    result = built(x_TD, tokens(6, padding=6), Mode(training=True))
+    result = built(x_TD, tokens(6, padding=6), LayerMode(training=True))
     assert torch.equal(result.y_TD, built.shared(x_TD))
     assert not result.report.load_E.any()
     (result.y_TD.sum() + sum(result.report.losses.values())).backward()
@@ -191,7 +191,7 @@ def test_a_batch_of_padding_gives_only_the_shared_output_and_finite_gradients(na
 
 def test_an_empty_batch_is_a_batch() -> None:
     built = layer(SYSTEMS["deepseek-v3"])
-    result = built(vectors(0), tokens(0), Mode(training=True))
+    result = built(vectors(0), tokens(0), LayerMode(training=True))
     assert result.y_TD.shape == (0, HIDDEN)
     assert int(result.report.load_E.sum()) == 0
     assert float(result.report.entropy) == 0

@@ -36,7 +36,7 @@ from consilium.moe.routing.router import Router
 from consilium.moe.routing.score import score, transform
 from consilium.moe.routing.select import Choice
 from consilium.moe.routing.weigh import weigh
-from consilium.moe.types import Mode, Routing
+from consilium.moe.types import LayerMode, Routing
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, V2, V3, layer, moe, tokens, vectors
 from support import relative_error
 
@@ -67,7 +67,7 @@ def test_constant_logits_choose_the_first_experts(name: str) -> None:
     for gate in (built.projection, built.primary):
         if gate is not None:
             torch.nn.init.zeros_(next(gate.parameters()))
-    routing = built(vectors(3), torch.zeros(EXPERTS), tokens(3), Mode())
+    routing = built(vectors(3), torch.zeros(EXPERTS), tokens(3), LayerMode())
     first = list(range(routing.experts_TK.shape[1]))
     if name == "hierarchical, wide groups":
         first = [0, 1, 2, 4, 5, 6]
@@ -85,11 +85,11 @@ def test_a_constant_in_the_bias_never_changes_the_choice(
     config = RouterConfig(score=Sigmoid(), offset="scores", select=TopK(k=3, groups=groups))
     built, x_TD = router(config), vectors(16, seed)
     bias_E = spread * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed))
-    plain = built(x_TD, bias_E, tokens(16), Mode())
+    plain = built(x_TD, bias_E, tokens(16), LayerMode())
     values_TE = (plain.scores_TE + bias_E).sort(dim=1).values
     # A large constant rounds away small differences: only tokens without near ties are promised anything.
     clear_T = values_TE.diff(dim=1).amin(dim=1) > 1e-3
-    shifted = built(x_TD, bias_E + shift, tokens(16), Mode())
+    shifted = built(x_TD, bias_E + shift, tokens(16), LayerMode())
     assert torch.equal(plain.experts_TK[clear_T], shifted.experts_TK[clear_T])
     assert torch.equal(plain.weights_TK[clear_T], shifted.weights_TK[clear_T])
 
@@ -98,7 +98,7 @@ def test_a_constant_in_the_bias_never_changes_the_choice(
 def test_choices_stay_inside_the_best_groups(seed: int, mean: float) -> None:
     built = router(V3)
     bias_E = mean + torch.rand(EXPERTS, generator=torch.Generator().manual_seed(seed))
-    routing = built(vectors(16, seed), bias_E, tokens(16), Mode())
+    routing = built(vectors(16, seed), bias_E, tokens(16), LayerMode())
     group_TG = (routing.scores_TE + bias_E).view(16, 4, 2).sum(dim=2)
     best_TG = group_TG.argsort(dim=1, descending=True)[:, :2]
     assert ((routing.experts_TK // 2)[:, :, None] == best_TG[:, None, :]).any(dim=2).all()
@@ -108,7 +108,7 @@ def test_choices_stay_inside_the_best_groups(seed: int, mean: float) -> None:
 def test_the_bias_selects_but_never_weighs() -> None:
     built, x_TD = router(V3), vectors(9)
     bias_E = torch.linspace(-3, 3, EXPERTS).requires_grad_()
-    routing = built(x_TD, bias_E, tokens(9), Mode())
+    routing = built(x_TD, bias_E, tokens(9), LayerMode())
     chosen_TK = routing.scores_TE.gather(1, routing.experts_TK)
     expected_TK = chosen_TK / chosen_TK.sum(dim=1, keepdim=True) * 2.5
     assert relative_error(routing.weights_TK, expected_TK) < 1e-6
@@ -124,7 +124,7 @@ def test_v2_and_v3_group_scores_choose_differently() -> None:
         config = RouterConfig(score=Sigmoid(), select=select, weight=Raw())
         made = Router(config, EXPERTS, EXPERTS)
         torch.nn.init.eye_(made.projection.weight)
-        built[rule] = made(logits, None, tokens(1), Mode()).experts_TK.tolist()
+        built[rule] = made(logits, None, tokens(1), LayerMode()).experts_TK.tolist()
     assert built == {"max": [[0, 1]], "top2_sum": [[2, 3]]}
 
 
@@ -135,10 +135,10 @@ def test_arithmetic_is_float32_whatever_the_model_and_autocast_say(name: str) ->
     bias_E = torch.linspace(-1, 0, EXPERTS)
     twin = router(config)
     twin.load_state_dict({key: value.float() for key, value in built.state_dict().items()})
-    expected = twin(x_TD.float(), bias_E, tokens(33), Mode())
-    assert same(built(x_TD, bias_E, tokens(33), Mode()), expected)
+    expected = twin(x_TD.float(), bias_E, tokens(33), LayerMode())
+    assert same(built(x_TD, bias_E, tokens(33), LayerMode()), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert same(built(x_TD, bias_E, tokens(33), Mode()), expected)
+        assert same(built(x_TD, bias_E, tokens(33), LayerMode()), expected)
     for field in fields(Routing):
         value = getattr(expected, field.name)
         assert not isinstance(value, torch.Tensor) or value.dtype in {torch.float32, torch.int64, torch.bool}
@@ -147,10 +147,10 @@ def test_arithmetic_is_float32_whatever_the_model_and_autocast_say(name: str) ->
 @pytest.mark.parametrize("noise", [Jitter(epsilon=0.3), LearnedNoise()], ids=["jitter", "learned"])
 def test_noise_acts_in_training_only_and_follows_the_generator(noise: Jitter | LearnedNoise) -> None:
     built, x_TD = router(RouterConfig(noise=noise, select=TopK(k=2))), vectors(20)
-    quiet = built(x_TD, None, tokens(20), Mode())
-    assert same(quiet, built(x_TD, None, tokens(20), Mode()))
+    quiet = built(x_TD, None, tokens(20), LayerMode())
+    assert same(quiet, built(x_TD, None, tokens(20), LayerMode()))
     noisy = [
-        built(x_TD, None, tokens(20), Mode(training=True, generator=torch.Generator().manual_seed(seed)))
+        built(x_TD, None, tokens(20), LayerMode(training=True, generator=torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert same(noisy[0], noisy[1])
@@ -162,7 +162,7 @@ def test_jitter_stays_in_its_bounds_and_never_reaches_the_input() -> None:
     built = Router(RouterConfig(noise=Jitter(epsilon=0.01), select=TopK(k=2)), EXPERTS, EXPERTS)
     torch.nn.init.eye_(built.projection.weight)
     x_TD = torch.ones(500, EXPERTS)
-    logits_TE = built(x_TD, None, tokens(500), Mode(training=True)).logits_TE.detach()
+    logits_TE = built(x_TD, None, tokens(500), LayerMode(training=True)).logits_TE.detach()
     assert 0.99 <= float(logits_TE.min()) < 0.991
     assert 1.009 < float(logits_TE.max()) <= 1.01
     assert torch.equal(x_TD, torch.ones(500, EXPERTS))
@@ -170,7 +170,7 @@ def test_jitter_stays_in_its_bounds_and_never_reaches_the_input() -> None:
 
 def test_learned_noise_has_the_stated_deviation() -> None:
     built = Router(RouterConfig(noise=LearnedNoise(floor=0.25), select=TopK(k=2)), HIDDEN, EXPERTS)
-    mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
+    mode = LayerMode(training=True, generator=torch.Generator().manual_seed(0))
     routing = built(vectors(4000), None, tokens(4000, sequences=1), mode)
     assert not routing.clean_TE.any()
     drawn = (routing.logits_TE / (0.25 + math.log(2))).detach()
@@ -183,7 +183,7 @@ def test_a_nan_reaches_the_output(name: str) -> None:
     """Hidden by a comparison, it would turn into a token without experts that no guard can see."""
     built, x_TD = layer(SYSTEMS[name]), vectors(8)
     x_TD[0, 0] = torch.nan
-    result = built(x_TD, tokens(8), Mode())
+    result = built(x_TD, tokens(8), LayerMode())
     assert result.y_TD[0].isnan().all()
     assert not result.y_TD[1:].isnan().any()
     # Without a gate there are no scores that could be NaN.
@@ -231,7 +231,7 @@ def test_unused_choices_weigh_zero_with_finite_gradients(rule: Weight, kind: Sco
 @pytest.mark.parametrize("name", ["deepseek-v3", "mixtral", "ernie", "relu"])
 def test_weights_sum_to_what_the_rule_says(name: str) -> None:
     config = SYSTEMS[name].router
-    routing = router(config)(vectors(50), torch.zeros(EXPERTS), tokens(50), Mode())
+    routing = router(config)(vectors(50), torch.zeros(EXPERTS), tokens(50), LayerMode())
     total_T = routing.weights_TK.sum(dim=1)
     chosen_T = routing.scores_TE.gather(1, routing.experts_TK).masked_fill(~routing.keep_TK, 0).sum(dim=1)
     match config.weight:
@@ -246,6 +246,6 @@ def test_weights_sum_to_what_the_rule_says(name: str) -> None:
 
 @pytest.mark.parametrize("select", [ExpertChoice(), Threshold(most=3), TopP(p=0.9, most=EXPERTS), TopK(k=2)])
 def test_preferences_fall(select: ExpertChoice | Threshold | TopP | TopK) -> None:
-    routing = router(RouterConfig(select=select, weight=Raw()))(vectors(20), None, tokens(20), Mode())
+    routing = router(RouterConfig(select=select, weight=Raw()))(vectors(20), None, tokens(20), LayerMode())
     chosen_TK = routing.scores_TE.gather(1, routing.experts_TK)
     assert (chosen_TK.diff(dim=1) <= 0).all()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consilium.moe.transport import Local
-from consilium.moe.types import Routing, Rows, Ticket
+from consilium.moe.transport import Local, LocalTicket
+from consilium.moe.types import Routing, Rows
+from moe.cases import decision as decided
 from support import relative_error
 
 
@@ -19,11 +22,15 @@ def routing(count: int, experts: int, k: int, keep: float, seed: int, *, on_inpu
     experts_TK = scores_TE.argsort(dim=1)[:, :k]
     keep_TK = torch.rand(count, k, generator=generator) < keep
     weights_TK = torch.randn(count, k, generator=generator).masked_fill(~keep_TK, 0).requires_grad_()
-    return Routing(scores_TE, scores_TE, experts_TK, weights_TK, keep_TK, scores_TE, weight_on_input=on_input)
+    return decided(scores_TE, experts_TK, keep_TK, weights_TK, weight_on_input=on_input)
 
 
-def send(decision: Routing, x_TD: Tensor) -> tuple[Rows, Ticket]:
-    return Local().dispatch(x_TD, decision)
+def send(decision: Routing, x_TD: Tensor) -> tuple[Rows, LocalTicket]:
+    return Local().dispatch(x_TD, decision).finish()
+
+
+def combine(y_RD: Tensor, ticket: LocalTicket) -> Tensor:
+    return Local().combine(y_RD, ticket).finish()
 
 
 SHAPES = st.tuples(
@@ -55,7 +62,7 @@ def test_rows_are_sorted_by_expert_in_token_order_and_counted(
     assert ticket.token_R.tolist() == [t for t, _ in expected]
     assert torch.equal(rows.x_RD, x_TD[ticket.token_R])
     assert ticket.weight_R.tolist() == [decision.weights_TK[t, r].item() for t, r in expected]
-    assert ticket.tokens == count
+    assert len(ticket.first_T) == count
     # The inverse: rows listed by token and then by choice.
     listed = [expected[row] for row in ticket.row_R.tolist()]
     assert listed == sorted(expected)
@@ -71,7 +78,7 @@ def test_there_and_back_equals_a_loop_in_values_and_gradients(
     scale_E = torch.linspace(0.5, 2, experts)
     rows, ticket = send(decision, x_TD)
     expert_R = torch.repeat_interleave(torch.arange(experts), torch.tensor(rows.counts_E))
-    y_TD = Local().combine(torch.tanh(rows.x_RD * scale_E[expert_R, None]), ticket)
+    y_TD = combine(torch.tanh(rows.x_RD * scale_E[expert_R, None]), ticket)
 
     x, w = x_TD.detach().double().requires_grad_(), decision.weights_TK.detach().double().requires_grad_()
     out = []
@@ -99,7 +106,7 @@ def test_sending_each_token_once_with_weight_one_is_the_identity() -> None:
         decision.weights_TK.fill_(1.0)
     x_TD = torch.randn(63, 16)
     rows, ticket = send(decision, x_TD)
-    assert torch.equal(Local().combine(rows.x_RD, ticket), x_TD)
+    assert torch.equal(combine(rows.x_RD, ticket), x_TD)
 
 
 def test_bfloat16_rows_are_added_in_float32() -> None:
@@ -107,11 +114,11 @@ def test_bfloat16_rows_are_added_in_float32() -> None:
     k = 65
     keep_TK = torch.ones(1, k, dtype=torch.bool)
     scores_TE = torch.zeros(1, k)
-    decision = Routing(scores_TE, scores_TE, torch.arange(k)[None], torch.ones(1, k), keep_TK, scores_TE)
+    decision = decided(scores_TE, torch.arange(k)[None], keep_TK, torch.ones(1, k))
     rows, ticket = send(decision, torch.zeros(1, 1, dtype=torch.bfloat16))
     y_RD = torch.ones_like(rows.x_RD)
     y_RD[0] = 256
-    y_TD = Local().combine(y_RD, ticket)
+    y_TD = combine(y_RD, ticket)
     assert y_TD.dtype == torch.bfloat16
     assert y_TD.item() == 320
 
@@ -121,7 +128,7 @@ def test_gradients_keep_the_dtypes_of_their_inputs(dtype: torch.dtype) -> None:
     decision = routing(9, 4, 2, 0.8, seed=1)
     x_TD = torch.randn(9, 4, dtype=dtype, requires_grad=True)
     rows, ticket = send(decision, x_TD)
-    y_TD = Local().combine(rows.x_RD * 2, ticket)
+    y_TD = combine(rows.x_RD * 2, ticket)
     assert y_TD.dtype == dtype
     y_TD.sum().backward()
     assert x_TD.grad is not None
@@ -134,9 +141,8 @@ def test_gradients_of_both_directions_match_finite_differences() -> None:
     decision = routing(6, 4, 3, 0.7, seed=2)
 
     def there_and_back(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        plain = (decision.logits_TE, decision.scores_TE, decision.experts_TK)
-        rows, ticket = send(Routing(*plain, weights_TK, decision.keep_TK, decision.clean_TE), x_TD)
-        return Local().combine(rows.x_RD**3, ticket)
+        rows, ticket = send(replace(decision, weights_TK=weights_TK), x_TD)
+        return combine(rows.x_RD**3, ticket)
 
     x_TD = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     weights_TK = decision.weights_TK.detach().double().requires_grad_()
@@ -148,16 +154,12 @@ def test_a_token_adds_up_the_same_bits_in_any_company() -> None:
     y = torch.randn(40, 5, 7, generator=torch.Generator().manual_seed(3))
 
     def combined(pick_T: Tensor) -> Tensor:
-        part = [
-            v[pick_T]
-            for v in (decision.scores_TE, decision.experts_TK, decision.weights_TK, decision.keep_TK)
-        ]
-        _, ticket = send(
-            Routing(part[0], part[0], part[1], part[2], part[3], part[0]), torch.zeros(len(pick_T), 7)
-        )
+        names = ("scores_TE", "experts_TK", "keep_TK", "weights_TK")
+        part = [getattr(decision, name)[pick_T] for name in names]
+        _, ticket = send(decided(*part), torch.zeros(len(pick_T), 7))
         expert_R = torch.zeros(len(ticket.token_R), dtype=torch.int64)
-        expert_R[ticket.row_R] = part[3].nonzero()[:, 1]
-        return Local().combine(y[pick_T][ticket.token_R, expert_R], ticket)
+        expert_R[ticket.row_R] = part[2].nonzero()[:, 1]
+        return combine(y[pick_T][ticket.token_R, expert_R], ticket)
 
     whole_TD = combined(torch.arange(40))
     for t in range(40):

@@ -19,7 +19,7 @@ from consilium.moe.losses import squared_variation
 from consilium.moe.routing.chance import joint_chance
 from consilium.moe.routing.gate import Level
 from consilium.moe.routing.router import Router as RouterModule
-from consilium.moe.types import Mode, Override, Routing
+from consilium.moe.types import LayerMode, Override, Replay, Routing
 from moe import naive_levels
 from moe.cases import HIDDEN, layer, tokens, vectors
 from support import relative_error
@@ -43,7 +43,7 @@ def state(router: RouterModule) -> dict[str, Tensor]:
 def test_routing_is_that_of_two_gates(shape: tuple[int, int, int], seed: int) -> None:
     config = hierarchy(*shape)
     router, x_TD = layer(config, seed).router, vectors(9, seed)
-    routing = router(x_TD, None, tokens(9, padding=2), Mode())
+    routing = router(x_TD, None, tokens(9, padding=2), LayerMode())
     assert isinstance(config.router.select, TwoLevel)
     for t in range(7):
         row = x_TD[t].double()
@@ -58,7 +58,9 @@ def test_routing_is_that_of_two_gates(shape: tuple[int, int, int], seed: int) ->
     assert relative_error(routing.weights_TK.sum(dim=1), torch.tensor([1.0] * 7 + [0.0] * 2)) < 1e-6
 
 
-def picked(primary: list[float], secondary: list[float], mode: Mode = Mode(), k: int = 2) -> Routing:
+def picked(
+    primary: list[float], secondary: list[float], mode: LayerMode = LayerMode(), k: int = 2
+) -> Routing:
     """Route one token whose gates say exactly this, two of the groups kept."""
     router = Router(select=TwoLevel(groups=len(primary), keep=2, k=k), weight=SoftmaxOfSelected())
     built = RouterModule(router, 1, len(secondary))
@@ -84,10 +86,10 @@ def test_experts_tie_to_the_lowest_in_their_group() -> None:
     assert relative_error(routing.weights_TK[0], e[[1, 1, 0, 0]]) < 1e-6
 
 
-def mute(*experts: int, count: int = 6) -> Mode:
+def mute(*experts: int, count: int = 6) -> LayerMode:
     mask_1E = torch.zeros(1, count, dtype=torch.bool)
     mask_1E[0, list(experts)] = True
-    return Mode(override=Override(mute_TE=mask_1E))
+    return LayerMode(override=Override(mute_TE=mask_1E))
 
 
 def test_muting_experts_leaves_the_primary_gate_alone_until_a_group_is_empty() -> None:
@@ -105,7 +107,7 @@ def test_muting_experts_leaves_the_primary_gate_alone_until_a_group_is_empty() -
 
 
 def test_a_budget_keeps_the_most_probable_and_weighs_them_anew() -> None:
-    mode = Mode(override=Override(k_T=torch.tensor([3])))
+    mode = LayerMode(override=Override(k_T=torch.tensor([3])))
     routing = picked([1.0, 0.0], [3.0, 2, -1, 1.5, 1, 0], mode)
     assert routing.experts_TK[routing.keep_TK].tolist() == [0, 1, 3]
     p, s = torch.tensor([1.0, 0.0]).softmax(0), torch.tensor([3.0, 2.0]).softmax(0)
@@ -117,7 +119,7 @@ def test_replay_of_any_experts_weighs_them_as_two_softmaxes(shape: tuple[int, in
     groups, keep, k = shape
     router, x_TD = layer(hierarchy(*shape), seed).router, vectors(4, seed)
     experts_TK = vectors(4, seed + 1, hidden=EXPERTS).argsort(dim=1)[:, : keep * k]
-    routing = router(x_TD, None, tokens(4), Mode(override=Override(experts_TK=experts_TK)))
+    routing = router(x_TD, None, tokens(4), LayerMode(override=Override(replay=Replay.of(experts_TK))))
     size = EXPERTS // groups
     for t, order in enumerate(experts_TK.tolist()):
         primary, secondary = naive_levels.gates(router.config.select, state(router), x_TD[t].double())
@@ -172,7 +174,7 @@ def drawn(count: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_smooth_load_is_the_expected_load(shape: tuple[int, int, int]) -> None:
     """Over many draws of noise the chances add up to what the experts really get."""
     router = layer(hierarchy(*shape)).router
-    mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
+    mode = LayerMode(training=True, generator=torch.Generator().manual_seed(0))
     x_TD = vectors(40).repeat(200, 1)
     routing = router(0.5 * x_TD, None, tokens(8000), mode)
     assert routing.chance_TE is not None
@@ -183,7 +185,7 @@ def test_gates_at_zero_share_tokens_and_losses_tell_uneven_ones() -> None:
     built = MoELayer(hierarchy(4, 2, 2, balance=LOSSES), HIDDEN, 0)
     for parameter in built.experts.parameters():
         torch.nn.init.normal_(parameter)
-    mode = Mode(training=True, generator=torch.Generator().manual_seed(0))
+    mode = LayerMode(training=True, generator=torch.Generator().manual_seed(0))
     report = built(vectors(4000), tokens(4000), mode).report
     assert report.losses["load"] < 1e-3
     assert report.losses["importance"] < 1e-2
@@ -194,7 +196,7 @@ def test_gates_at_zero_share_tokens_and_losses_tell_uneven_ones() -> None:
 
 def test_the_load_loss_moves_both_gates_and_both_noises() -> None:
     built = layer(hierarchy(3, 2, 2, balance=Balance(losses=(LoadLoss(),))))
-    result = built(vectors(50), tokens(50, padding=5), Mode(training=True))
+    result = built(vectors(50), tokens(50, padding=5), LayerMode(training=True))
     result.report.losses["load"].backward()
     gradients = {name: parameter.grad for name, parameter in built.router.named_parameters()}
     assert set(gradients) == {"projection.weight", "noise.weight", "primary.weight", "primary_noise.weight"}
@@ -208,9 +210,9 @@ def test_padding_changes_no_load() -> None:
     built, x_TD = layer(hierarchy(3, 2, 2, balance=LOSSES)), vectors(20)
     padded_TD = torch.cat([x_TD, torch.full_like(x_TD[:6], 50.0)])
     plain, padded = (
-        built.balance(routing, routing, every, 0, Mode(training=True)).losses
+        built.balance(routing, every, LayerMode(training=True)).losses
         for every, routing in (
-            (every, built.router(x, None, every, Mode()))
+            (every, built.router(x, None, every, LayerMode()))
             for x, every in ((x_TD, tokens(20)), (padded_TD, tokens(26, padding=6)))
         )
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consilium.config.router import Normalised, Relu, Router, Score, Sigmoid, TopK
-from consilium.moe.types import Mode
+from consilium.moe.types import LayerMode
 from moe.cases import layer, moe, tokens, vectors
 from support import relative_error
 
@@ -19,7 +19,7 @@ from support import relative_error
 def test_normalised_weights_are_scores_over_their_sum_plus_epsilon(score: Score, epsilon: float) -> None:
     config = Router(score=score, select=TopK(k=3), weight=Normalised(epsilon=epsilon), scale=2.5)
     built, every = layer(moe(config)).router, tokens(63, padding=5)
-    routing = built(vectors(63), None, every, Mode())
+    routing = built(vectors(63), None, every, LayerMode())
     expected_TK = torch.zeros(63, 3, dtype=torch.float64)
     for t in range(58):
         scores = [routing.scores_TE[t, e].double() for e in routing.experts_TK[t]]

@@ -24,7 +24,7 @@ Rows = Sequence[Sequence[Document]]
 def model(weights: Weights, hyper: Hyper, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits [T, V] of all documents, row by row, and every loss by name.
 
-    A token sees its own document; balance losses are those of a row, the sequence that one trains on.
+    A token sees its own document; balance losses are those of a row, which holds one sequence.
     """
     documents = [document for row in rows for document in row]
     sizes = [sum(len(ids) for ids, _ in row) for row in rows]

@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[Document]]
 def model(weights: Weights, hyper: Hyper, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits [T, V] of all documents, row by row, and every loss by name.
 
-    A token sees its own document; the balance loss is that of a row, the sequence that one trains on.
+    A token sees its own document; the balance loss is that of a row, which holds one sequence.
     """
     found = [run(weights, hyper, row) for row in rows]
     depth, further = hyper["mtp_depth"], []

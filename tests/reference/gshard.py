@@ -67,8 +67,8 @@ def mixture(part: Weights, hyper: Hyper, x_TD: Tensor, drawn_T: Tensor) -> tuple
 def dispatch(gates_SE: Tensor, drawn_S: Tensor, hyper: Hyper) -> list[tuple[int, int, Tensor]]:
     """Token, expert and weight of every copy that fits (Algorithm 1 without its line 13).
 
-    As printed, a second choice counts towards the capacity even if the draw rejects it; in released code it
-    does not. ``rejected_count`` asks for the printed form.
+    A second choice counts towards the capacity even if the draw rejects it (line 22); in released code it
+    does not, which ``released`` asks for.
     """
     size, experts = gates_SE.shape
     capacity = math.ceil(hyper["capacity"] * 2 * size / experts) if hyper["capacity"] else size
@@ -84,7 +84,7 @@ def dispatch(gates_SE: Tensor, drawn_S: Tensor, hyper: Hyper) -> list[tuple[int,
         accepted = bool(2 * weight > drawn_S[s])
         if load[second] < capacity and accepted:
             copies.append((s, second, weight))
-        load[second] += accepted or hyper.get("rejected_count", False)
+        load[second] += accepted or not hyper.get("released", False)
     return copies
 
 

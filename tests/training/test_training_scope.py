@@ -117,7 +117,7 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
     mode = Mode(training=True, earlier={1: earlier_E})
     inputs = Inputs.of(batch)
     hidden = model.hidden(inputs, options=Options(mode=mode, routings=True))
-    routing, report = hidden.routings[1], hidden.reports[1]
+    routing, report = hidden.routings[1], hidden.reports[0]
     count_E = (routing.experts_TK == torch.arange(4)).sum(dim=0).double() + earlier_E
     p_E = routing.scores_TE.double().mean(dim=0)
     expected = 4 * sum(count_E[e] / count_E.sum() * p_E[e] for e in range(4))
@@ -128,8 +128,8 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
     (wanted,) = torch.autograd.grad(expected, weight)
     assert relative_error(found, wanted) < 1e-5
     other = model.hidden(inputs, options=Options(mode=Mode(training=True)))
-    assert relative_error(other.reports[1].losses["switch"], expected) > 1e-2
-    assert torch.equal(hidden.reports[1].losses["sequence"], other.reports[1].losses["sequence"])
+    assert relative_error(other.reports[0].losses["switch"], expected) > 1e-2
+    assert torch.equal(report.losses["sequence"], other.reports[0].losses["sequence"])
 
 
 def test_first_choices_of_a_whole_step_are_refused() -> None:

@@ -25,6 +25,7 @@ from consilium.config.model import MTP, Model
 from consilium.disk import manifest
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES
+from consilium.moe.routing.router import table_of_old
 from consilium.planner.parameters import parameters
 from consilium.recipes.layout import Table
 
@@ -69,6 +70,9 @@ class FolderSource:
 
     def fill(self, name: str, target: Tensor) -> None:
         """Copy our tensor ``name`` into ``target``, in its dtype; ConsiliumError names a tensor at fault."""
+        if self.config.moe is not None and _derived(name, self.found):
+            target.copy_(table_of_old(self.config.moe.router, self.config.moe.experts))
+            return
         for stored_name, view in named(self.config, {name: target}, self.table):
             self.fill_stored(stored_name, view)
 
@@ -101,8 +105,14 @@ def fitted(
     """
     kind = architecture(config)
     table = None if kind is None else table_of(kind, found)
-    weights.match(found, dict(named(config, state, table)), folder, ignored=redundant(config))
+    asked = {name: tensor for name, tensor in state.items() if not _derived(name, found)}
+    weights.match(found, dict(named(config, asked, table)), folder, ignored=redundant(config))
     return FolderSource(config, read_generation(folder), state, found, table, check_finite)
+
+
+def _derived(name: str, found: Mapping[str, Stored]) -> bool:
+    """Whether ``name`` is the table of a hash router in a folder of before tables were saved."""
+    return name.endswith(".moe.router.table") and name not in found
 
 
 def named(

@@ -35,7 +35,10 @@ class SwitchLoss:
 
 @configuration
 class SequenceLoss:
-    """The same product in each sequence, averaged over sequences (DeepSeek-V2 eq. 23, V3 eq. 17)."""
+    """The same product in each sequence, averaged over sequences (DeepSeek-V2 eq. 23, V3 eq. 17).
+
+    ``Balance.sequence`` says what a sequence is.
+    """
 
     kind: Literal["sequence"] = "sequence"
     coefficient: NonNegativeFloat = 1e-4
@@ -139,7 +142,10 @@ class SignBias:
 
 @configuration
 class LinearBias:
-    """b += rate * (mean load - load) / mean load after each optimizer step (2408.15664, linear variant)."""
+    """b += rate * (mean load - load) / mean load after each optimizer step: a rule of this project.
+
+    The variant "b += u e" of 2408.15664 has the excess e in tokens, so that its rate depends on the batch.
+    """
 
     kind: Literal["linear"] = "linear"
     rate: NonNegativeFloat = 1e-2
@@ -150,8 +156,15 @@ BiasRule = Annotated[NoBias | SignBias | LinearBias, Field(discriminator="kind")
 
 @configuration
 class Balance:
+    """``sequence`` says what a sequence is to the losses that average over sequences.
+
+    A "document", however many of them are packed into a row, which attention keeps apart; or a "row", as
+    trainers mean it that pack without keeping documents apart (DeepSeek-V3, 2412.19437 section 4.1).
+    """
+
     losses: tuple[BalanceLoss, ...] = ()
     bias: BiasRule = NoBias()
+    sequence: Literal["document", "row"] = "document"
 
     def __post_init__(self) -> None:
         if sum(isinstance(loss, AdaptiveLoss) for loss in self.losses) > 1:

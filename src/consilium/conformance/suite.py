@@ -25,7 +25,7 @@ from consilium.config.moe import MoE
 from consilium.moe.admission import admit
 from consilium.moe.balance import Balance
 from consilium.moe.routing.router import Router
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
 from consilium.recipes import catalogue
 
 TOLERANCE: Final = 1e-6
@@ -132,11 +132,11 @@ def decide(config: MoE, case: Case) -> Outcome:
     """Route without noise, then admit and balance as in training, whose drops and losses need no draw."""
     x_TD = torch.tensor(case.x_TD)
     tokens, router = _tokens(case), _router(config, case, x_TD.shape[1])
-    training = Mode(training=True)
+    training = LayerMode(training=True)
     bias_E = torch.zeros(config.experts) if case.bias_E is None else torch.tensor(case.bias_E)
-    routing = router(x_TD, bias_E, tokens, Mode())
+    routing = router(x_TD, bias_E, tokens, LayerMode())
     admitted = admit(routing, tokens, config.admission, training)
-    report = Balance(config.balance, config.router, config.experts)(routing, admitted, tokens, 0, training)
+    report = Balance(config.balance, config.router, config.experts)(admitted, tokens, training)
     return Outcome(
         experts_TK=_used(routing, routing.experts_TK),
         weights_TK=_used(routing, routing.weights_TK),
@@ -172,7 +172,8 @@ def _tokens(case: Case) -> Tokens:
     sequence_T = torch.tensor(case.sequence_T or [0] * count)
     valid_T = torch.tensor(case.valid_T or [True] * count)
     position_T = torch.arange(count) - torch.searchsorted(sequence_T, sequence_T)
-    return Tokens(torch.arange(count), sequence_T, position_T, valid_T)
+    sequences = int(sequence_T.max()) + 1
+    return Tokens(torch.arange(count), sequence_T, position_T, valid_T, sequences=sequences)
 
 
 def _differences(outcome: Outcome, case: Case) -> Iterator[str]:

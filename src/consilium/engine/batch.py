@@ -102,8 +102,8 @@ class Batch:
         count = inputs.ids_BS.shape[0]
         part = DensePart(self._reserved(first + count, keys), slice(first, first + count))
         hidden = self._model.hidden(inputs, cache=part, options=self._options)
-        for layer, report in hidden.reports.items():
-            self.loads[layer] = self.loads.get(layer, 0) + report.load_E
+        for report in hidden.reports:
+            self.loads[report.layer] = self.loads.get(report.layer, 0) + report.load_E
         return hidden.final_BSD
 
     def _reserved(self, batch: int, keys: int) -> DenseCache:

@@ -18,6 +18,7 @@ from consilium.config.model import Model
 from consilium.kv.types import Cache, LayerCache
 from consilium.model.types import BlockResult, Options
 from consilium.moe.layer import MoELayer
+from consilium.moe.transport import Transports, local
 from consilium.moe.types import Mode, Tokens
 from consilium.ops.feed_forward import DenseNetwork
 from consilium.ops.norm import RMSNorm
@@ -30,7 +31,7 @@ class Block(nn.Module):
     Its second half is ``moe`` where the layer routes and ``feed_forward`` where it does not.
     """
 
-    def __init__(self, config: Model, layer: int) -> None:
+    def __init__(self, config: Model, layer: int, transports: Transports = local) -> None:
         super().__init__()
         self.layer = layer
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.moe: MoELayer | None = None
         self.feed_forward: DenseNetwork | None = None
         if config.moe is not None and config.is_moe(layer):
-            self.moe = MoELayer(config.moe, config.hidden_size, layer)
+            self.moe = MoELayer(config.moe, config.hidden_size, layer, transports)
         else:
             assert config.dense is not None, "the configuration checks that dense layers have a width"
             self.feed_forward = DenseNetwork(config.hidden_size, config.dense.width, config.dense.activation)
@@ -55,7 +56,7 @@ class Block(nn.Module):
         if self.feed_forward is not None:
             return BlockResult(x_BSD + self.feed_forward_post_norm(self.feed_forward(normed_BSD)))
         assert self.moe is not None, "a block is dense or routes"
-        result = self.moe(normed_BSD.flatten(0, 1), tokens, mode)
+        result = self.moe(normed_BSD.flatten(0, 1), tokens, mode.at(self.moe.layer))
         y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
         return BlockResult(x_BSD + y_BSD, result.routing, result.report)
 

@@ -9,6 +9,7 @@ from consilium.errors import ConsiliumError, nearest
 from consilium.machine.memory import refuse_beyond_memory
 from consilium.model.decoder import Decoder
 from consilium.model.init import initialise
+from consilium.moe.transport import Transports, local
 from consilium.planner.parameters import parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -21,19 +22,27 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def build(config: Model, *, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> Decoder:
+def build(
+    config: Model,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    transports: Transports = local,
+) -> Decoder:
     """Build a freshly initialised model; on ``device="meta"`` it has shapes and no memory.
 
     Weights are drawn in float32 on the CPU and converted, so that a seed means the same model everywhere.
-    Router arithmetic and balance state stay float32 whatever ``dtype``. Raises ConsiliumError for a model
+    Router arithmetic and balance state stay float32 whatever ``dtype``. ``transports`` says by layer how rows
+    reach their experts. Raises ConsiliumError for a model
     that this machine cannot hold.
     """
     kind = torch_dtype(dtype)
     if device == "meta":
         with torch.device("meta"):
-            return Decoder(config).to(kind)
+            return Decoder(config, transports=transports).to(kind)
     refuse_too_large(config, torch.float32)
-    model = Decoder(config)
+    model = Decoder(config, transports=transports)
     initialise(model, config.init, seed)
     return model.to(device=device, dtype=kind)
 

@@ -21,6 +21,7 @@ from consilium.model.mtp import MTPModule, shifted, targets_ahead
 from consilium.model.types import BlockResult, Hidden, Inputs, Losses, Objective, Options, Output
 from consilium.model.vocabulary import Embed, Logits, NegativeLogLikelihood, Question, Vocabulary
 from consilium.moe.layer import MoELayer
+from consilium.moe.transport import Transports, local
 from consilium.moe.types import Mode
 from consilium.ops.loss import IGNORE
 from consilium.ops.norm import RMSNorm
@@ -34,16 +35,22 @@ class Decoder(nn.Module):
     in what it returns. ``generation`` is what the files that it was loaded from say of ending and sampling.
     """
 
-    def __init__(self, config: Model, generation: GenerationDefaults = GenerationDefaults()) -> None:
+    def __init__(
+        self,
+        config: Model,
+        generation: GenerationDefaults = GenerationDefaults(),
+        *,
+        transports: Transports = local,
+    ) -> None:
         super().__init__()
         self.config = config
         self.generation = generation
         self.embed = Vocabulary(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, i, transports) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if not config.tied:
             self.head = Vocabulary(config.vocab_size, config.hidden_size)
-        self.mtp = nn.ModuleList(MTPModule(config, k) for k in range(config.mtp.depth))
+        self.mtp = nn.ModuleList(MTPModule(config, k, transports) for k in range(config.mtp.depth))
 
     @overload
     def forward(
@@ -72,7 +79,8 @@ class Decoder(nn.Module):
         inputs = tokens if isinstance(tokens, Inputs) else Inputs(tokens)
         hidden = self.hidden(inputs, cache=cache, options=options)
         if objective is None:
-            return Output(self.logits(hidden.final_BSD), hidden.reports, hidden.routings)
+            reports = {report.layer: report for report in hidden.reports}
+            return Output(self.logits(hidden.final_BSD), reports, hidden.routings)
         ahead = self.predict_ahead(hidden.final_BSD, inputs, options=options) if objective.ahead else ()
         passes = (hidden, *ahead)
         targets = [objective.targets_BS, *(targets_ahead(objective, inputs, k) for k in range(len(ahead)))]
@@ -81,7 +89,7 @@ class Decoder(nn.Module):
             nll=nll,
             ahead=tuple(further),
             targets=(objective.targets_BS != IGNORE).sum(),
-            reports={layer: report for p in passes for layer, report in p.reports.items()},
+            reports={report.layer: report for p in passes for report in p.reports},
             routings={layer: routing for p in passes for layer, routing in p.routings.items()},
         )
 
@@ -161,7 +169,7 @@ class Decoder(nn.Module):
 def _hidden(final_BSD: Tensor, results: Mapping[int, BlockResult], options: Options) -> Hidden:
     return Hidden(
         final_BSD=final_BSD,
-        reports={layer: r.report for layer, r in results.items() if r.report is not None},
+        reports=tuple(r.report for r in results.values() if r.report is not None),
         routings={
             layer: r.routing for layer, r in results.items() if options.routings and r.routing is not None
         },

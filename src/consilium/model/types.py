@@ -41,15 +41,21 @@ class Inputs:
         return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
 
     def tokens(self) -> Tokens:
-        """The flat view that routing reads; every row is one sequence of the micro-batch."""
-        rows, length = self.ids_BS.shape
-        row_B1 = torch.arange(rows, device=self.ids_BS.device)[:, None]
+        """The flat view that routing reads; every document is one sequence of the micro-batch."""
+        rows = self.ids_BS.shape[0]
+        row_BS = torch.arange(rows, device=self.ids_BS.device)[:, None].expand_as(self.ids_BS)
+        sequence_BS, documents = row_BS, 1
+        if self.sequence_BS is not None and self.sequence_BS.numel():
+            documents = int(self.sequence_BS.max()) + 1
+            sequence_BS = row_BS * documents + self.sequence_BS
         valid_BS = torch.ones_like(self.ids_BS, dtype=torch.bool) if self.valid_BS is None else self.valid_BS
         return Tokens(
             ids_T=self.ids_BS.flatten(),
-            sequence_T=row_B1.expand(rows, length).flatten(),
+            sequence_T=sequence_BS.flatten(),
             position_T=self.positions().flatten(),
             valid_T=valid_BS.flatten(),
+            row_T=row_BS.flatten(),
+            sequences=rows * documents,
         )
 
 
@@ -94,10 +100,10 @@ class Hidden:
 
     final_BSD: Tensor
     """After the last norm."""
-    reports: Mapping[int, Report]
-    """Of every MoE layer that ran, by its index in the model."""
+    reports: tuple[Report, ...]
+    """Of every MoE layer that ran; each says which it is."""
     routings: Mapping[int, Routing]
-    """The same; empty unless ``Options.routings`` asks for them."""
+    """By index of the MoE layer; empty unless ``Options.routings`` asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from consilium.config.router import LinearGate, Raw, TopK
 from consilium.config.router import Router as RouterConfig
 from consilium.moe.routing.router import Router
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
 
 Unit = Literal["linear", "logistic"]
 
@@ -64,7 +64,7 @@ class AdaptiveMixture(nn.Module):
             else:
                 parameter.uniform_(-0.5, 0.5, generator=generator)
 
-    def forward(self, x_TI: Tensor, tokens: Tokens, mode: Mode) -> Opinions:
+    def forward(self, x_TI: Tensor, tokens: Tokens, mode: LayerMode) -> Opinions:
         """What gate and experts say of cases [T, I]. The gate computes in float32, experts as ``x_TI``."""
         drive_TEO = torch.einsum("ti,eoi->teo", x_TI, self.weight) + self.bias
         routing = self.router(x_TI, None, tokens, mode)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from consilium.config.moe import Admission, Capacity, DeviceCapacity, Dropless
-from consilium.moe.ordering import capacity, place_within
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.ordering import capacities, place_within
+from consilium.moe.types import KEPT, LayerMode, Routing, Tokens
+from consilium.ops.counting import occurrences, scramble
 
 
-def admit(routing: Routing, tokens: Tokens, admission: Admission, mode: Mode) -> Routing:
+def admit(routing: Routing, tokens: Tokens, admission: Admission, mode: LayerMode) -> Routing:
     """The routing with ``keep_TK`` narrowed to what experts or devices accept, or to what a replay kept."""
-    replayed_TK = mode.own_override.keep_TK
-    if replayed_TK is not None:
-        return _narrow(routing, replayed_TK)
+    replay = mode.override.replay
+    if replay is not None:
+        return _narrow(routing, replay.reached_TK >= KEPT)
     match admission:
         case Dropless():
             return routing
@@ -41,12 +42,15 @@ def _narrow(routing: Routing, fits_TK: Tensor) -> Routing:
 
 
 def _within_capacity(routing: Routing, tokens: Tokens, config: Capacity) -> Tensor:
-    """Places of each expert in each local group, counted apart."""
+    """Places of each expert in each local group, counted apart.
+
+    A second choice that a draw rejected takes its place all the same (GShard algorithm 1, line 22).
+    """
     experts, k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
     group_T, count_G = _local_groups(tokens, config.group_tokens)
-    limit_G = count_G.new_tensor([capacity(config.factor, n, k, experts) for n in count_G.tolist()])
+    limit_G = capacities(config.factor, count_G, k, experts)
     slot_TK = group_T[:, None] * experts + routing.experts_TK
-    slot_N = _by_rank(slot_TK.masked_fill(~routing.keep_TK, experts * limit_G.shape[0]))
+    slot_N = _by_rank(slot_TK.masked_fill(~routing.considered_TK, experts * limit_G.shape[0]))
     match config.by:
         case "position":
             # GShard algorithm 1: all first choices in token order, then all second choices.
@@ -59,14 +63,15 @@ def _within_capacity(routing: Routing, tokens: Tokens, config: Capacity) -> Tens
 def _local_groups(tokens: Tokens, size: int | None) -> tuple[Tensor, Tensor]:
     """The group of each token and the valid tokens of each group: runs of ``size`` valid tokens, or all."""
     place_T = tokens.valid_T.cumsum(dim=0) - 1
-    group_T = place_T.clamp_min(0) // (size or max(tokens.count, 1))
-    return group_T, torch.bincount(group_T[tokens.valid_T], minlength=1)
+    size = size or max(tokens.count, 1)
+    group_T = place_T.clamp_min(0) // size
+    return group_T, occurrences(group_T, -(-tokens.count // size), tokens.valid_T)
 
 
 def _within_devices(routing: Routing, tokens: Tokens, config: DeviceCapacity) -> Tensor:
     """Each device drops its lowest affinities beyond its budget, exempt copies never (V2 section 2.2.4)."""
     size = routing.logits_TE.shape[1] // config.devices
-    limit = capacity(config.factor, int(routing.keep_TK.sum()), 1, config.devices)
+    limit = capacities(config.factor, routing.keep_TK.sum(), 1, config.devices)
     device_N = _by_rank((routing.experts_TK // size).masked_fill(~routing.keep_TK, config.devices))
     exempt_T = exempt(tokens, config.exempt)
     exempt_N = _by_rank(exempt_T[:, None].expand_as(routing.keep_TK))
@@ -80,18 +85,10 @@ def exempt(tokens: Tokens, fraction: float) -> Tensor:
     A sequence is exempt by a hash of its own tokens. Every layer, every pass and every micro-batch then
     agrees about it, recomputation included, which no draw and no index inside a batch would give.
     """
-    sequences = int(tokens.sequence_T.max()) + 1 if tokens.count else 0
-    mixed_T = _scramble(tokens.ids_T * 0x9E3779B1 + tokens.position_T + 1).masked_fill(~tokens.valid_T, 0)
-    sum_S = mixed_T.new_zeros(sequences).index_add(0, tokens.sequence_T, mixed_T)
-    uniform_S = (_scramble(sum_S) & 0xFFFFFF).double() / 2**24
+    mixed_T = scramble(tokens.ids_T * 0x9E3779B1 + tokens.position_T + 1).masked_fill(~tokens.valid_T, 0)
+    sum_S = mixed_T.new_zeros(tokens.most_sequences).index_add(0, tokens.sequence_T, mixed_T)
+    uniform_S = (scramble(sum_S) & 0xFFFFFF).double() / 2**24
     return (uniform_S < fraction)[tokens.sequence_T]
-
-
-def _scramble(value: Tensor) -> Tensor:
-    """splitmix64's finaliser in wrapping int64 arithmetic; shifts are made logical by the masks."""
-    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
 def _affinity(routing: Routing) -> Tensor:

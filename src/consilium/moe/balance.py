@@ -5,7 +5,7 @@ Legend: T tokens, E experts, K choices a token, S segments.
 
 from __future__ import annotations
 
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ from consilium.moe.losses import (
     z_loss,
 )
 from consilium.moe.ordering import highest
-from consilium.moe.types import Mode, Report, Routing, Tokens
+from consilium.moe.types import LayerMode, Report, Routing, Tokens
+from consilium.ops.exact import no_autocast
 
 
 @final
@@ -54,10 +55,11 @@ class Balance(nn.Module):
     one, ``coefficient`` (scalar) where a loss is adaptive. In bfloat16 a bias of 2 would not move by 0.001.
     """
 
-    def __init__(self, config: BalanceConfig, router: RouterConfig, experts: int) -> None:
+    def __init__(self, config: BalanceConfig, router: RouterConfig, experts: int, layer: int = 0) -> None:
         super().__init__()
         self.config = config
         self.experts = experts
+        self.layer = layer
         adaptive = [loss for loss in config.losses if isinstance(loss, AdaptiveLoss)]
         biased = router.offset != "none" or not isinstance(config.bias, NoBias)
         self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
@@ -76,23 +78,24 @@ class Balance(nn.Module):
                 self.register_buffer(name, old.to(new.device))
         return self
 
-    def forward(self, routing: Routing, admitted: Routing, tokens: Tokens, layer: int, mode: Mode) -> Report:
-        """Report on the router's decision and on what admission left of it. Losses in training only.
+    def forward(self, admitted: Routing, tokens: Tokens, mode: LayerMode) -> Report:
+        """Report on what the router wanted and on what admission left of it. Losses in training only.
 
-        Losses read the decision before drops, over valid tokens; those of global scope add what ``mode`` says
-        of ``layer`` in earlier micro-batches.
+        Losses read what was wanted, over valid tokens; those of global scope add what earlier micro-batches
+        of the step wanted.
         """
         losses: dict[str, Tensor] = {}
-        with torch.autocast(routing.logits_TE.device.type, enabled=False):
+        disorder: Tensor | None = None
+        with no_autocast(admitted.logits_TE):
             if mode.training:
-                earlier_E = None if mode.earlier is None else mode.earlier.get(layer)
                 for loss in self.config.losses:
-                    value = self._loss(loss, routing, tokens, earlier_E)
+                    value = self._loss(loss, admitted, tokens, mode.earlier_E)
                     losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
-            disorder = entropy(routing.scores_TE.detach(), tokens.valid_T)
-        wanted_E = routing.load_E()
-        load_E = wanted_E if admitted is routing else admitted.load_E()
-        return Report(losses, load_E, wanted_E, disorder, tokens.valid_T.sum())
+            if not mode.counts_only:
+                disorder = entropy(admitted.scores_TE.detach(), tokens.valid_T)
+        load_E = admitted.load_E()
+        wanted_E = load_E if admitted.keep_TK is admitted.wanted_TK else admitted.wanted_E()
+        return Report(self.layer, losses, load_E, wanted_E, tokens.valid_T.sum(), disorder)
 
     def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
         match loss:
@@ -101,7 +104,7 @@ class Balance(nn.Module):
             case SequenceLoss(coefficient=coefficient):
                 return coefficient * self._sequence(loss, routing, tokens)
             case DeviceLoss(coefficient=coefficient, devices=devices, scope=scope):
-                segments = _segments(tokens, scope)
+                segments = self._segments(tokens, scope)
                 f_SE, p_SE = self._shares(routing, segments)
                 return coefficient * device_loss(f_SE, p_SE, devices, segments)
             case CommunicationLoss(coefficient=coefficient):
@@ -119,38 +122,48 @@ class Balance(nn.Module):
                 p_SE = segments.means(normalised(routing.scores_TE))
                 return self.coefficient * uniformity_loss(p_SE, segments)
 
+    def _segments(self, tokens: Tokens, scope: Literal["batch", "sequence"]) -> Segments:
+        """What losses are averaged over; ``config.sequence`` says what a sequence is."""
+        if scope == "batch":
+            return whole_batch(tokens)
+        match self.config.sequence:
+            case "document":
+                return by_sequence(tokens, tokens.sequence_T)
+            case "row":
+                return by_sequence(tokens, tokens.sequence_T if tokens.row_T is None else tokens.row_T)
+
     def _shares(self, routing: Routing, segments: Segments) -> tuple[Tensor, Tensor]:
         """Load fractions f and mean probabilities P [S, E]; P over all experts, not only those chosen."""
-        f_SE = load_fractions(routing.experts_TK, routing.keep_TK, self.experts, segments)
+        f_SE = load_fractions(routing.experts_TK, routing.wanted_TK, self.experts, segments)
         return f_SE, segments.means(normalised(routing.scores_TE))
 
     def _switch(self, loss: SwitchLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
         segments = whole_batch(tokens)
         match loss.counts:
             case "all":
-                experts_TK, keep_TK = routing.experts_TK, routing.keep_TK
+                experts_TK, wanted_TK = routing.experts_TK, routing.wanted_TK
             case "first":
-                experts_TK, keep_TK = routing.experts_TK[:, :1], routing.keep_TK[:, :1]
+                experts_TK, wanted_TK = routing.experts_TK[:, :1], routing.wanted_TK[:, :1]
         also_E = earlier_E if loss.scope == "global" else None
-        f_SE = load_fractions(experts_TK, keep_TK, self.experts, segments, also_E)
+        f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments, also_E)
         return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
 
     def _sequence(self, loss: SequenceLoss, routing: Routing, tokens: Tokens) -> Tensor:
-        segments = by_sequence(tokens)
+        segments = self._segments(tokens, "sequence")
         match loss.counts:
             case "routed":
-                experts_TK, keep_TK = routing.experts_TK, routing.keep_TK
+                experts_TK, wanted_TK = routing.experts_TK, routing.wanted_TK
             case "scores":
                 # DeepSeek-V3 equation 18 as printed: the top k of the scores without bias.
                 experts_TK = highest(routing.scores_TE.detach(), routing.experts_TK.shape[1])
-                keep_TK = tokens.valid_T[:, None].expand_as(experts_TK)
-        f_SE = load_fractions(experts_TK, keep_TK, self.experts, segments)
+                wanted_TK = tokens.valid_T[:, None].expand_as(experts_TK)
+        f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments)
         return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
 
     def _communication(self, loss: CommunicationLoss, routing: Routing, tokens: Tokens) -> Tensor:
-        segments = _segments(tokens, loss.scope)
+        segments = self._segments(tokens, loss.scope)
         size = self.experts // loss.devices
-        sent_SN = sent_fractions(routing.experts_TK, routing.keep_TK, size, loss.devices, segments)
+        sent_SN = sent_fractions(routing.experts_TK, routing.wanted_TK, size, loss.devices, segments)
         p_SE = segments.means(normalised(routing.scores_TE))
         return communication_loss(sent_SN, p_SE, loss.most, segments)
 
@@ -178,7 +191,3 @@ class Balance(nn.Module):
             # Skywork-MoE equations 5 and 6.
             target = min(self.adaptive.slope * dropped_fraction, self.adaptive.most)
             self.coefficient.lerp_(self.coefficient.new_tensor(target), 1 - self.adaptive.momentum)
-
-
-def _segments(tokens: Tokens, scope: str) -> Segments:
-    return by_sequence(tokens) if scope == "sequence" else whole_batch(tokens)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from consilium.config.feed_forward import GATED, Activation
 from consilium.config.moe import MoE
-from consilium.moe.types import Mode, Rows
+from consilium.moe.types import LayerMode, Rows
 from consilium.ops.grouped import Backend, observed_feed_forward, stacked_feed_forward
 from consilium.ops.weights import DenseStack
 
@@ -31,13 +31,13 @@ class Experts(nn.Module):
         self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 
-    def forward(self, rows: Rows, layer: int, mode: Mode) -> Tensor:
+    def forward(self, rows: Rows, mode: LayerMode) -> Tensor:
         """Outputs [R, D] in the dtype of the rows, unweighted, in the rows' order."""
         up, down = DenseStack(self.up), DenseStack(self.down)
         if mode.observer is None:
             return stacked_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation, self.backend)
         hidden_RF, y_RD = observed_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation)
-        mode.observer.rows(layer, rows, hidden_RF, y_RD)
+        mode.observer.rows(rows, hidden_RF, y_RD)
         return y_RD
 
     def extra_repr(self) -> str:

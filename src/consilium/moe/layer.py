@@ -17,8 +17,8 @@ from consilium.moe.experts import Experts
 from consilium.moe.latent import Latent
 from consilium.moe.routing.router import Router
 from consilium.moe.shared import build_shared
-from consilium.moe.transport import Local, Transport
-from consilium.moe.types import Mode, Report, Routing, Tokens
+from consilium.moe.transport import Transports, local
+from consilium.moe.types import LayerMode, Report, Routing, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +31,30 @@ class Result:
 
 @final
 class MoELayer(nn.Module):
-    """Routed and shared experts over flat tokens. ``layer`` is its index in the model, told to observers."""
+    """Routed and shared experts over flat tokens. ``layer`` is its index in the model."""
 
-    def __init__(self, config: MoE, hidden_size: int, layer: int, transport: Transport | None = None) -> None:
+    def __init__(self, config: MoE, hidden_size: int, layer: int, transports: Transports = local) -> None:
         super().__init__()
         self.admission = config.admission
         self.layer = layer
-        self.transport: Transport = Local() if transport is None else transport
+        self.transport = transports(layer)
         self.router = Router(config.router, hidden_size, config.experts)
         self.latent = Latent(config, hidden_size)
         self.experts = Experts(config, hidden_size)
         self.shared = build_shared(config, hidden_size)
-        self.balance = Balance(config.balance, config.router, config.experts)
+        self.balance = Balance(config.balance, config.router, config.experts, layer)
 
-    def forward(self, x_TD: Tensor, tokens: Tokens, mode: Mode) -> Result:
+    def forward(self, x_TD: Tensor, tokens: Tokens, mode: LayerMode) -> Result:
         """Outputs [T, D] without the residual, the routing as used, and the report with its losses."""
-        mode = mode.at(self.layer)
         routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
         admitted = admit(routing, tokens, self.admission, mode)
-        rows, ticket = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
-        y_RL = self.experts(rows, self.layer, mode)
-        y_TD = self.latent.widen(self.transport.combine(y_RL, ticket)) + self.shared(x_TD)
-        report = self.balance(routing, admitted, tokens, self.layer, mode)
+        sending = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
+        s_TD = self.shared(x_TD)
+        rows, ticket = sending.finish()
+        y_RL = self.experts(rows, mode)
+        returning = self.transport.combine(y_RL, ticket)
+        report = self.balance(admitted, tokens, mode)
+        y_TD = self.latent.widen(returning.finish()) + s_TD
         if mode.observer is not None:
-            mode.observer.routing(self.layer, admitted, tokens)
+            mode.observer.routing(admitted, tokens)
         return Result(y_TD, admitted, report)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from consilium.moe.types import Tokens
+from consilium.ops.counting import occurrences
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Segments:
     @property
     def tokens_S(self) -> Tensor:
         """int64 [S] valid tokens of each segment."""
-        return torch.bincount(self.index_T[self.valid_T], minlength=self.count)
+        return occurrences(self.index_T, self.count, self.valid_T)
 
     def sums(self, values_TX: Tensor) -> Tensor:
         """Sums [S, X] over the valid tokens of each segment."""
@@ -52,9 +53,8 @@ def whole_batch(tokens: Tokens) -> Segments:
     return Segments(torch.zeros_like(tokens.sequence_T), tokens.valid_T, 1)
 
 
-def by_sequence(tokens: Tokens) -> Segments:
-    count = int(tokens.sequence_T.max()) + 1 if tokens.count else 1
-    return Segments(tokens.sequence_T, tokens.valid_T, count)
+def by_sequence(tokens: Tokens, sequence_T: Tensor) -> Segments:
+    return Segments(sequence_T, tokens.valid_T, tokens.most_sequences)
 
 
 def normalised(scores_TE: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def entropy(scores_TE: Tensor, valid_T: Tensor) -> Tensor:
 
 
 def load_fractions(
-    experts_TK: Tensor, keep_TK: Tensor, experts: int, segments: Segments, earlier_E: Tensor | None = None
+    experts_TK: Tensor, wanted_TK: Tensor, experts: int, segments: Segments, earlier_E: Tensor | None = None
 ) -> Tensor:
     """Each expert's share f [S, E] of its segment's copies times E, so 1 at balance. No gradient.
 
@@ -83,8 +83,8 @@ def load_fractions(
     of tokens elsewhere that count as well.
     """
     slot_TK = segments.index_T[:, None] * experts + experts_TK
-    keep_TK = keep_TK & segments.valid_T[:, None]
-    counts_SE = torch.bincount(slot_TK[keep_TK], minlength=segments.count * experts).view(-1, experts)
+    wanted_TK = wanted_TK & segments.valid_T[:, None]
+    counts_SE = occurrences(slot_TK, segments.count * experts, wanted_TK).view(-1, experts)
     if earlier_E is not None:
         counts_SE = counts_SE + earlier_E
     return counts_SE * (experts / counts_SE.sum(dim=1, keepdim=True).clamp_min(1))
@@ -103,11 +103,11 @@ def device_loss(f_SE: Tensor, p_SE: Tensor, devices: int, segments: Segments) ->
 
 
 def sent_fractions(
-    experts_TK: Tensor, keep_TK: Tensor, size: int, devices: int, segments: Segments
+    experts_TK: Tensor, wanted_TK: Tensor, size: int, devices: int, segments: Segments
 ) -> Tensor:
     """Share [S, N] of a segment's tokens that reach each device of ``size`` experts. No gradient."""
     sent_TN = experts_TK.new_zeros(experts_TK.shape[0], devices, dtype=torch.float32)
-    sent_TN = sent_TN.scatter_reduce(1, experts_TK // size, keep_TK.float(), reduce="amax")
+    sent_TN = sent_TN.scatter_reduce(1, experts_TK // size, wanted_TK.float(), reduce="amax")
     return segments.means(sent_TN)
 
 

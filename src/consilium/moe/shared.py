@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from consilium.config.feed_forward import Activation, matrices
 from consilium.config.moe import AlwaysOn, MoE, NoShared, SigmoidGated
+from consilium.ops.exact import exact_linear, no_autocast
 from consilium.ops.feed_forward import DenseNetwork, activate
 from consilium.ops.linear import Linear
 
@@ -57,5 +58,5 @@ class GatedNetwork(nn.Module):
 
     def _share(self, x_TD: Tensor) -> Tensor:
         """Float32 [T, 1], as all gates."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return torch.sigmoid(self.gate(x_TD.float()))
+        with no_autocast(x_TD):
+            return torch.sigmoid(exact_linear(x_TD.float(), self.gate.weight.float()))

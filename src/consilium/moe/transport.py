@@ -1,6 +1,8 @@
 """Transport: from tokens to rows sorted by expert, and back to tokens with the weights applied.
 
-Legend: T tokens, D hidden size, E experts, K choices a token, R rows = kept copies.
+What travels has a handle: the layer computes its shared experts between ``dispatch`` and ``finish``.
+
+Legend: T tokens, D hidden size, E experts, K choices a token, N = T K copies, R rows = kept copies.
 
 Both directions are sums of rows by token in a fixed order, the order of the token's choices, so a token's
 result does not depend on its neighbours. A bag sum does that in one pass without a [T, K, D] copy (several
@@ -9,51 +11,112 @@ times faster on CPU than gathering or ``index_add``); its backward is a gather, 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from consilium.moe.types import Routing, Rows, Ticket
+from consilium.moe.types import Routing, Rows
+
+Ticket = TypeVar("Ticket")
+Ticket_co = TypeVar("Ticket_co", covariant=True)
 
 
-class Transport(Protocol):
-    """Moves rows to where their experts are and back."""
+class Sending(Protocol[Ticket_co]):
+    """Rows on their way to the experts."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Ticket]: ...
+    def finish(self) -> tuple[Rows, Ticket_co]:
+        """Wait for the rows; the ticket brings them back."""
+        ...
 
-    def combine(self, y_RD: Tensor, ticket: Ticket) -> Tensor: ...
+
+class Returning(Protocol):
+    """Rows on their way back to their tokens."""
+
+    def finish(self) -> Tensor:
+        """Wait for each token's weighted sum [T, D] of rows: added in at least float32, in their dtype."""
+        ...
+
+
+class Transport(Protocol[Ticket]):
+    """Moves rows to where their experts are and back. What a ticket holds is its own affair."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Sending[Ticket]: ...
+
+    def combine(self, y_RD: Tensor, ticket: Ticket) -> Returning: ...
+
+
+Transports = Callable[[int], Transport[Any]]
+"""The transport of each MoE layer, by its index."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LocalTicket:
+    token_R: Tensor
+    """int64: the token of each row."""
+    weight_R: Tensor
+    """float32 with gradient; ones where the weight was put on the input."""
+    row_R: Tensor
+    """int64: all rows, listed by token and then by choice: the fixed order in which a token adds them up."""
+    first_T: Tensor
+    """int64: where each token's rows begin in ``row_R``."""
 
 
 @final
 class Local:
-    """All experts are here."""
+    """All experts are here, and nothing has to travel."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Ticket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Sending[LocalTicket]:
         """Rows of the kept copies, sorted by expert, each expert's in token order."""
-        experts = routing.logits_TE.shape[1]
-        copy_R = routing.keep_TK.flatten().nonzero().squeeze(1)
-        expert_R = routing.experts_TK.flatten()[copy_R]
-        order_R = expert_R.argsort(stable=True)
-        row_R = torch.empty_like(order_R)
-        row_R[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
-        copy_R = copy_R[order_R]
-        used_T = routing.keep_TK.sum(dim=1)
-        token_R = copy_R // max(routing.keep_TK.shape[1], 1)
-        first_T = used_T.cumsum(dim=0) - used_T
-        weight_R = routing.weights_TK.flatten().index_select(0, copy_R)
-        x_RD: Tensor = _Gather.apply(x_TD, token_R, row_R, first_T)
-        if routing.weight_on_input:
-            x_RD = (x_RD * weight_R[:, None]).to(x_TD.dtype)
-            weight_R = torch.ones_like(weight_R)
-        counts_E = tuple(torch.bincount(expert_R, minlength=experts).tolist())
-        return Rows(x_RD, counts_E), Ticket(token_R, weight_R, row_R, first_T)
+        unused = routing.logits_TE.shape[1]
+        slot_N = routing.experts_TK.masked_fill(~routing.keep_TK, unused).flatten()
+        return _Sorted(x_TD, routing, slot_N.argsort(stable=True), routing.load_E())
 
-    def combine(self, y_RD: Tensor, ticket: Ticket) -> Tensor:
-        """Weighted sums [T, D] of each token's rows, added in at least float32, in the dtype of the rows."""
-        return _Combine.apply(y_RD, ticket.weight_R, ticket.token_R, ticket.row_R, ticket.first_T)
+    def combine(self, y_RD: Tensor, ticket: LocalTicket) -> Returning:
+        return _Summed(_Combine.apply(y_RD, ticket.weight_R, ticket.token_R, ticket.row_R, ticket.first_T))
+
+
+def local(layer: int) -> Transport[LocalTicket]:
+    return Local()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    x_TD: Tensor
+    routing: Routing
+    order_N: Tensor
+    """int64: all copies by expert, those not kept last."""
+    counts_E: Tensor
+
+    def finish(self) -> tuple[Rows, LocalTicket]:
+        """How many rows an expert has is all that the host learns of the device in a layer."""
+        counts_E: list[int] = self.counts_E.tolist()
+        keep_TK = self.routing.keep_TK
+        copy_R = self.order_N[: sum(counts_E)]
+        row_R, token_R = copy_R.argsort(), copy_R // max(keep_TK.shape[1], 1)
+        used_T = keep_TK.sum(dim=1)
+        first_T = used_T.cumsum(dim=0) - used_T
+        weight_R = self.routing.weights_TK.flatten().index_select(0, copy_R)
+        x_RD: Tensor = _Gather.apply(self.x_TD, token_R, row_R, first_T)
+        if self.routing.weight_on_input:
+            x_RD = (x_RD * weight_R[:, None]).to(self.x_TD.dtype)
+            weight_R = torch.ones_like(weight_R)
+        return Rows(x_RD, tuple(counts_E)), LocalTicket(token_R, weight_R, row_R, first_T)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Summed:
+    y_TD: Tensor
+
+    def finish(self) -> Tensor:
+        return self.y_TD
 
 
 def _sum_by_token(y_RD: Tensor, weight_R: Tensor | None, row_R: Tensor, first_T: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ R rows = kept (token, expert) pairs sorted by expert, F expert width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
 
 from consilium.errors import ConsiliumError
+from consilium.ops.counting import occurrences
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,44 +24,68 @@ class Tokens:
     ids_T: Tensor
     """int64 token ids, for hash routing."""
     sequence_T: Tensor
-    """int64 in [0, sequences): which sequence of the micro-batch, for per-sequence losses and exemptions."""
+    """int64 in [0, sequences): which document of the micro-batch, for per-sequence losses and exemptions."""
     position_T: Tensor
     """int64 position inside the token's own document."""
     valid_T: Tensor
     """bool; padding is False and takes part in nothing."""
+    row_T: Tensor | None = None
+    """int64: the row of the micro-batch, where documents are packed into rows; else a document is a row."""
+    sequences: int | None = None
+    """Known without asking the device; None where there are at most as many as tokens."""
 
     @property
     def count(self) -> int:
         return self.ids_T.shape[0]
 
+    @property
+    def most_sequences(self) -> int:
+        return max(self.count, 1) if self.sequences is None else self.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A decision to repeat: an expert a choice and how far the choice came, a small number each."""
+
+    experts_TK: Tensor
+    """int64 [T, K]; weights are recomputed from the live scores of these experts."""
+    reached_TK: Tensor
+    """uint8 [T, K]: 0 not chosen, then one of ``CONSIDERED``, ``WANTED`` and ``KEPT``."""
+
+    @staticmethod
+    def of(experts_TK: Tensor) -> Replay:
+        """The decision that uses every one of these experts."""
+        return Replay(experts_TK, torch.full_like(experts_TK, KEPT, dtype=torch.uint8))
+
+
+CONSIDERED: Final = 1
+"""Weights were normalised over it, and it took a place in a capacity."""
+WANTED: Final = 2
+"""The router used it: balance counts it."""
+KEPT: Final = 3
+"""Admission let it pass: it is computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Interventions on routing. Absent fields change nothing; ``Routing.replay`` fills in the last four."""
+    """Interventions on routing. Absent fields change nothing."""
 
     mute_TE: Tensor | None = None
     """bool [T or 1, E]: experts that may not be selected."""
     k_T: Tensor | None = None
     """int64 [T or 1]: a budget of experts a token, at most the router's K."""
-    experts_TK: Tensor | None = None
-    """int64 [T, K]: replay; weights are recomputed from the live scores of these experts."""
-    keep_TK: Tensor | None = None
-    """bool [T, K]: which replayed choices are used; admission then decides nothing. Where absent, it does."""
-    wanted_TK: Tensor | None = None
-    """bool [T, K]: which the router used before admission, for losses; ``keep_TK`` where absent."""
-    considered_TK: Tensor | None = None
-    """bool [T, K]: over which weights are normalised; ``wanted_TK`` where absent."""
+    replay: Replay | None = None
+    """``Routing.replay`` of an earlier pass; router and admission then decide nothing."""
 
     def check(self, tokens: int) -> None:
         """Raise ConsiliumError for a field that does not fit a pass of ``tokens`` tokens."""
-        masks = {"keep_TK": self.keep_TK, "wanted_TK": self.wanted_TK, "considered_TK": self.considered_TK}
-        for name, mask_TK in masks.items():
-            if mask_TK is not None and (self.experts_TK is None or mask_TK.shape != self.experts_TK.shape):
-                raise ConsiliumError(f"override.{name} needs experts_TK of its own shape; give both.")
+        replay = self.replay
+        if replay is not None and replay.reached_TK.shape != replay.experts_TK.shape:
+            raise ConsiliumError("override.replay needs a reached_TK of the shape of its experts_TK.")
         for name, value, every in (
             ("mute_TE", self.mute_TE, (1, tokens)),
             ("k_T", self.k_T, (1, tokens)),
-            ("experts_TK", self.experts_TK, (tokens,)),
+            ("replay", None if replay is None else replay.experts_TK, (tokens,)),
         ):
             if value is not None and value.shape[0] not in every:
                 one = " or one for all" if 1 in every else ""
@@ -80,6 +105,34 @@ class Observer(Protocol):
         ...
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class LayerObserver:
+    """An observer told which layer speaks."""
+
+    observer: Observer
+    layer: int
+
+    def routing(self, routing: Routing, tokens: Tokens) -> None:
+        self.observer.routing(self.layer, routing, tokens)
+
+    def rows(self, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+        self.observer.rows(self.layer, rows, hidden_RF, output_RD)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMode:
+    """How a pass runs in one layer. The stages read this and nothing else of the pass."""
+
+    training: bool = False
+    generator: torch.Generator | None = None
+    override: Override = Override()
+    observer: LayerObserver | None = None
+    earlier_E: Tensor | None = None
+    """int64: copies that the router chose in earlier micro-batches of the optimizer step."""
+    counts_only: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Mode:
     """How a pass runs: noise and drops only in training; overrides and observers in either."""
@@ -87,27 +140,32 @@ class Mode:
     training: bool = False
     generator: torch.Generator | None = None
     override: Override | Mapping[int, Override] | None = None
-    """For every MoE layer, or by the index of its block (``Model.moe_layers``); the others stay free."""
+    """For every MoE layer, or by the index of its block (``Decoder.moe_layers``); the others stay free."""
     observer: Observer | None = None
     earlier: Mapping[int, Tensor] | None = None
     """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""
+    counts_only: bool = False
+    """Reports hold loads alone, as a step of decoding needs them."""
 
-    def at(self, layer: int) -> Mode:
-        """The mode as one layer reads it: with its own override."""
-        if isinstance(self.override, Mapping):
-            return replace(self, override=self.override.get(layer))
-        return self
-
-    @property
-    def own_override(self) -> Override:
-        """What a layer does about overrides, after ``at``."""
-        assert not isinstance(self.override, Mapping), "overrides by layer are resolved by the layer"
-        return self.override or Override()
+    def at(self, layer: int) -> LayerMode:
+        """The mode as one layer reads it."""
+        override = self.override.get(layer) if isinstance(self.override, Mapping) else self.override
+        return LayerMode(
+            training=self.training,
+            generator=self.generator,
+            override=override or Override(),
+            observer=None if self.observer is None else LayerObserver(self.observer, layer),
+            earlier_E=None if self.earlier is None else self.earlier.get(layer),
+            counts_only=self.counts_only,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A router's decision. Which copies are used is said by ``keep_TK`` alone; padding keeps nothing."""
+    """A router's decision. Which copies are used is said by ``keep_TK`` alone; padding keeps nothing.
+
+    Every copy kept is wanted, and every copy wanted is considered.
+    """
 
     logits_TE: Tensor
     """float32 after transforms and noise: what scores were made of."""
@@ -116,9 +174,13 @@ class Routing:
     experts_TK: Tensor
     """int64, in falling order of preference; ids at positions not kept are valid but unused."""
     weights_TK: Tensor
-    """float32 with gradient; zero where not kept by the router."""
+    """float32 with gradient; zero where not wanted."""
+    considered_TK: Tensor
+    """bool: over which weights are normalised, and which take a place in a capacity."""
+    wanted_TK: Tensor
+    """bool: what the router uses, before admission; losses and the balance bias read it."""
     keep_TK: Tensor
-    """bool."""
+    """bool: what is used."""
     clean_TE: Tensor
     """float32 logits before learned noise and transforms; jitter is already in the input.
 
@@ -130,26 +192,22 @@ class Routing:
     Its sum over valid tokens is the load whose variation the load loss measures.
     """
     weight_on_input: bool = False
-    wanted_TK: Tensor | None = None
-    """bool: what the router used before admission; ``keep_TK`` where absent."""
-    considered_TK: Tensor | None = None
-    """bool: over which weights were normalised; ``wanted_TK`` where absent."""
 
     def load_E(self) -> Tensor:
         """int64 [E] kept copies an expert."""
-        return torch.bincount(self.experts_TK[self.keep_TK], minlength=self.logits_TE.shape[1])
+        return occurrences(self.experts_TK, self.logits_TE.shape[1], self.keep_TK)
+
+    def wanted_E(self) -> Tensor:
+        """int64 [E] copies an expert before admission."""
+        return occurrences(self.experts_TK, self.logits_TE.shape[1], self.wanted_TK)
 
     def replay(self) -> Override:
         """The override that repeats this decision: same experts, drops and losses, live scores.
 
         A whole pass repeats with ``Mode(override={layer: routing.replay(), ...})`` and the same noise.
         """
-        return Override(
-            experts_TK=self.experts_TK,
-            keep_TK=self.keep_TK,
-            wanted_TK=self.wanted_TK,
-            considered_TK=self.considered_TK,
-        )
+        steps = (self.considered_TK, self.wanted_TK, self.keep_TK)
+        return Override(replay=Replay(self.experts_TK, torch.stack(steps).sum(dim=0, dtype=torch.uint8)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,37 +220,23 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """What combine needs to bring rows back to their tokens."""
-
-    token_R: Tensor
-    """int64: the token of each row."""
-    weight_R: Tensor
-    """float32 with gradient; ones where the weight was put on the input."""
-    row_R: Tensor
-    """int64: all rows, listed by token and then by choice: the fixed order in which a token adds them up."""
-    first_T: Tensor
-    """int64: where each token's rows begin in ``row_R``."""
-
-    @property
-    def tokens(self) -> int:
-        return self.first_T.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """What one layer says about its routing in one pass: values, so that recomputation cannot count twice."""
 
+    layer: int
     losses: Mapping[str, Tensor]
     """Named balance losses, coefficients included, float32 scalars with gradient."""
     load_E: Tensor
     """int64 kept copies an expert."""
     wanted_E: Tensor
     """int64 copies that the router chose before admission; their difference from the load was dropped."""
-    entropy: Tensor
-    """float32 scalar, no gradient: mean over valid tokens of the entropy of normalised scores, in nats."""
     tokens: Tensor
     """int64 scalar: valid tokens."""
+    entropy: Tensor | None
+    """float32 scalar, no gradient: mean over valid tokens of the entropy of normalised scores, in nats.
+
+    Absent where the pass asked for counts only.
+    """
 
     @property
     def dropped(self) -> Tensor:

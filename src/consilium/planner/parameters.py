@@ -155,7 +155,7 @@ def _shared(config: MoE, width: int) -> Count:
 
 
 def _buffers(model: Model) -> int:
-    """Saved buffers of the decoder without MTP: a bias an expert, and a coefficient an adaptive loss."""
+    """Saved control state of the decoder without MTP: a bias an expert, a coefficient an adaptive loss."""
     if model.moe is None:
         return 0
     balance = model.moe.balance

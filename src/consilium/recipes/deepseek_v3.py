@@ -15,7 +15,8 @@ from consilium.recipes.recipe import HuggingFace, Published, Recipe
 
 _YARN = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
 _ROPE = Rope(interleaved=True, scaling=_YARN)
-_PRINTED = Balance(losses=(SequenceLoss(coefficient=1e-4, counts="scores"),), bias=SignBias(rate=1e-3))
+_RANKED = SequenceLoss(coefficient=1e-4, counts="scores")
+_PRINTED = Balance(losses=(_RANKED,), bias=SignBias(rate=1e-3), sequence="row")
 _NODES = TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum"))
 
 
@@ -63,8 +64,7 @@ _TINY = Model(
     attention=MLA(heads=6, q_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
     dense=FeedForward(width=512),
     dense_first=1,
-    # A few hundred steps at a high rate need a step that shrinks with the imbalance: the sign rule either
-    # swings (0.01) or lags (0.001); docs/log.md has the measurements.
+    # In a few hundred steps the sign rule swings (0.01) or lags (0.001): docs/log.md has the measurements.
     moe=dataclasses.replace(
         _moe(32, 64, 1, TopK(k=4)),
         balance=Balance(losses=(SequenceLoss(coefficient=3e-3),), bias=LinearBias(rate=0.006)),
@@ -112,9 +112,9 @@ RECIPE = Recipe(
         "the factor 2.5 is in the released configuration, not in the equations; size 671b-paper has 1",
         "released code scores groups with the bias added; the paper speaks of affinities",
         "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
-        "the sequence loss counts what was routed; as printed, and in 671b-paper, it ranks plain scores",
+        "a sequence is a document and counts what it routed; 671b-paper, as printed, ranks scores of a row",
         "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.0001",
-        "size 1b is this project's yardstick and was never published",
+        "size 1b is this project's yardstick; size tiny moves its bias by a linear rule of this project",
     ),
     hugging_face=HuggingFace("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_V3),
 )

@@ -90,7 +90,7 @@ RECIPE = Recipe(
     equations=(
         "router: p = softmax(W x), the two best e1, e2; g1 = p1 / (p1 + p2), g2 = p2 / (p1 + p2) (alg. 1)",
         "capacity: an expert takes C = 2 S / E choices of a group, all first choices before any second",
-        "second expert: dispatched when 2 g2 > u, u uniform in (0, 1)",
+        "second expert: dispatched when 2 g2 > u, u uniform in (0, 1); rejected it has still taken a place",
         "output: y = Σ of g_j FFN_j(x) over the admitted choices",
         "loss: (1/E) Σ_e (c_e / S) m_e, c_e first choices of e, m_e mean probability; ours is E² times it",
     ),

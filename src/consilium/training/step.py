@@ -139,5 +139,5 @@ def _sum_layer(reports: list[Report]) -> LayerLoad:
     return LayerLoad(
         load_E=torch.stack([r.load_E for r in reports]).sum(0),
         wanted_E=torch.stack([r.wanted_E for r in reports]).sum(0),
-        entropy=float(torch.stack([r.entropy for r in reports]).mean()),
+        entropy=float(torch.stack([r.entropy for r in reports if r.entropy is not None]).mean()),
     )

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilium.moe.types import Mode
+from consilium.moe.types import LayerMode
+from consilium.ops.exact import exact_linear
 
 
 @final
 class Gate(nn.Module):
-    """A linear map computed in float32 whatever dtype its parameters and input have.
+    """A linear map computed in full float32 whatever dtype its parameters and input have.
 
     A gate in bfloat16 sends 0.3 % (8 experts) to 4.0 % (256 experts in groups) of random tokens elsewhere, as
     docs/conformance.md measures; megablocks and vLLM both shipped one.
@@ -29,7 +30,7 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight.float(), None if self.bias is None else self.bias.float())
+        return exact_linear(x_TD, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 @final
@@ -68,7 +69,7 @@ class Level:
     """Standard deviation of the learned noise."""
 
 
-def level(gate: nn.Module, noise: nn.Module | None, floor: float, x_TD: Tensor, mode: Mode) -> Level:
+def level(gate: nn.Module, noise: nn.Module | None, floor: float, x_TD: Tensor, mode: LayerMode) -> Level:
     """Logits and, in training, learned noise N(0, 1) * (softplus(x W_noise) + floor) (Shazeer 2017 eq. 4)."""
     clean_TN = gate(x_TD)
     if noise is None:

@@ -16,9 +16,10 @@ from consilium.config.router import Router as RouterConfig
 from consilium.moe.routing.chance import chance, joint_chance
 from consilium.moe.routing.gate import Gate, Level, TanhGate, ZeroGate, joint, level
 from consilium.moe.routing.score import score, transform
-from consilium.moe.routing.select import Choice, Evidence, choose, hash_table, used_groups
+from consilium.moe.routing.select import Choice, Evidence, choose, drawn_table, hash_table, used_groups
 from consilium.moe.routing.weigh import weigh
-from consilium.moe.types import Mode, Routing, Tokens
+from consilium.moe.types import LayerMode, Routing, Tokens
+from consilium.ops.exact import no_autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class Router(nn.Module):
     """Decides which experts each token uses and with what weight. Float32 end to end, autocast or not.
 
     Parameters: ``projection``, ``noise`` where learned; where there are two levels, ``primary`` and
-    ``primary_noise`` for groups. All start at zero: the model initialises or loads them. ``table`` is a hash
-    router's.
+    ``primary_noise`` for groups. All start at zero: the model initialises or loads them. The buffer ``table``
+    int64 [V, k] is a hash router's and saved with the weights: they are trained for it and no other.
     """
 
     def __init__(self, config: RouterConfig, hidden_size: int, experts: int) -> None:
@@ -58,17 +59,17 @@ class Router(nn.Module):
         self.primary = Gate(hidden_size, groups) if groups else None
         self.primary_noise = Gate(hidden_size, groups) if groups and noisy else None
         table_VK = hash_table(config.select, experts) if isinstance(config.select, Hash) else None
-        self.register_buffer("table", table_VK, persistent=False)
+        self.register_buffer("table", table_VK)
         self.table: Tensor | None
 
-    def forward(self, x_TD: Tensor, bias_E: Tensor | None, tokens: Tokens, mode: Mode) -> Routing:
+    def forward(self, x_TD: Tensor, bias_E: Tensor | None, tokens: Tokens, mode: LayerMode) -> Routing:
         """Route flat tokens [T, D]. ``bias_E`` float32 shifts the selection only, never the weights.
 
         NaN in a logit is not hidden: it is selected and weighs NaN, so that the output shows it. Padded rows
         keep nothing but must be finite, since zero times NaN would reach the gate's gradient.
         """
         config = self.config
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with no_autocast(x_TD):
             logits = self._logits(x_TD.float(), mode)
             clean_TE, logits_TE = logits.clean_TE, transform(logits.noisy_TE, config.transforms)
             scores_TE = score(logits_TE, config.score)
@@ -83,15 +84,15 @@ class Router(nn.Module):
             scores_TE=scores_TE,
             experts_TK=choice.experts_TK,
             weights_TK=weights_TK,
-            keep_TK=choice.keep_TK,
+            considered_TK=choice.considered_TK,
+            wanted_TK=choice.wanted_TK,
+            keep_TK=choice.wanted_TK,
             clean_TE=clean_TE,
             chance_TE=chance_TE,
             weight_on_input=config.weight_on == "input",
-            wanted_TK=choice.keep_TK,
-            considered_TK=choice.considered_TK,
         )
 
-    def _logits(self, x_TD: Tensor, mode: Mode) -> _Logits:
+    def _logits(self, x_TD: Tensor, mode: LayerMode) -> _Logits:
         """Clean and noisy logits. Noise in training only; jitter is one draw for both levels."""
         noise = self.config.noise
         if isinstance(noise, Jitter) and mode.training:
@@ -114,6 +115,12 @@ class Router(nn.Module):
             case "logits":
                 assert bias_E is not None, "this router selects with a bias"
                 return score(logits_TE.detach() + bias_E, self.config.score)
+
+
+def table_of_old(config: RouterConfig, experts: int) -> Tensor:
+    """The table of a hash router whose folder has none: it was drawn before tables were saved."""
+    assert isinstance(config.select, Hash), "only hash routers have a table"
+    return drawn_table(config.select, experts)
 
 
 def _projection(config: RouterConfig, hidden_size: int, experts: int) -> Gate | TanhGate | ZeroGate:

@@ -26,8 +26,9 @@ from consilium.config.router import (
     TwoLevel,
     most_active,
 )
-from consilium.moe.ordering import capacity, highest
-from consilium.moe.types import Mode, Override, Tokens
+from consilium.moe.ordering import capacities, capacity, highest
+from consilium.moe.types import CONSIDERED, WANTED, LayerMode, Replay, Tokens
+from consilium.ops.counting import scramble
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Choice:
     """int64, in falling order of preference."""
     considered_TK: Tensor
     """bool: choices over which weights are normalised."""
-    keep_TK: Tensor
+    wanted_TK: Tensor
     """bool: choices that are used; inside those considered."""
 
 
@@ -53,40 +54,34 @@ class Evidence:
     """The experts of every token id, where routing is by hash."""
 
 
-def choose(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
+def choose(select: Select, evidence: Evidence, tokens: Tokens, mode: LayerMode) -> Choice:
     """Apply the selector or the replay in ``mode.override``, then budgets, muting and padding.
 
     Raises ConsiliumError for an override that does not fit the tokens.
     """
-    override = mode.own_override
+    override = mode.override
     override.check(tokens.count)
     values_TE = evidence.values_TE
     if override.mute_TE is not None:
         values_TE = values_TE.masked_fill(override.mute_TE, -torch.inf)
         evidence = replace(evidence, values_TE=values_TE)
-    if override.experts_TK is not None:
-        choice = _replayed(override.experts_TK, override)
-    else:
+    if override.replay is None:
         choice = _selected(select, evidence, tokens, mode)
+    else:
+        choice = _replayed(override.replay)
     allowed_TK = tokens.valid_T[:, None] & (values_TE.gather(1, choice.experts_TK) != -torch.inf)
     considered_TK = choice.considered_TK & allowed_TK
     if override.k_T is not None:
         considered_TK = considered_TK & (considered_TK.cumsum(dim=1) <= override.k_T[:, None])
-    return Choice(choice.experts_TK, considered_TK, choice.keep_TK & considered_TK)
+    return Choice(choice.experts_TK, considered_TK, choice.wanted_TK & considered_TK)
 
 
-def _replayed(experts_TK: Tensor, override: Override) -> Choice:
+def _replayed(replay: Replay) -> Choice:
     """Weights were normalised over more than was used where a draw or admission dropped copies afterwards."""
-    every_TK = torch.ones_like(experts_TK, dtype=torch.bool)
-    wanted_TK = _first(override.wanted_TK, override.keep_TK, every_TK)
-    return Choice(experts_TK, _first(override.considered_TK, wanted_TK), wanted_TK)
+    return Choice(replay.experts_TK, replay.reached_TK >= CONSIDERED, replay.reached_TK >= WANTED)
 
 
-def _first(*masks_TK: Tensor | None) -> Tensor:
-    return next(mask_TK for mask_TK in masks_TK if mask_TK is not None)
-
-
-def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: Mode) -> Choice:
+def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: LayerMode) -> Choice:
     values_TE, scores_TE = evidence.values_TE, evidence.scores_TE
     experts = values_TE.shape[1]
     k = min(most_active(select) or experts, experts)
@@ -114,8 +109,8 @@ def _all(experts_TK: Tensor) -> Choice:
     return _used(experts_TK, torch.ones_like(experts_TK, dtype=torch.bool))
 
 
-def _used(experts_TK: Tensor, keep_TK: Tensor) -> Choice:
-    return Choice(experts_TK, keep_TK, keep_TK)
+def _used(experts_TK: Tensor, wanted_TK: Tensor) -> Choice:
+    return Choice(experts_TK, wanted_TK, wanted_TK)
 
 
 def _open(values_TE: Tensor, k: int) -> Choice:
@@ -131,8 +126,19 @@ def _in_best_groups(values_TE: Tensor, groups: Groups) -> Tensor:
         case "max":
             best_TG = values_TGN.amax(dim=2)
         case "top2_sum":
-            best_TG = values_TGN.topk(2, dim=2).values.sum(dim=2)
+            best_TG = _best_two(values_TGN)
     return values_TGN.masked_fill(_outside(best_TG, groups.keep)[:, :, None], -torch.inf).flatten(1)
+
+
+def _best_two(values_TGN: Tensor) -> Tensor:
+    """The sum of the two highest values of each group.
+
+    Where muting leaves a group of a token one open expert, sums do not compare: the token's groups then count
+    by their best, so that none goes before the one with the best expert left.
+    """
+    first_TG, second_TG = values_TGN.topk(2, dim=2).values.unbind(dim=2)
+    alone_TG = (second_TG == -torch.inf) & (first_TG != -torch.inf)
+    return torch.where(alone_TG.any(dim=1, keepdim=True), first_TG, first_TG + second_TG)
 
 
 def _outside(values_TX: Tensor, k: int) -> Tensor:
@@ -158,10 +164,10 @@ def used_groups(choice: Choice, groups: int, experts: int) -> Tensor:
     """Groups, as bool [T, G], of which a token uses an expert."""
     group_TK = choice.experts_TK // (experts // groups)
     used_TG = torch.zeros(group_TK.shape[0], groups, dtype=torch.int64, device=group_TK.device)
-    return used_TG.scatter_add(1, group_TK, choice.keep_TK.long()) > 0
+    return used_TG.scatter_add(1, group_TK, choice.wanted_TK.long()) > 0
 
 
-def _sampled_second(experts_TK: Tensor, scores_TE: Tensor, mode: Mode) -> Choice:
+def _sampled_second(experts_TK: Tensor, scores_TE: Tensor, mode: LayerMode) -> Choice:
     """GShard algorithm 1: gates sum to one over both; the second is used with probability min(1, 2 g2)."""
     considered_TK = torch.ones_like(experts_TK, dtype=torch.bool)
     if not mode.training or experts_TK.shape[1] < 2:
@@ -181,17 +187,40 @@ def _top_p(experts_TK: Tensor, scores_TE: Tensor, p: float) -> Choice:
 
 
 def _chosen_by_experts(values_TE: Tensor, valid_T: Tensor, factor: float) -> Choice:
-    """Each expert takes its best ceil(factor * T / E) valid tokens (2202.09368 section 3.2)."""
-    tokens, experts = int(valid_T.sum()), values_TE.shape[1]
+    """Each expert takes its best ceil(factor * T / E) valid tokens (2202.09368 section 3.2).
+
+    Room is made for as many as if all were valid; what is beyond the limit of the valid ones is not taken.
+    """
+    tokens, experts = values_TE.shape
     values_TE = values_TE.masked_fill(~valid_T[:, None], -torch.inf)
     chosen_EC = highest(values_TE.T, min(tokens, capacity(factor, tokens, 1, experts)))
-    keep_TE = torch.zeros_like(values_TE, dtype=torch.bool).T.scatter(1, chosen_EC, value=True).T
+    limit = capacities(factor, valid_T.sum(), 1, experts)
+    taken_EC = torch.arange(chosen_EC.shape[1], device=valid_T.device).expand_as(chosen_EC) < limit
+    wanted_ET = torch.zeros_like(values_TE, dtype=torch.bool).T.scatter(1, chosen_EC, taken_EC)
     experts_TK = highest(values_TE, experts)
-    return _used(experts_TK, keep_TE.gather(1, experts_TK))
+    return _used(experts_TK, wanted_ET.T.gather(1, experts_TK))
 
 
 def hash_table(config: Hash, experts: int) -> Tensor:
-    """Distinct experts, int64 [V, k], for every token id, drawn once from the seed (2106.04426 section 3)."""
+    """Distinct experts, int64 [V, k], for every token id, drawn from the seed (2106.04426 section 3).
+
+    By integer hashing, so that a seed means one table whatever draws random numbers elsewhere: the j-th of a
+    token is the r-th of those it has not yet, r a hash of seed, token and j.
+    """
+    ids_V = torch.arange(config.vocab_size)
+    state_V = scramble(scramble(torch.full_like(ids_V, config.seed)) + ids_V + 1)
+    table_Vk = ids_V.new_empty(config.vocab_size, 0)
+    for j in range(min(config.k, experts)):
+        state_V = scramble(state_V + j + 1)
+        pick_V = state_V.remainder(experts - j)
+        for taken_V in table_Vk.sort(dim=1).values.unbind(dim=1):
+            pick_V = pick_V + (pick_V >= taken_V)
+        table_Vk = torch.cat((table_Vk, pick_V[:, None]), dim=1)
+    return table_Vk
+
+
+def drawn_table(config: Hash, experts: int) -> Tensor:
+    """The table of weights that were trained before it was saved beside them, by torch's generator."""
     generator = torch.Generator().manual_seed(config.seed)
     draws_VE = torch.rand(config.vocab_size, experts, generator=generator, device="cpu")
     return highest(draws_VE, min(config.k, experts))

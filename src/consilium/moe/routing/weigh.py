@@ -34,7 +34,7 @@ def weigh(config: Router, logits_TE: Tensor, scores_TE: Tensor, choice: Choice) 
             weights_TK = _softmax_of_selected(logits_TK, considered_TK)
         case Uniform():
             weights_TK = torch.ones_like(choice.experts_TK, dtype=scores_TE.dtype)
-    return (weights_TK * config.scale).masked_fill(~choice.keep_TK, 0)
+    return (weights_TK * config.scale).masked_fill(~choice.wanted_TK, 0)
 
 
 def _divide(scores_TK: Tensor, total_T1: Tensor) -> Tensor:
