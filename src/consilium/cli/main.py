@@ -45,6 +45,8 @@ VERBS = MappingProxyType(
         "convert": Verb(
             "weights to another dtype or file format", "consilium convert runs/demo demo.gguf --to gguf"
         ),
+        "runs": Verb("list the training runs in a folder", "consilium runs runs"),
+        "report": Verb("write and compare the pages of runs", "consilium report runs/demo runs/first"),
         "bench": Verb("measure speed on this machine", "consilium bench --json"),
         "doctor": Verb("check this machine and this installation", "consilium doctor"),
     }

@@ -21,7 +21,7 @@ MOST_STRIPS = 16
 """Layers whose load is drawn; of more, evenly spaced ones."""
 MOST_AFFINITIES = 6
 
-_PAGES = Environment(
+PAGES = Environment(
     loader=PackageLoader("consilium.report"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -37,7 +37,11 @@ def build_report(run: Path, beside: Path | None = None) -> Path:
     Works while the run goes on. Raises ConsiliumError when a folder is not a run or a record is damaged.
     """
     page = render(read_run(run), None if beside is None else read_run(beside))
-    path = run / REPORT_FILE
+    return save(run / REPORT_FILE, page)
+
+
+def save(path: Path, page: str) -> Path:
+    """Write a page whole or not at all."""
     write_text(path, page)
     return path
 
@@ -46,7 +50,7 @@ def render(run: Run, beside: Run | None = None) -> str:
     """Return the page. Its template trusts the pictures, which escape their own text, and nothing else."""
     runs = [run] if beside is None else [run, beside]
     bars = tables.bars(run, beside)
-    return _PAGES.get_template("report.html.j2").render(
+    return PAGES.get_template("report.html.j2").render(
         run=run,
         runs=runs,
         facts=[] if run.meta is None else tables.facts(run.meta),

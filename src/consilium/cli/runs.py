@@ -1,0 +1,43 @@
+"""``consilium runs``: the training runs in a folder, and what each came to."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from consilium.cli.arguments import json_flag, path
+from consilium.errors import ConsiliumError
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where to look; default runs",
+    )
+    json_flag(parser)
+
+
+def run(options: Namespace) -> int:
+    from consilium.report import compare
+    from consilium.report.plain import columns
+
+    if not options.folder.is_dir():
+        raise ConsiliumError(f"runs: no such folder: {options.folder}; give the folder that holds your runs.")
+    read = [compare.read_or_refusal(folder) for folder in compare.runs_in(options.folder)]
+    found = [compare.figures(one) for one in read if not isinstance(one, str)]
+    damaged = [one for one in read if isinstance(one, str)]
+    if options.json:
+        print(json.dumps({"runs": found, "damaged": damaged}, indent=2))
+        return 0
+    if not read:
+        print(f"no runs in {options.folder}; make one: consilium train deepseek-v3:tiny --out runs/first")
+        return 0
+    print(columns([compare.HEADINGS, *map(compare.cells, found)], right=range(2, 9)))
+    for text in damaged:
+        print(f"damaged: {text}")
+    return 0

@@ -1,0 +1,99 @@
+"""Runs beside each other: the figures of each as data and as cells, and a page of them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from consilium.errors import ConsiliumError
+from consilium.records.run import StepRecord
+from consilium.report import curves
+from consilium.report.build import PAGES, save
+from consilium.report.lines import line_chart
+from consilium.report.plain import counted
+from consilium.report.source import Run, read_run
+
+COMPARISON_FILE: Final = "comparison.html"
+HEADINGS: Final = (
+    "run",
+    "model",
+    "parameters",
+    "steps",
+    "tokens",
+    "bits per byte",
+    "tokens/s",
+    "max/mean",
+    "dead experts",
+    "state",
+)
+
+
+def runs_in(folder: Path) -> Iterator[Path]:
+    """Run folders in ``folder`` and its subfolders, by name; nothing inside a run is one."""
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        if (inner / "config.yaml").exists() or (inner / "metrics.jsonl").exists():
+            yield inner
+        elif not inner.name.startswith("."):
+            yield from runs_in(inner)
+
+
+def figures(run: Run) -> dict[str, object]:
+    """What a run came to so far; None is not known, or not yet."""
+    records, summary, meta = run.metrics.records, run.summary, run.meta
+    bits = summary.trained.macro if summary else _newest(records, "bits_per_byte")
+    return {
+        "run": str(run.folder),
+        "model": meta.model if meta else None,
+        "parameters": meta.parameters_total if meta else None,
+        "steps": summary.steps if summary else _newest(records, "step"),
+        "tokens": summary.tokens if summary else _newest(records, "tokens"),
+        "bits_per_byte": None if bits is None or math.isnan(bits) else bits,
+        "tokens_per_second": summary.tokens_per_second if summary else _newest(records, "tok_per_sec"),
+        "max_over_mean": _newest(records, "max_over_mean"),
+        "dead_experts": _newest(records, "dead_experts"),
+        "finished": summary is not None,
+    }
+
+
+def cells(found: dict[str, object]) -> tuple[str, ...]:
+    """The figures below ``HEADINGS``."""
+    formats = ("{}", "{}", "", "{:,.0f}", "", "{:.3f}", "{:,.0f}", "{:.2f}", "{:.0f}")
+    *values, finished = found.values()
+    shown = [_cell(value, pattern) for value, pattern in zip(values, formats, strict=True)]
+    return *shown, "finished" if finished else "not finished"
+
+
+def build_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write a page with the figures and curves of ``folders`` to ``out`` and return its path.
+
+    Raises ConsiliumError when one is not a run, or when a record is damaged.
+    """
+    runs = [read_run(folder) for folder in folders]
+    drawn = (curves.loss_chart, curves.bits_chart, curves.balance_chart, curves.entropy_chart)
+    page = PAGES.get_template("comparison.html.j2").render(
+        headings=HEADINGS,
+        rows=[cells(figures(run)) for run in runs],
+        charts=[line_chart(chart(runs)) for chart in drawn],
+    )
+    return save(out, page)
+
+
+def read_or_refusal(folder: Path) -> Run | str:
+    """The run, or why it cannot be read: one damaged run must not hide the others."""
+    try:
+        return read_run(folder)
+    except ConsiliumError as error:
+        return str(error)
+
+
+def _newest(records: Sequence[StepRecord], name: str) -> float | None:
+    found = (getattr(record, name) for record in reversed(records))
+    return next((value for value in found if value is not None), None)
+
+
+def _cell(value: object, pattern: str) -> str:
+    if value is None:
+        return "-"
+    return pattern.format(value) if pattern else counted(int(str(value)))
