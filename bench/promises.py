@@ -3,7 +3,8 @@
 usage: python bench/promises.py [RECORD ...] [--out FOLDER] [-- PYTEST OPTION ...]
 
 A test is one trial, unless it reports more with ``record_property("trials", n)`` and
-``record_property("failures", m)``; what is skipped was not tried. Without names all promises are run, and
+``record_property("failures", m)``; what is skipped was not tried, and what never called the package
+(trials.py sees it) tried something else. Without names all promises are run, and
 after them the large-count tests that stand behind none. With options for pytest nothing is recorded: a
 choice of tests is not the promise.
 """
@@ -11,6 +12,7 @@ choice of tests is not the promise.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,7 +83,7 @@ def run(tests: Iterable[str], options: Sequence[str]) -> Count:
     """Count the trials and failures of ``tests``. Raises when pytest could not run them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = pytest("-m", "not gpu", f"--junit-xml={report}", *tests, *options)
+        code = pytest("-p", "trials", "-m", "not gpu", f"--junit-xml={report}", *tests, *options)
         if code not in {0, FOUND_A_FAILURE, FOUND_NO_TEST}:
             raise RuntimeError(f"pytest ended with exit code {code}")
         return counted(report)
@@ -96,7 +98,10 @@ def run_rest(promises: Iterable[Promise], options: Sequence[str]) -> bool:
 
 def pytest(*options: str) -> int:
     command = [sys.executable, "-m", "pytest", "--quiet", "--timeout", str(HOURS * 3600), *options]
-    return subprocess.run(command, check=False, cwd=ROOT).returncode
+    plugins = os.pathsep.join([str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": plugins}
+    ).returncode
 
 
 def counted(report: Path) -> Count:
@@ -111,6 +116,8 @@ def of_test(case: ET.Element) -> Count:
         return Count()
     told = {item.get("name"): item.get("value") for item in case.iter("property")}
     failed = case.find("failure") is not None or case.find("error") is not None
+    if told.get("touched") == "no" and not failed:
+        return Count()
     return Count(int(told.get("trials") or 1), max(int(told.get("failures") or 0), failed))
 
 

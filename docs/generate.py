@@ -41,7 +41,7 @@ class Words:
 ENGLISH = Words(
     repeated=("What", "Median (n = 1: only value)", "Range", "n", "Against", "Ratio"),
     single=("What", "Value", "Against", "Ratio"),
-    promises=("Promise", "Test", "N", "Failures", "Date"),
+    promises=("Promise", "Test", "What was broken on purpose", "N", "Failures", "Date"),
     source="Measured {date} on {machine}: `{command}`.",
     unmeasured="Not measured yet; `make bench` writes this record.",
     pending="not run yet",
@@ -49,7 +49,7 @@ ENGLISH = Words(
 CHINESE = Words(
     repeated=("项目", "中位数（n = 1 时为单次值）", "范围", "n", "对比对象", "比值"),
     single=("项目", "数值", "对比对象", "比值"),
-    promises=("承诺", "测试", "次数", "失败", "日期"),
+    promises=("承诺", "测试", "人为破坏", "次数", "失败", "日期"),
     source="{date} 测于 {machine}：`{command}`。",
     unmeasured="尚未测量；`make bench` 会写入这份记录。",
     pending="尚未运行",
@@ -79,10 +79,11 @@ def record_block(record: BenchRecord | None, words: Words) -> str:
 
 def promise_row(promise: Promise, record: BenchRecord | None, words: Words) -> tuple[str, ...]:
     tests = ", ".join(f"`{test}`" for test in promise.tests)
+    broken = ", ".join(promise.broken)
     if record is None:
-        return (promise.sentence, tests, words.pending, "", "")
+        return (promise.sentence, tests, broken, words.pending, "", "")
     counts = {figure.name: number(figure.median) for figure in record.figures}
-    return promise.sentence, tests, counts["trials"], counts["failures"], str(record.date.date())
+    return promise.sentence, tests, broken, counts["trials"], counts["failures"], str(record.date.date())
 
 
 def promises_block(records: dict[str, BenchRecord], words: Words) -> str:

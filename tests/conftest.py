@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from consilium.machine.processors import usable
+
 THREADS = 1
 SHOWN_FROM_SECONDS = 60
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -21,6 +23,11 @@ os.environ["NO_COLOR"] = "1"
 # The same examples on every machine: a failure seen once is a failure that can be repeated.
 settings.register_profile("consilium", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("consilium")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto`` is a worker a core that this process can have, in a container with a quota too."""
+    return usable()
 
 
 @pytest.fixture(scope="session", autouse=True)

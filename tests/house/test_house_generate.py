@@ -67,10 +67,15 @@ def test_a_median_is_called_one_and_a_single_value_beside_it_is_told_apart(gener
 
 def test_a_promise_shows_trials_and_failures(generate: ModuleType) -> None:
     done = record("promise-x", figure("trials", 50), figure("failures", 0))
-    promise = Promise(record="promise-x", sentence="It holds", tests=("tests/a", "tests/b.py"))
+    promise = Promise(
+        record="promise-x",
+        sentence="It holds",
+        tests=("tests/a", "tests/b.py"),
+        broken=("SIGKILL", "disk full"),
+    )
     row = generate.promise_row(promise, done, generate.ENGLISH)
-    assert row == ("It holds", "`tests/a`, `tests/b.py`", "50", "0", "2026-01-02")
-    assert generate.promise_row(promise, None, generate.ENGLISH)[2:] == ("not run yet", "", "")
+    assert row == ("It holds", "`tests/a`, `tests/b.py`", "SIGKILL, disk full", "50", "0", "2026-01-02")
+    assert generate.promise_row(promise, None, generate.ENGLISH)[3:] == ("not run yet", "", "")
 
 
 def test_every_promise_names_tests_that_exist() -> None:

@@ -17,8 +17,22 @@ from house.tree import ROOT
 
 TESTS = """
 import pytest
+from consilium.errors import closest
+
+@pytest.fixture(autouse=True)
+def _touch(request):
+    if "bare" not in request.node.name:
+        closest("one", ["one"])
 
 def test_one(): pass
+
+def test_bare_oracle(): pass
+
+def test_bare_but_wrong(): assert False
+
+def test_bare_process():
+    import subprocess, sys
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
 
 @pytest.mark.skip
 def test_never(): raise AssertionError
@@ -47,11 +61,11 @@ def promises() -> Iterator[ModuleType]:
         yield module
 
 
-def test_trials_and_failures_of_a_file_are_counted(promises: ModuleType, tmp_path: Path) -> None:
+def test_trials_that_touch_the_package_and_failures_are_counted(promises: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "test_counted.py"
     file.write_text(TESTS, encoding="utf-8")
     count = promises.run([str(file)], ["-p", "no:randomly"])
-    assert (count.trials, count.failures) == (1 + 2 + 2000 + 10 + 1, 3 + 1 + 1)
+    assert (count.trials, count.failures) == (1 + 2 + 1 + 2000 + 10 + 1 + 1, 3 + 1 + 1 + 1)
 
 
 def test_tests_that_cannot_be_run_are_no_count(promises: ModuleType, tmp_path: Path) -> None:

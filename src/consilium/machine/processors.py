@@ -20,14 +20,17 @@ def cpu_name() -> str:
 
 
 def threads(root: Path = ROOT) -> int:
-    """Threads to compute with: of OMP_NUM_THREADS, or as many as have a core of their own here.
-
-    That is the least of the processors that this process may run on, the whole processors in the quota of its
-    control groups, and the physical cores among them: more threads wait for each other.
-    """
+    """Threads to compute with: of OMP_NUM_THREADS, or as many as have a core of their own here."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdecimal() and int(asked):
-        return int(asked)
+    return int(asked) if asked.isdecimal() and int(asked) else usable(root)
+
+
+def usable(root: Path = ROOT) -> int:
+    """Cores for this process: more threads wait for each other.
+
+    The least of the processors that it may run on, the whole processors in the quota of its control groups,
+    and the physical cores among them.
+    """
     allowed = affinity()
     return max(1, min([len(allowed), len(_cores(allowed, root)), *map(int, _quotas(root))]))
 

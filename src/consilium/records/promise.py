@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from consilium.records.io import STRICT
+
+Breakage = Literal[
+    "SIGKILL",
+    "SIGTERM",
+    "SIGINT",
+    "SIGHUP",
+    "power cut (simulated)",
+    "disk full",
+    "error in a step",
+    "damaged file",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -15,6 +28,8 @@ class Promise:
     sentence: str
     tests: tuple[str, ...] = Field(min_length=1)
     """Folders and files, from the root of the repository."""
+    broken: tuple[Breakage, ...] = ()
+    """What the tests do to the process, the machine or the disk while something is written or runs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,93 @@
+"""Run the benchmarks one after the other and keep their records; what is on record for this commit is done.
+
+usage: python bench/run_all.py [NAME ...] [--again]
+
+Stop it at any time: it goes on with the first benchmark that has no record of this commit and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from consilium.benchmarking.record import commit
+from consilium.errors import ConsiliumError, nearest
+from consilium.machine.processors import cpu_name
+from consilium.records.bench import BenchRecord
+from consilium.records.io import read_json
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "bench" / "records"
+
+
+def queue(records: Path) -> Mapping[str, Sequence[str]]:
+    """What writes each record, shortest first."""
+    command = (sys.executable, "-m", "consilium", "bench")
+    speed = {
+        "decode-tiny": (),
+        "train-tiny": ("--against", "transformers"),
+        "dense-against-moe": (),
+        "decode-1b": (),
+        "train-1b": ("--against", "transformers"),
+    }
+    commands = {
+        name: (*command, name, *more, "--out", str(records / f"{name}.json")) for name, more in speed.items()
+    }
+    study = (sys.executable, str(ROOT / "bench" / "jacobs.py"), "--out", str(records / "jacobs.json"))
+    return {**commands, "jacobs": study}
+
+
+def is_done(record: Path) -> bool:
+    """Whether ``record`` was measured on this processor and of this commit."""
+    if not record.exists():
+        return False
+    found = read_json(BenchRecord, record)
+    return found.commit == commit() and found.machine.startswith(cpu_name())
+
+
+def pick(names: Sequence[str], commands: Mapping[str, Sequence[str]]) -> list[str]:
+    for name in names:
+        if name not in commands:
+            raise ConsiliumError(f"unknown benchmark {name!r}.{nearest(name, commands)}")
+    return list(names or commands)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--again", action="store_true", help="also what is done")
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER")
+    chosen = parser.parse_args(arguments)
+    commands = queue(chosen.records)
+    names = pick(chosen.names, commands)
+    failed: list[str] = []
+    for place, name in enumerate(names, start=1):
+        if is_done(chosen.records / f"{name}.json") and not chosen.again:
+            print(f"[{place} of {len(names)}] {name}: on record for this commit", flush=True)
+            continue
+        print(f"[{place} of {len(names)}] {name} ...", flush=True)
+        begun = time.monotonic()
+        if subprocess.run(commands[name], check=False, cwd=ROOT).returncode:
+            failed.append(name)
+        print(f"[{place} of {len(names)}] {name}: {time.monotonic() - begun:.0f} s", flush=True)
+    print(
+        f"failed: {', '.join(failed)}"
+        if failed
+        else "all benchmarks are on record; now python docs/generate.py"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConsiliumError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; run it again to go on")
