@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from checkpoint.architectures import KINDS, described
 from checkpoint.keys import YARN_KEYS, computed, folder_with, foreign, with_gqa, with_moe
 from checkpoint.models import ALL, deepseek_v2, deepseek_v3, llama
-from consilium.checkpoint.hf.architecture import CLASSES, Architecture, architecture
+from consilium.checkpoint.hf.architecture import Architecture, architecture
 from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
-from consilium.checkpoint.naming import TABLES
+from consilium.checkpoint.hf.families import FAMILIES
+from consilium.checkpoint.hf.naming import TABLES
 from consilium.config.attention import MLA, Rope, Unscaled, Yarn
 from consilium.config.balance import Balance, BalanceLoss, ImportanceLoss, LoadLoss, SequenceLoss, SwitchLoss
 from consilium.recipes.catalogue import recipe, systems
@@ -38,7 +39,7 @@ def test_the_keys_of_others_describe_the_same_computation(
     config = data.draw(described(kind))
     keys = foreign(config)
     assert keys["model_type"] == kind
-    assert keys["architectures"] == [CLASSES[kind]]
+    assert keys["architectures"] == [FAMILIES[kind].class_name]
     folder = folder_with(keys, tmp_path_factory.mktemp("config"))
     assert computed(config_from_folder(folder)) == computed(config)
 
@@ -57,7 +58,7 @@ def test_a_file_without_a_model_type_is_known_by_its_class(
 
 
 def test_all_architectures_are_drawn() -> None:
-    assert set(KINDS) == CLASSES.keys() == TABLES.keys()
+    assert set(KINDS) == TABLES.keys() == {family.layout for family in FAMILIES.values()}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_every_size_of_a_recipe_has_the_architecture_that_the_recipe_names(syste
     published = [model for size, model in system.sizes.items() if size not in ours]
     found = {architecture(model) for model in published}
     assert found == {known.model_type}
-    assert {CLASSES[one] for one in found if one} == {known.architecture}
+    assert {FAMILIES[one].class_name for one in found if one} == {known.architecture}
     assert {id(TABLES[one][0]) for one in found if one} == {id(known.tensors)}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from checkpoint.models import deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
-from consilium.checkpoint.naming import parts
+from consilium.checkpoint.hf.naming import named, published
 from consilium.disk.atomic import commit_folder, verify
 from consilium.errors import ConsiliumError
 
@@ -252,7 +252,7 @@ def test_swapped_and_older_and_missing_shards_are_refused(sharded: Path, tmp_pat
 def test_a_tensor_dropped_renamed_transposed_or_added_is_refused_by_name(tmp_path: Path) -> None:
     model = trained(deepseek_v3(depth=1))
     folder = saved(tmp_path / "model", model.config, manifest=False)
-    tensors = dict(parts(model.state_dict(), "deepseek_v3", model.config.layers))
+    tensors = dict(named(model.config, model.state_dict(), published(model.config)))
     for number, (name, tensor) in enumerate(tensors.items()):
         flat = tensor.ndim != 2 or tensor.shape[0] == tensor.shape[1]
         broken = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoint.models import deepseek_v3, trained
 from consilium.checkpoint import fp8, safetensors_io, store
-from consilium.checkpoint.naming import parts
+from consilium.checkpoint.hf.naming import TABLES, named
 from consilium.errors import ConsiliumError
 
 FP8 = torch.float8_e4m3fn
@@ -97,7 +97,7 @@ def published(block: tuple[int, int] = BLOCK) -> tuple[dict[str, Tensor], dict[s
     model = trained(deepseek_v3(depth=1), dtype="bfloat16")
     tensors: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
-    for name, tensor in parts(model.state_dict(), "deepseek_v3", model.config.layers):
+    for name, tensor in named(model.config, model.state_dict(), TABLES["deepseek_v3"][0]):
         tensors[name] = expected[name] = tensor
         if "_proj" in name:
             tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensor.float(), block)
@@ -112,7 +112,7 @@ def test_a_published_folder_is_dequantised_on_load(dtype: str, tmp_path: Path) -
     model = store.load(folder, dtype=dtype, check_finite=True)
     assert str(model.embed.weight.dtype) == f"torch.{dtype}"
     assert sum(tensor.dtype == FP8 for tensor in tensors.values()) > 60
-    for name, tensor in parts(model.state_dict(), "deepseek_v3", model.config.layers):
+    for name, tensor in named(model.config, model.state_dict(), TABLES["deepseek_v3"][0]):
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
 
 
@@ -122,7 +122,7 @@ def test_blocks_are_128_by_128_unless_the_folder_says_otherwise(
 ) -> None:
     tensors, expected = published((128, 128))
     model = store.load(written(tmp_path / "model", tensors, quantization), dtype="float32")
-    for name, tensor in parts(model.state_dict(), "deepseek_v3", model.config.layers):
+    for name, tensor in named(model.config, model.state_dict(), TABLES["deepseek_v3"][0]):
         assert torch.equal(tensor, expected[name].float()), name
 
 

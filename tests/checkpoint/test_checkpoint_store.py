@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoint.models import ALL, answer, deepseek_v3, llama, mixtral, representable, saved, trained
 from consilium.checkpoint import safetensors_io, store
 from consilium.checkpoint.hf.architecture import architecture
-from consilium.checkpoint.naming import parts
+from consilium.checkpoint.hf.naming import TABLES, named
 from consilium.config.model import MTP, Model
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
@@ -60,12 +60,12 @@ def test_every_tensor_is_exactly_its_parts_on_disk(config: Model) -> None:
     kind = architecture(config)
     assert kind is not None
     state, blank = trained(config).state_dict(), build(config, seed=1).state_dict()
-    written = list(parts(state, kind, config.layers))
+    written = list(named(config, state, TABLES[kind][0]))
     assert len({name for name, _ in written}) == len(written)
     assert all(tensor.is_contiguous() for _, tensor in written)
     assert sum(tensor.numel() for _, tensor in written) == sum(tensor.numel() for tensor in state.values())
     on_disk = {name: tensor.clone() for name, tensor in written}
-    for name, target in parts(blank, kind, config.layers):
+    for name, target in named(config, blank, TABLES[kind][0]):
         target.copy_(on_disk[name])
     assert_same(blank, state)
 

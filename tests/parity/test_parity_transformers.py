@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consilium.checkpoint import safetensors_io, store
 from consilium.checkpoint.hf.architecture import architecture
-from consilium.checkpoint.naming import TABLES, parts
+from consilium.checkpoint.hf.naming import TABLES, named
 from consilium.engine.engine import Engine
 from consilium.model.decoder import Decoder
 from parity.theirs import CASES, GRID, build, opened, some_ids
@@ -98,7 +98,7 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     known = {name: grad for name, grad in grads.items() if grad is not None}
     assert known.keys() == grads.keys()
-    return dict(parts(known, kind, model.config.layers, TABLES[kind][-1]))
+    return dict(named(model.config, known, TABLES[kind][-1]))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])

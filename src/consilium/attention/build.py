@@ -15,4 +15,4 @@ def build_attention(
         case GQA():
             return GroupedQueryAttention(config, hidden_size, norm_epsilon)
         case MLA():
-            return LatentAttention(config, hidden_size, norm_epsilon)
+            return LatentAttention(config, hidden_size, config.norm_epsilon or norm_epsilon)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
 from consilium.checkpoint.folders import GGUF, newest_of_run
-from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
 from consilium.checkpoint.hf.generation import generation_config
+from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_bytes, read_object
-from consilium.checkpoint.naming import TABLES
-from consilium.checkpoint.source import FolderSource, Source, named
+from consilium.checkpoint.source import FolderSource, Source
 from consilium.checkpoint.store import open_folder
 from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.disk.atomic import commit_folder
@@ -60,7 +59,7 @@ def convert(
     if folder.resolve() == destination.resolve():
         raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
     source = open_folder(folder, dtype=dtype, check_finite=True)
-    written = dict(named(source.config, source.state))
+    written = dict(named(source.config, source.state, published(source.config)))
     descriptions = _descriptions(folder, source)
 
     def write(staged: Path) -> None:
@@ -81,22 +80,22 @@ class _Repacked:
         self._ours = {
             name: ours
             for ours, tensor in source.state.items()
-            for name, _ in named(source.config, {ours: tensor})
+            for name, _ in named(source.config, {ours: tensor}, published(source.config))
         }
         self._ready: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._ready:
             ours = self._ours[name]
-            self._ready = dict(named(self._source.config, {ours: self._source.read(ours)}))
+            read = {ours: self._source.read(ours)}
+            self._ready = dict(named(self._source.config, read, published(self._source.config)))
         return self._ready.pop(name)
 
 
 def _values(source: Source, written: Mapping[str, Tensor]) -> safetensors_io.Values:
     """Where the layout stays, each tensor of the files is one of the result."""
-    kind = architecture(source.config)
     match source:
-        case FolderSource(table=table) if kind is None or table == TABLES[kind][0]:
+        case FolderSource(table=table) if table == published(source.config):
 
             def copied(name: str) -> Tensor:
                 values = torch.zeros_like(written[name], device="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from consilium.checkpoint import fp8, safetensors_io, weights
 from consilium.checkpoint.fp8 import Scaled, Stored
-from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.config import NAME as CONFIG
+from consilium.checkpoint.hf.config import layout_of
 from consilium.checkpoint.hf.generation import read_generation
+from consilium.checkpoint.hf.naming import named, redundant, table_of
 from consilium.checkpoint.json_file import read_object
-from consilium.checkpoint.naming import parts, redundant, table_of
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import MTP, Model
@@ -103,8 +103,7 @@ def fitted(
 
     Raises ConsiliumError naming the tensor at fault.
     """
-    kind = architecture(config)
-    table = None if kind is None else table_of(kind, found)
+    table = table_of(layout_of(folder), found)
     asked = {name: tensor for name, tensor in state.items() if not _derived(name, found)}
     weights.match(found, dict(named(config, asked, table)), folder, ignored=redundant(config))
     return FolderSource(config, read_generation(folder), state, found, table, check_finite)
@@ -113,14 +112,6 @@ def fitted(
 def _derived(name: str, found: Mapping[str, Stored]) -> bool:
     """Whether ``name`` is the table of a hash router in a folder of before tables were saved."""
     return name.endswith(".moe.router.table") and name not in found
-
-
-def named(
-    config: Model, state: Mapping[str, Tensor], table: Table | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor under its name in the files as a view of ours, by default in the published layout."""
-    kind = architecture(config)
-    return iter(state.items()) if kind is None else parts(state, kind, config.layers, table)
 
 
 def find(folder: Path, config: Model, *, verified: bool = False) -> dict[str, Stored]:
@@ -155,10 +146,9 @@ def as_stored(config: Model, found: Mapping[str, Stored]) -> Model:
     return config if held or not config.mtp.depth else dataclasses.replace(config, mtp=MTP(depth=0))
 
 
-def stored_dtype(config: Model, found: Mapping[str, Stored]) -> str:
+def stored_dtype(folder: Path, config: Model, found: Mapping[str, Stored]) -> str:
     """Return the name of the dtype that the embedding is stored in, float32 where we do not compute in it."""
-    kind = architecture(config)
-    table = None if kind is None else table_of(kind, found)
+    table = table_of(layout_of(folder), found)
     name, _ = next(named(config, {"embed.weight": torch.empty(1)}, table))
     match found.get(name):
         case Entry(dtype=dtype) if (word := str(dtype).removeprefix("torch.")) in DTYPES:

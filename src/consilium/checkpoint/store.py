@@ -18,8 +18,9 @@ from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
 from consilium.checkpoint.hf.generation import generation_config
+from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_object
-from consilium.checkpoint.source import Source, as_stored, find, fitted, named, stored_dtype
+from consilium.checkpoint.source import Source, as_stored, find, fitted, stored_dtype
 from consilium.config.model import Model
 from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder, recover
@@ -73,7 +74,8 @@ def save(
     def write(staged: Path) -> None:
         for name, content in _descriptions(model, tokenizer).items():
             files.write(staged / name, [content])
-        safetensors_io.write_sharded(staged, dict(named(model.config, model.state_dict())), files=files)
+        tensors = dict(named(model.config, model.state_dict(), published(model.config)))
+        safetensors_io.write_sharded(staged, tensors, files=files)
         if training_state is not None:
             files.make_folder(staged / STATE)
             files.write(staged / SCALARS, [_json(training_state.scalars)])
@@ -108,7 +110,7 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
     if folder.suffix == GGUF:
         return open_file(folder, dtype=dtype, check_finite=check_finite)
     config, found = _open(folder)
-    model = build(config, dtype=dtype or stored_dtype(config, found), device="meta")
+    model = build(config, dtype=dtype or stored_dtype(folder, config, found), device="meta")
     return fitted(folder, config, found, model.state_dict(), check_finite=check_finite)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,7 +66,14 @@ def match(
 ) -> None:
     """Raise ConsiliumError unless names and shapes are exactly the expected; ``ignored`` may be extra."""
     patterns = tuple(ignored)
-    extra = [n for n in found if n not in expected and not any(pattern.fullmatch(n) for pattern in patterns)]
+    extra = [
+        name
+        for name, stored in found.items()
+        # A tensor without values is nothing, such as the shared experts of a model that has none.
+        if name not in expected
+        and math.prod(stored.shape)
+        and not any(pattern.fullmatch(name) for pattern in patterns)
+    ]
     faults = _list("missing", [n for n in expected if n not in found]) + _list("unknown", extra)
     shapes = [
         f"{name} is {list(found[name].shape)} and must be {list(tensor.shape)}"

@@ -109,7 +109,8 @@ class GQA:
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1).
 
-    ``q_rank=None``: no query compression.
+    ``q_rank=None``: no query compression. ``norm_epsilon`` is that of the latents' norms, by default the
+    model's.
     """
 
     kind: Literal["mla"] = "mla"
@@ -119,6 +120,7 @@ class MLA:
     nope_dim: Size
     rope_dim: Size
     v_dim: Size
+    norm_epsilon: PositiveFloat | None = None
     rope: Rope = Rope(interleaved=True)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ What acts in training only (jitter, learned noise, drops, losses) does not count
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, Literal
 
 from consilium.config.attention import GQA, MLA, Unscaled
@@ -37,23 +36,7 @@ Remote = Literal["deepseek", "grok-1", "skywork_moe", "llama_moe"]
 """Model types that only the code published beside the weights opens."""
 Architecture = Native | Remote
 
-CLASSES: Final[Mapping[Architecture, str]] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "grok-1": "Grok1ModelForCausalLM",
-    "skywork_moe": "SkyworkMoeForCausalLM",
-    "llama_moe": "LlamaMoEForCausalLM",
-}
-
-_DEEPSEEK_LATENT_EPSILON: Final = 1e-6
+LATENT_EPSILON: Final = 1e-6
 """The norms of the latents have this epsilon in DeepSeek's code, whatever the others have."""
 _FIXED_THETA: Final = 1e4
 """The rotary base that the code of Grok-1 and LLaMA-MoE has in place of a key."""
@@ -136,7 +119,8 @@ def _gated(config: Model, gqa: GQA, moe: MoE) -> Architecture | None:
 
 
 def _latent(config: Model, mla: MLA) -> Architecture | None:
-    if config.moe is None or not _deepseek(config, config.moe):
+    latent = config.norm_epsilon if mla.norm_epsilon is None else mla.norm_epsilon
+    if config.moe is None or latent != LATENT_EPSILON or not _deepseek(config, config.moe):
         return None
     if _v2(config.moe.router) and not config.mtp.depth and mla.rope.interleaved:
         return "deepseek_v2" if config.hidden_size % mla.heads == 0 else None
@@ -227,8 +211,6 @@ def _grok(config: Model, gqa: GQA, moe: MoE) -> bool:
 def _deepseek(config: Model, moe: MoE) -> bool:
     return (
         config.moe_every == 1
-        and config.dense_first < config.layers
-        and config.norm_epsilon == _DEEPSEEK_LATENT_EPSILON
         and _swiglu(config)
         and _served_alike(moe, "swiglu")
         and _plain_gate(moe)

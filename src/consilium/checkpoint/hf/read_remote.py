@@ -2,119 +2,108 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from consilium.checkpoint.hf.keys import Keys, first, gqa, listed, number, only, switch_loss, unsupported
+from consilium.checkpoint.hf.attention import read_gqa
+from consilium.checkpoint.hf.keys import Keys
 
 
-def grok(keys: Keys, path: Path) -> dict[str, Any]:
+def grok(keys: Keys) -> dict[str, Any]:
     """Grok-1 in the keys of either conversion. Its GELU is xAI's own, the tanh approximation."""
-    only(keys, path, "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")
-    only(keys, path, "residual_moe", False)
-    for key in ("moe_intermediate_size", "final_logit_softcapping"):
-        only(keys, path, key)
-    attention = gqa(keys, path)
-    scale = keys.get("attn_output_multiplier")
-    attention["softcap"] = first(keys, "max_attn_value", "attn_logit_softcapping", default=30.0)
-    attention["scale"] = None if scale == attention["head_dim"] ** -0.5 else scale
+    attention = read_gqa(keys)
+    scale = keys.coefficient("attn_output_multiplier")
+    attention["softcap"] = keys.real("max_attn_value")
+    attention["scale"] = None if scale in {0.0, attention["head_dim"] ** -0.5} else scale
+    loss = keys.coefficient("router_aux_loss_coef")
     moe = {
-        "experts": number(keys, path, "num_experts", "num_local_experts"),
-        "width": number(keys, path, "intermediate_size"),
+        "experts": keys.number("num_experts"),
+        "width": keys.number("intermediate_size"),
         "activation": "geglu",
         "router": {
-            "select": {"kind": "top_k", "k": first(keys, "num_experts_per_tok", default=2)},
+            "select": {"kind": "top_k", "k": _most(keys, "num_experts_per_tok")},
             "weight": {"kind": "raw"},
         },
-        "balance": switch_loss(keys, 0.0),
+        "balance": {"losses": [{"kind": "switch", "coefficient": loss}] if loss else []},
     }
     return {
         "attention": attention,
         "moe": moe,
         "norms": "around",
-        "embedding_scale": first(keys, "embedding_multiplier_scale", default=1.0),
-        "logit_scale": first(keys, "output_multiplier_scale", default=1.0),
+        "embedding_scale": keys.real("embedding_multiplier_scale"),
+        "logit_scale": keys.real("output_multiplier_scale"),
     }
 
 
-def skywork_moe(keys: Keys, path: Path) -> dict[str, Any]:
+def skywork_moe(keys: Keys) -> dict[str, Any]:
     """Skywork-MoE: a softmax of standardised logits, top-2, divided by their sum."""
-    only(keys, path, "hidden_act", "silu")
-    only(keys, path, "moe_expert_interval", 1)
-    only(keys, path, "moe_2layer_gate", False)
-    only(keys, path, "moe_use_skywork_gating", False)
-    if not keys.get("moe_use_mixtral_gating"):
-        only(keys, path, "moe_feature_no_mul_topk", True)
-    standard = {"kind": "standardise", "scale": first(keys, "moe_gate_norm_std", default=1.0)}
+    if not keys.flag("moe_use_mixtral_gating") and not keys.flag("moe_feature_no_mul_topk"):
+        raise keys.unsupported("moe_feature_no_mul_topk")
+    standard = {"kind": "standardise", "scale": keys.real("moe_gate_norm_std")}
     moe = {
-        "experts": _experts(keys, path),
-        "width": number(keys, path, "intermediate_size"),
+        "experts": keys.number("num_local_experts"),
+        "width": keys.number("intermediate_size"),
         "router": {
-            "transforms": [standard] if first(keys, "moe_use_logits_norm", default=True) else [],
-            "select": {"kind": "top_k", "k": first(keys, "num_experts_per_tok", default=2)},
+            "transforms": [standard] if keys.flag("moe_use_logits_norm") else [],
+            "select": {"kind": "top_k", "k": _most(keys, "num_experts_per_tok", "num_local_experts")},
         },
     }
-    return {"attention": gqa(keys, path), "moe": moe}
+    return {"attention": read_gqa(keys), "moe": moe}
 
 
-def _experts(keys: Keys, path: Path) -> int:
-    """The number of experts, which one generation of keys gives as a list of one."""
-    listed = keys.get("num_experts")
-    single = {"num_experts": listed[0]} if isinstance(listed, list) and len(listed) == 1 else {}
-    return number({**keys, **single}, path, "num_local_experts", "num_experts")
-
-
-def llama_moe(keys: Keys, path: Path) -> dict[str, Any]:
+def llama_moe(keys: Keys) -> dict[str, Any]:
     """LLaMA-MoE: a gate with a hidden layer and learned noise, softmax of the selected, a factor."""
-    only(keys, path, "hidden_act", "silu")
-    only(keys, path, "gate_type", "TopKBalancedNoisyGate")
-    only(keys, path, "calculator_type", "UniversalCalculator")
-    only(keys, path, "gate_use_softmax", True)
-    only(keys, path, "multiply_gate_scores", True)
-    only(keys, path, "add_weight_norm", False)
-    only(keys, path, "gate_network", "mlp", "linear")
-    noisy = first(keys, "gate_add_noise", default=True)
-    floor = first(keys, "gate_noise_epsilon", default=1e-2)
+    noisy = keys.flag("gate_add_noise")
+    noise = (
+        {"kind": "learned", "floor": keys.coefficient("gate_noise_epsilon")} if noisy else {"kind": "none"}
+    )
     moe = {
-        "experts": number(keys, path, "num_experts"),
-        "width": _width(keys, path),
+        "experts": keys.number("num_experts"),
+        "width": _width(keys),
         "router": {
-            "projection": {"kind": first(keys, "gate_network", default="mlp")},
-            "noise": {"kind": "learned", "floor": floor} if noisy else {"kind": "none"},
-            "select": {"kind": "top_k", "k": number(keys, path, "num_selects")},
+            "projection": {"kind": keys.choice("gate_network", "mlp", "linear")},
+            "noise": noise,
+            "select": {"kind": "top_k", "k": _most(keys, "num_selects")},
             "weight": {"kind": "softmax_of_selected"},
-            "scale": _one(first(keys, "score_scale_factor", default=1.0), "score_scale_factor", path),
+            "scale": _one(keys, "score_scale_factor").real("score_scale_factor"),
         },
-        "balance": {"losses": _importance_and_load(keys, noisy=bool(noisy))},
+        "balance": {"losses": _importance_and_load(keys, noisy=noisy)},
     }
-    return {"attention": gqa(keys, path), "moe": moe}
+    return {"attention": read_gqa(keys), "moe": moe}
+
+
+def _most(keys: Keys, key: str, experts: str = "num_experts") -> int:
+    if keys.number(key) > keys.number(experts):
+        raise keys.wrong(key, f"at most {experts}, {keys[experts]}")
+    return keys.number(key)
 
 
 def _importance_and_load(keys: Keys, *, noisy: bool) -> list[dict[str, Any]]:
     """Without noise their load is a count, which has no gradient."""
-    weight = first(keys, "gate_balance_loss_weight", default=1e-2)
-    if not weight or not first(keys, "gate_use_balance", default=True):
+    weight = keys.coefficient("gate_balance_loss_weight")
+    if not weight or not keys.flag("gate_use_balance"):
         return []
     kinds = ("importance", "load") if noisy else ("importance",)
     return [{"kind": kind, "coefficient": weight} for kind in kinds]
 
 
-def _width(keys: Keys, path: Path) -> int:
+def _width(keys: Keys) -> int:
     """Experts share ``intermediate_size``; ``size_experts`` may say so for every layer and expert."""
-    experts, total = number(keys, path, "num_experts"), number(keys, path, "intermediate_size")
-    sizes, width = listed(keys, path, "size_experts"), total // experts
+    experts, total = keys.number("num_experts"), keys.number("intermediate_size")
+    sizes, width = keys.listed("size_experts"), total // experts
     equal = all(
-        isinstance(layer, list) and len(layer) == experts and set(layer) == {width} for layer in sizes
+        isinstance(layer, list) and len(layer) == experts and all(size == width for size in layer)
+        for layer in sizes
     )
     if total % experts or not equal:
-        raise unsupported(path, "size_experts", sizes)
+        raise keys.unsupported("size_experts" if sizes else "intermediate_size")
     return width
 
 
-def _one(value: object, key: str, path: Path) -> object:
-    """A number, or the one that a list of a number a layer repeats."""
+def _one(keys: Keys, key: str) -> Keys:
+    """With the one value of ``key`` that a list of a value a layer repeats."""
+    value = keys[key]
     if not isinstance(value, list):
-        return value
+        return keys
     if not value or any(each != value[0] for each in value):
-        raise unsupported(path, key, value)
-    return value[0]
+        raise keys.unsupported(key)
+    return Keys(keys.path, {**keys.values, key: value[0]})

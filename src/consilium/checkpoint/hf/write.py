@@ -16,7 +16,7 @@ def network(config: Model, found: Architecture) -> dict[str, Any]:
     """Keys of feed-forward networks, experts and router, and what only this architecture asks for."""
     dense = None if config.dense is None else config.dense.width
     if config.moe is None:
-        return {"intermediate_size": dense, "mlp_bias": False, **_unwindowed(config)}
+        return {"intermediate_size": dense, **_unwindowed(config)}
     moe = config.moe
     match found:
         case "llama" | "qwen2" | "qwen3":
@@ -26,16 +26,13 @@ def network(config: Model, found: Architecture) -> dict[str, Any]:
         case "qwen2_moe" | "qwen3_moe":
             return {**_qwen(config, moe), "intermediate_size": dense or moe.width}
         case "olmoe":
-            return _local_experts(moe) | {"norm_topk_prob": _normalised(moe), "clip_qkv": None}
+            return _local_experts(moe) | {"norm_topk_prob": _normalised(moe)}
         case "deepseek" | "deepseek_v2":
             method = "greedy" if _groups(moe) == (1, 1) else "group_limited_greedy"
-            specific = {"scoring_func": "softmax", "topk_method": method}
-            return {"intermediate_size": dense or moe.width, **_deepseek(config, moe), **specific}
+            return {"intermediate_size": dense or moe.width, **_deepseek(config, moe), "topk_method": method}
         case "deepseek_v3":
-            # Without these two, readers that know several DeepSeek models fall back to softmax.
-            specific = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-            specific |= {"num_nextn_predict_layers": config.mtp.depth}
-            return {"intermediate_size": dense or moe.width, **_deepseek(config, moe), **specific}
+            specific = {**_deepseek(config, moe), "num_nextn_predict_layers": config.mtp.depth}
+            return {"intermediate_size": dense or moe.width, **specific}
         case "grok-1":
             return _local_experts(moe) | _grok(config)
         case "skywork_moe":
@@ -100,7 +97,6 @@ def _deepseek(config: Model, moe: MoE) -> dict[str, Any]:
         "num_experts_per_tok": moe.most_active,
         "moe_intermediate_size": moe.width,
         "first_k_dense_replace": config.dense_first,
-        "moe_layer_freq": 1,
         "n_group": count,
         "topk_group": keep,
         "norm_topk_prob": _normalised(moe),
@@ -117,7 +113,6 @@ def _grok(config: Model) -> dict[str, Any]:
         "max_attn_value": config.attention.softcap,
         "embedding_multiplier_scale": config.embedding_scale,
         "output_multiplier_scale": config.logit_scale,
-        "hidden_act": "gelu_pytorch_tanh",
     }
 
 
@@ -125,11 +120,8 @@ def _skywork(moe: MoE) -> dict[str, Any]:
     (standard,) = (step for step in moe.router.transforms if isinstance(step, Standardise))
     return {
         "num_experts": [moe.experts],
-        "moe_expert_interval": 1,
         "moe_use_logits_norm": True,
         "moe_gate_norm_std": standard.scale,
-        "moe_2layer_gate": False,
-        "moe_use_skywork_gating": False,
         "moe_use_mixtral_gating": False,
         "moe_feature_no_mul_topk": True,
     }
@@ -144,15 +136,10 @@ def _llama_moe(moe: MoE) -> dict[str, Any]:
         "num_experts": moe.experts,
         "num_selects": moe.most_active,
         "size_experts": None,
-        "gate_type": "TopKBalancedNoisyGate",
         "gate_network": "mlp" if isinstance(router.projection, MLPGate) else "linear",
-        "gate_use_softmax": True,
         "gate_use_balance": bool(weight),
         "gate_balance_loss_weight": weight,
         "gate_add_noise": learned is not None,
         "gate_noise_epsilon": 0.01 if learned is None else learned.floor,
-        "calculator_type": "UniversalCalculator",
-        "multiply_gate_scores": True,
         "score_scale_factor": router.scale,
-        "add_weight_norm": False,
     }

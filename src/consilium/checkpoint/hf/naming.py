@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from consilium.checkpoint.hf.architecture import Architecture
+from consilium.checkpoint.hf.architecture import Architecture, architecture
 from consilium.config.model import Model
 from consilium.recipes import layout, layout_fused, layout_remote
 from consilium.recipes.layout import Row, Table
@@ -51,27 +51,35 @@ def redundant(config: Model) -> tuple[re.Pattern[str], ...]:
     return (*REDUNDANT, _HEAD) if config.tied else REDUNDANT
 
 
-def table_of(architecture: Architecture, names: Iterable[str]) -> Table:
-    """Return the layout that most of ``names`` on disk follow, the published one where none stands out."""
+def published(config: Model) -> Table | None:
+    """Return the layout that ``config`` is written in, None for our own."""
+    kind = architecture(config)
+    return None if kind is None else TABLES[kind][0]
+
+
+def table_of(layout: Architecture | None, names: Iterable[str]) -> Table | None:
+    """Return the table that most of ``names`` on disk follow, the published one where none stands out."""
+    if layout is None:
+        return None
     seen = {_PLACE.sub("*", name) for name in names}
 
     def known(table: Table) -> int:
         return len(seen & {_PLACE.sub("*", pattern) for row in table.values() for pattern in row})
 
-    return max(TABLES[architecture], key=known)
+    return max(TABLES[layout], key=known)
 
 
-def parts(
-    state: Mapping[str, Tensor], architecture: Architecture, layers: int, table: Table | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def named(config: Model, state: Mapping[str, Tensor], table: Table | None) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor on disk by its name there, as a view of our ``state``, in the order of ``state``.
 
-    ``table`` is by default the published one. Multi-token prediction module k is layer ``layers`` + k there.
+    ``table`` None is our own layout. Multi-token prediction module k is layer ``layers`` + k elsewhere.
     """
-    rows = TABLES[architecture][0] if table is None else table
+    if table is None:
+        yield from state.items()
+        return
     for name, tensor in state.items():
-        pattern, i = _pattern(name, layers)
-        yield from _views(rows[pattern], i, tensor)
+        pattern, i = _pattern(name, config.layers)
+        yield from _views(table[pattern], i, tensor)
 
 
 def _pattern(name: str, layers: int) -> tuple[str, int]:
