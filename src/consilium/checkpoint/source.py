@@ -17,7 +17,7 @@ from consilium.checkpoint.fp8 import Scaled, Stored
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import layout_of
 from consilium.checkpoint.hf.generation import read_generation
-from consilium.checkpoint.hf.naming import named, redundant, table_of
+from consilium.checkpoint.hf.naming import covers, named, published, redundant, table_of
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.config.generation import GenerationDefaults
@@ -104,6 +104,8 @@ def fitted(
     Raises ConsiliumError naming the tensor at fault.
     """
     table = table_of(layout_of(folder), found)
+    # The folder of another kind of model: what is missing is said in the names of this one.
+    table = table if covers(table, config, state) else published(config)
     asked = {name: tensor for name, tensor in state.items() if not _derived(name, found)}
     weights.match(found, dict(named(config, asked, table)), folder, ignored=redundant(config))
     return FolderSource(config, read_generation(folder), state, found, table, check_finite)

@@ -57,6 +57,11 @@ def published(config: Model) -> Table | None:
     return None if kind is None else TABLES[kind][0]
 
 
+def covers(table: Table | None, config: Model, names: Iterable[str]) -> bool:
+    """Whether ``table`` has a row for each of ``names`` of ours."""
+    return table is None or all(_pattern(name, config.layers)[0] in table for name in names)
+
+
 def table_of(layout: Architecture | None, names: Iterable[str]) -> Table | None:
     """Return the table that most of ``names`` on disk follow, the published one where none stands out."""
     if layout is None:
