@@ -12,7 +12,12 @@ from consilium.model.init import initialise
 from consilium.moe.transport import Transports, local
 from consilium.planner.parameters import parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -32,19 +37,32 @@ def build(
 ) -> Decoder:
     """Build a freshly initialised model; on ``device="meta"`` it has shapes and no memory.
 
-    Weights are drawn in float32 on the CPU and converted, so that a seed means the same model everywhere.
-    Router arithmetic and balance state stay float32 whatever ``dtype``. ``transports`` says by layer how rows
-    reach their experts. Raises ConsiliumError for a model
-    that this machine cannot hold.
+    A seed means the same model on every device, and torch's own generators stay where they are. Router
+    arithmetic and balance state stay float32 whatever ``dtype``. ``transports`` says by layer how rows reach
+    their experts. Raises ConsiliumError for a model that this machine cannot hold.
     """
-    kind = torch_dtype(dtype)
+    model = allocate(config, dtype=torch_dtype(dtype), device=device, transports=transports)
+    if device != "meta":
+        initialise(model, config.init, seed)
+    return model
+
+
+def allocate(
+    config: Model, *, dtype: torch.dtype, device: str = "cpu", transports: Transports = local
+) -> Decoder:
+    """A model whose parameters are still to be written: nothing is drawn and no memory of theirs is touched.
+
+    Raises ConsiliumError for a model that this machine cannot hold.
+    """
     if device == "meta":
         with torch.device("meta"):
-            return Decoder(config, transports=transports).to(kind)
-    refuse_too_large(config, torch.float32)
+            return Decoder(config, transports=transports).to(dtype)
+    if device == "cpu":
+        refuse_too_large(config, dtype)
     model = Decoder(config, transports=transports)
-    initialise(model, config.init, seed)
-    return model.to(device=device, dtype=kind)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
+    return model.to(device)
 
 
 def refuse_too_large(config: Model, dtype: torch.dtype) -> None:

@@ -1,6 +1,14 @@
-"""Initialisation: matrices from one generator in the order of the module tree, norms 1, biases 0."""
+"""Initialisation: each matrix from a stream of its own, norms 1, biases 0.
+
+A stream is a function of the seed, the tensor's name and, in a stack, the expert: whoever holds some of the
+layers or experts draws the same values for them as whoever holds all, in whatever order.
+
+Legend: O outputs, I inputs of one matrix.
+"""
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +22,21 @@ ZERO_BESIDE_NOISE = ("noise.weight", "projection.weight", "primary.weight", "pri
 
 @torch.no_grad()
 def initialise(model: nn.Module, init: Init, seed: int) -> None:
-    """Draw all weights from ``seed``. Deterministic for a given module tree."""
-    generator = torch.Generator().manual_seed(seed)
+    """Write every parameter of ``model``, which may be of any dtype, on any device and uninitialised.
+
+    Values are drawn in float32 on the CPU and rounded, so that a seed means the same model everywhere.
+    """
     zero = _zero_at_start(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         elif name in zero:
             parameter.zero_()
+        elif parameter.ndim == 2:
+            parameter.copy_(_drawn(parameter.shape, init, _stream(f"{seed}/{name}")))
         else:
-            _draw(parameter, init, generator)
+            for expert, matrix in enumerate(parameter):
+                matrix.copy_(_drawn(matrix.shape, init, _stream(f"{seed}/{name}/{expert}")))
 
 
 def _zero_at_start(model: nn.Module) -> set[str]:
@@ -31,10 +44,16 @@ def _zero_at_start(model: nn.Module) -> set[str]:
     return {name.removesuffix("noise.weight") + part for name in noises for part in ZERO_BESIDE_NOISE}
 
 
-def _draw(parameter: Tensor, init: Init, generator: torch.Generator) -> None:
+def _stream(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _drawn(shape: torch.Size, init: Init, stream: torch.Generator) -> Tensor:
+    matrix_OI = torch.empty(shape)
     match init:
         case Normal(std=std):
-            parameter.normal_(0.0, std, generator=generator)
+            return matrix_OI.normal_(0.0, std, generator=stream)
         case FanIn(scale=scale):
-            std = (scale / parameter.shape[-1]) ** 0.5
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+            std = (scale / shape[-1]) ** 0.5
+            return nn.init.trunc_normal_(matrix_OI, std=std, a=-2 * std, b=2 * std, generator=stream)
