@@ -14,6 +14,7 @@ from consilium.attention.context import build_context
 from consilium.attention.mla import LatentAttention
 from consilium.attention.types import LatentPath
 from consilium.config.attention import GQA, MLA
+from consilium.kv.types import View
 from support import relative_error
 
 named_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -57,7 +58,7 @@ def test_a_ragged_batch_equals_one_by_one(config: GQA | MLA, garbage: float) -> 
     module, lengths, new = built(config), torch.tensor([3, 7, 1]), 4
     x = random_x(3, 7 + new)
     layer = empty_layer(config, 3, 7 + new)
-    layer.extend(counted(3, 7 + new), torch.full((3, 7 + new, config.cache_width), garbage), 7 + new)
+    layer.write(torch.full((3, 7 + new, config.cache_width), garbage), counted(3, 7 + new))
     padded = torch.where(counted(3, 7)[..., None] < lengths[:, None, None], x[:, :7], 50.0)
     prompt = cached(module, padded, counted(3, 7), layer)
     steps = [
@@ -130,9 +131,49 @@ def test_a_cached_row_has_the_width_the_config_promises(config: GQA | MLA) -> No
     written: list[torch.Tensor] = []
 
     class Recorder:
-        def extend(self, position_BS: torch.Tensor, new_BSC: torch.Tensor, keys: int) -> torch.Tensor:
+        def write(self, new_BSC: torch.Tensor, slots_BS: torch.Tensor) -> None:
             written.append(new_BSC)
-            return new_BSC
+
+        def view(self, slots: int) -> View:
+            return View(torch.zeros(2, slots, config.cache_width), None, slots)
 
     built(config)(random_x(2, 3), build_context(config, counted(2, 3), cached=True), Recorder())
     assert [tuple(rows.shape) for rows in written] == [(2, 3, config.cache_width)]
+
+
+class Pages:
+    """A cache whose pages lie in any order, with strangers' rows between them."""
+
+    def __init__(self, batch: int, capacity: int, width: int, size: int) -> None:
+        pages = -(-capacity // size)
+        order = torch.randperm(batch * pages + 3, generator=torch.Generator().manual_seed(size))
+        self.table_BM = order[: batch * pages].view(batch, pages)
+        self.storage_NPC = torch.full((len(order), size, width), 1e4)
+
+    def write(self, new_BSC: torch.Tensor, slots_BS: torch.Tensor) -> None:
+        size = self.storage_NPC.shape[1]
+        self.storage_NPC[self.table_BM.gather(1, slots_BS // size), slots_BS % size] = new_BSC.detach()
+
+    def view(self, slots: int) -> View:
+        return View(self.storage_NPC, self.table_BM, slots)
+
+
+@named_configs
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("path", ["expanded", "absorbed"])
+def test_pages_equal_one_pass(config: GQA | MLA, size: int, path: LatentPath) -> None:
+    """Ragged lengths over pages of several sizes, last pages partly filled."""
+    module, lengths, new = built(config), torch.tensor([3, 7, 1]), 4
+    x, pages = random_x(3, 7 + new), Pages(3, 7 + new, config.cache_width, size)
+
+    def passed(part: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        context = replace(build_context(config, position, cached=True), latent_path=path)
+        return module(part, context, pages)
+
+    prompt = passed(x[:, :7], counted(3, 7))
+    rows = torch.arange(3)
+    steps = [passed(x[rows, lengths + i][:, None], (lengths + i)[:, None]) for i in range(new)]
+    for b, length in enumerate(lengths.tolist()):
+        alone = uncached(module, x[b : b + 1, : length + new])[0]
+        assert relative_error(prompt[b, :length], alone[:length]) < 1e-5
+        assert relative_error(torch.stack([step[b, 0] for step in steps]), alone[length:]) < 1e-5

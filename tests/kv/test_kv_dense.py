@@ -11,11 +11,20 @@ from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.kv.build import build_cache
-from consilium.kv.dense import DenseCache
+from consilium.kv.dense import DenseCache, DenseLayer
+from consilium.kv.types import View
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def extended(layer: DenseLayer, position: Tensor, new: Tensor, keys: int) -> Tensor:
+    """Write, then read the first slots as a pass does."""
+    view = layer.view(keys)
+    layer.write(new, position)
+    (rows_BLC,) = view.tiles(new.dtype)
+    return rows_BLC
 
 
 def model(attention: GQA | MLA) -> Model:
@@ -37,7 +46,7 @@ def test_every_slot_holds_what_was_written_to_it_last(writes: list[tuple[int, in
     for step, (start, tokens) in enumerate(writes):
         position = start + torch.arange(tokens) + torch.arange(batch)[:, None]
         new, keys = rows(batch, tokens, 2, seed=step), int(position.max()) + 1
-        returned = layer.extend(position, new, keys)
+        returned = extended(layer, position, new, keys)
         expected |= {(b, int(position[b, s])): new[b, s] for b in range(batch) for s in range(tokens)}
         assert returned.shape == (batch, keys, 2)
         for (b, slot), row in expected.items():
@@ -47,7 +56,7 @@ def test_every_slot_holds_what_was_written_to_it_last(writes: list[tuple[int, in
 
 def test_slots_never_written_are_finite() -> None:
     layer = DenseCache(layers=2, batch=2, capacity=6, width=3).layer(1)
-    returned = layer.extend(torch.tensor([[5], [0]]), rows(2, 1, 3), 6)
+    returned = extended(layer, torch.tensor([[5], [0]]), rows(2, 1, 3), 6)
     assert not returned[0, :5].any()
     assert not returned[1, 1:].any()
 
@@ -56,15 +65,15 @@ def test_layers_do_not_share_slots() -> None:
     cache = DenseCache(layers=2, batch=1, capacity=2, width=3)
     position = torch.tensor([[0]])
     first, second = rows(1, 1, 3, seed=1), rows(1, 1, 3, seed=2)
-    cache.layer(0).extend(position, first, 1)
-    cache.layer(1).extend(position, second, 1)
-    assert torch.equal(cache.layer(0).extend(torch.tensor([[1]]), second, 2)[:, :1], first)
+    extended(cache.layer(0), position, first, 1)
+    extended(cache.layer(1), position, second, 1)
+    assert torch.equal(extended(cache.layer(0), torch.tensor([[1]]), second, 2)[:, :1], first)
 
 
 def test_rows_are_stored_in_the_dtype_of_the_cache_and_returned_in_that_of_the_pass() -> None:
     cache = DenseCache(layers=1, batch=1, capacity=4, width=3, dtype=torch.bfloat16)
     new = rows(1, 4, 3)
-    returned = cache.layer(0).extend(torch.arange(4)[None], new, 4)
+    returned = extended(cache.layer(0), torch.arange(4)[None], new, 4)
     assert returned.dtype == torch.float32
     assert torch.equal(returned, new.bfloat16().float())
 
@@ -72,17 +81,17 @@ def test_rows_are_stored_in_the_dtype_of_the_cache_and_returned_in_that_of_the_p
 def test_rows_carry_no_gradient() -> None:
     cache = DenseCache(layers=1, batch=1, capacity=2, width=3)
     new = rows(1, 1, 3).requires_grad_()
-    assert not cache.layer(0).extend(torch.tensor([[0]]), new, 1).requires_grad
+    assert not extended(cache.layer(0), torch.tensor([[0]]), new, 1).requires_grad
 
 
 def test_a_full_cache_says_what_is_missing() -> None:
     layer = DenseCache(layers=1, batch=1, capacity=4, width=2).layer(0)
     position = torch.arange(4)[None]
-    layer.extend(position, rows(1, 4, 2), 4)
+    extended(layer, position, rows(1, 4, 2), 4)
     with pytest.raises(
         ConsiliumError, match="needs 5 slots but the cache was allocated with 4; ask for fewer"
     ):
-        layer.extend(position[:, -1:] + 1, rows(1, 1, 2), 5)
+        extended(layer, position[:, -1:] + 1, rows(1, 1, 2), 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,3 +109,16 @@ def test_memory_is_what_the_config_promises(attention: GQA | MLA, width: int, dt
     assert config.attention.cache_width == width
     assert cache.bytes == width * config.layers * 5 * 7 * dtype.itemsize
     assert len([cache.layer(i) for i in range(config.layers)]) == config.layers
+
+
+@given(size=st.integers(1, 5), slots=st.integers(1, 11), batch=st.integers(1, 3))
+def test_tiles_of_pages_are_the_slots_in_order(size: int, slots: int, batch: int) -> None:
+    pages = -(-11 // size)
+    table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0)).view(batch, pages)
+    storage = rows(batch * pages, size, 2)
+    tiles = View(storage, table, slots).tiles(torch.float32)
+    assert [tile.shape[1] for tile in tiles] == [min(size, slots - at) for at in range(0, slots, size)]
+    expected = [
+        [storage[table[b, slot // size], slot % size].tolist() for slot in range(slots)] for b in range(batch)
+    ]
+    assert torch.cat(tiles, 1).tolist() == expected

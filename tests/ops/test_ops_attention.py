@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consilium.ops.attention import attend, attend_latent, attend_naive
+from consilium.ops.attention import attend, attend_latent, attend_naive, attend_part, merge
 from support import relative_error
 
 sizes = st.integers(1, 5)
@@ -138,3 +138,63 @@ def test_softcap_bounds_logits_before_the_mask() -> None:
     mask = torch.tensor([[[True, True, False]]])
     assert attend(q, k, v, mask_BSL=mask, scale=1.0, softcap=5.0).item() == pytest.approx(1.5)
     assert attend(q, k, v, mask_BSL=mask, scale=1.0).item() == pytest.approx(2.0)
+
+
+@given(
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    queries=sizes,
+    tiles=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    softcap=st.sampled_from([None, 2.0]),
+    nested=st.booleans(),
+)
+def test_parts_merge_into_attention_over_all_keys_in_values_and_gradients(
+    *,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    tiles: list[int],
+    softcap: float | None,
+    nested: bool,
+) -> None:
+    """Some queries see nothing in some tiles, and one of them nothing at all."""
+    q = random(batch, kv_heads * group, queries, 4, seed=1)
+    k, v = random(batch, kv_heads, sum(tiles), 4, seed=2), random(batch, kv_heads, sum(tiles), 3, seed=3)
+    mask = random_mask(batch, queries, sum(tiles), seed=4)
+    fast, slow = ([x.double().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    pieces = zip(fast[1].split(tiles, 2), fast[2].split(tiles, 2), mask.split(tiles, 2), strict=True)
+    parts = [attend_part(fast[0], a, b, mask_BSL=c, scale=1.3, softcap=softcap) for a, b, c in pieces]
+    whole = merge([merge(parts[:2]), *parts[2:]]) if nested else merge(parts)
+    expected = attend_naive(*slow, mask_BSL=mask, scale=1.3, softcap=softcap)
+    assert relative_error(whole.values_BHSV, expected) < 1e-12
+    seen = mask.any(-1)[:, None].expand_as(whole.lse_BHS)
+    assert bool((whole.lse_BHS[~seen] == -torch.inf).all())
+    alone = attend_part(*slow, mask_BSL=mask, scale=1.3, softcap=softcap)
+    assert torch.allclose(whole.lse_BHS[seen], alone.lse_BHS[seen], rtol=1e-12)
+    towards, upwards = random(*expected.shape, seed=9).double(), random(*seen.shape, seed=8).double()
+    score = (whole.values_BHSV * towards).sum() + (whole.lse_BHS * upwards)[seen].sum()
+    wanted = (expected * towards).sum() + (alone.lse_BHS * upwards)[seen].sum()
+    gradients, correct = torch.autograd.grad(score, fast), torch.autograd.grad(wanted, slow)
+    assert relative_error(joint(gradients), joint(correct)) < 1e-10
+
+
+def test_parts_without_any_key_in_sight_stay_zero_and_pass_no_gradient() -> None:
+    q, k, v = (random(1, 2, 3, 4, seed=i).requires_grad_() for i in range(3))
+    blind = attend_part(q, k, v, mask_BSL=torch.zeros(1, 3, 3, dtype=torch.bool), scale=1.0)
+    whole = merge([blind, blind])
+    assert not whole.values_BHSV.any()
+    assert bool((whole.lse_BHS == -torch.inf).all())
+    gradients = torch.autograd.grad(whole.values_BHSV.sum(), (q, k, v))
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_parts_of_bfloat16_are_float32_and_huge_logits_stay_finite() -> None:
+    q, k, v = (random(1, 2, 3, 4, seed=i).bfloat16() for i in range(3))
+    seen = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    parts = [attend_part(300 * q, 300 * k, v, mask_BSL=m, scale=1.0) for m in (seen, torch.zeros_like(seen))]
+    whole = merge(parts)
+    assert whole.values_BHSV.dtype == whole.lse_BHS.dtype == torch.float32
+    expected = attend_naive(300 * q.double(), 300 * k.double(), v.double(), mask_BSL=seen, scale=1.0)
+    assert relative_error(whole.values_BHSV, expected) < 1e-5

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from consilium.attention.types import Context
 from consilium.config.attention import GQA, MLA
+from consilium.ops.documents import Documents
 from consilium.ops.rope import rotary_tables
 
 
@@ -23,32 +24,23 @@ def build_context(
 ) -> Context:
     """The context of a pass over tokens at ``position_BS``.
 
-    Without a cache a token sees the valid tokens of its own document up to itself; documents are told apart
-    by ``sequence_BS``, and what is not ``valid_BS`` is seen by nobody.
+    Without a cache a token sees the tokens of its own document up to itself; documents are told apart by
+    ``sequence_BS``. What is not ``valid_BS`` stands before or behind its document and is seen by no token
+    of it. Raises ConsiliumError where it stands inside.
 
     With a cache a token sees the slots up to its own position. Every row of the batch is one sequence (no
     ``sequence_BS``), and padding stands to the right and counts on the positions of its row: it lies behind
     every token that matters and needs no mask.
     """
-    if cached:
-        assert sequence_BS is None, "a cache holds one sequence a row, which packed documents are not"
-        mask_BSL = _slot_mask(position_BS)
-    else:
-        mask_BSL = _document_mask(position_BS, sequence_BS, valid_BS)
+    assert not cached or sequence_BS is None, "a cache holds one sequence a row, not packed documents"
     cos_BSR, sin_BSR = rotary_tables(config.rope, _rotated_width(config), position_BS)
-    return Context(position_BS, cos_BSR, sin_BSR, mask_BSL)
-
-
-def _document_mask(position_BS: Tensor, sequence_BS: Tensor | None, valid_BS: Tensor | None) -> Tensor | None:
-    one_document = sequence_BS is None or bool((sequence_BS == sequence_BS[:, :1]).all())
-    all_valid = valid_BS is None or bool(valid_BS.all())
-    if one_document and all_valid:
-        return None
-    batch, tokens = position_BS.shape
-    mask_BSL = torch.ones(batch, tokens, tokens, dtype=torch.bool, device=position_BS.device).tril()
-    if sequence_BS is not None:
-        mask_BSL &= sequence_BS[:, :, None] == sequence_BS[:, None, :]
-    return mask_BSL if valid_BS is None else mask_BSL & valid_BS[:, None, :]
+    return Context(
+        position_BS,
+        cos_BSR,
+        sin_BSR,
+        documents=None if cached else Documents.find(sequence_BS, valid_BS),
+        seen_BSL=_slot_mask(position_BS) if cached else None,
+    )
 
 
 def _slot_mask(position_BS: Tensor) -> Tensor | None:

@@ -11,10 +11,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from consilium.attention.tiles import attend_tiles
 from consilium.attention.types import Context
 from consilium.config.attention import GQA
 from consilium.kv.types import LayerCache
-from consilium.ops.attention import attend
+from consilium.ops.documents import attend_documents
 from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
 from consilium.ops.rope import rotate
@@ -38,21 +39,22 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """Attend over the new tokens, or over the cache once they are written to it: [B, S, D]."""
         q_BSHP = self._rotated(self.q(x_BSD), self.q_norm, context)
-        k_BLGP = self._rotated(self.k(x_BSD), self.k_norm, context)
-        v_BLGP = self.v(x_BSD).unflatten(-1, (-1, self.config.head_dim))
-        if cache is not None:
-            new_BSC = torch.cat((k_BLGP.flatten(-2), v_BLGP.flatten(-2)), -1)
-            rows_BLC = cache.extend(context.position_BS, new_BSC, context.keys)
-            k_BLGP, v_BLGP = rows_BLC.unflatten(-1, (-1, self.config.head_dim)).chunk(2, -2)
-        y_BHSP = attend(
-            q_BSHP.transpose(1, 2),
-            k_BLGP.transpose(1, 2),
-            v_BLGP.transpose(1, 2),
-            mask_BSL=context.mask_BSL,
-            scale=self.config.softmax_scale,
-            softcap=self.config.softcap,
-        )
+        k_BSGP = self._rotated(self.k(x_BSD), self.k_norm, context)
+        v_BSGP = self.v(x_BSD).unflatten(-1, (-1, self.config.head_dim))
+        scale, softcap = self.config.softmax_scale, self.config.softcap
+        if cache is None:
+            y_BSHP = attend_documents(q_BSHP, k_BSGP, v_BSGP, context.documents, scale=scale, softcap=softcap)
+            return self.o(y_BSHP.flatten(-2))
+        view = cache.view(context.keys)
+        cache.write(torch.cat((k_BSGP.flatten(-2), v_BSGP.flatten(-2)), -1), context.position_BS)
+        tiles = [self._keys_and_values(rows_BLC) for rows_BLC in view.tiles(x_BSD.dtype)]
+        y_BHSP = attend_tiles(q_BSHP.transpose(1, 2), tiles, context, scale=scale, softcap=softcap)
         return self.o(y_BHSP.transpose(1, 2).flatten(-2))
+
+    def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, L, P] of cached rows."""
+        k_BGLP, v_BGLP = rows_BLC.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2).chunk(2, 1)
+        return k_BGLP, v_BGLP
 
     def _rotated(self, flat_BSX: Tensor, norm: nn.Module, context: Context) -> Tensor:
         """Queries or keys of every head: normalised over a head or over all of them, then rotated."""

@@ -7,15 +7,18 @@ latent, C = Z + R cached values a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from consilium.attention.tiles import attend_tiles
 from consilium.attention.types import Context
 from consilium.config.attention import MLA
 from consilium.kv.types import LayerCache
-from consilium.ops.attention import attend, attend_latent
+from consilium.ops.attention import attend_latent
+from consilium.ops.documents import attend_documents
 from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
 from consilium.ops.rope import rotate
@@ -49,13 +52,16 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """Attend over the new tokens, or over the cache once they are written to it: [B, S, D]."""
         nope_BSHN, rope_BSHR = self._queries(x_BSD, context)
-        rows_BLC = self._rows(x_BSD, context)
+        rows_BSC = self._rows(x_BSD, context)
+        tiles = (rows_BSC,)
         if cache is not None:
-            rows_BLC = cache.extend(context.position_BS, rows_BLC, context.keys)
+            view = cache.view(context.keys)
+            cache.write(rows_BSC, context.position_BS)
+            tiles = view.tiles(x_BSD.dtype)
         if self._absorbs(context, cached=cache is not None):
-            y_BSHV = self._absorbed(nope_BSHN, rope_BSHR, rows_BLC, context)
+            y_BSHV = self._absorbed(nope_BSHN, rope_BSHR, tiles, context)
         else:
-            y_BSHV = self._expanded(nope_BSHN, rope_BSHR, rows_BLC, context)
+            y_BSHV = self._expanded(nope_BSHN, rope_BSHR, tiles, context)
         return self.o(y_BSHV.flatten(-2))
 
     def _queries(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -85,30 +91,38 @@ class LatentAttention(nn.Module):
                 tokens = context.position_BS.shape[1]
                 return cached and tokens < context.keys and tokens < self.config.absorb_below
 
-    def _expanded(self, nope_BSHN: Tensor, rope_BSHR: Tensor, rows_BLC: Tensor, context: Context) -> Tensor:
+    def _expanded(
+        self, nope_BSHN: Tensor, rope_BSHR: Tensor, tiles: Sequence[Tensor], context: Context
+    ) -> Tensor:
+        q_BSHK, scale = torch.cat((nope_BSHN, rope_BSHR), -1), self.config.softmax_scale
+        expanded = [self._keys_and_values(rows_BLC) for rows_BLC in tiles]
+        if context.documents is not None:
+            ((k_BSHK, v_BSHV),) = expanded
+            return attend_documents(q_BSHK, k_BSHK, v_BSHV, context.documents, scale=scale)
+        heads = [(k_BLHK.transpose(1, 2), v_BLHV.transpose(1, 2)) for k_BLHK, v_BLHV in expanded]
+        return attend_tiles(q_BSHK.transpose(1, 2), heads, context, scale=scale).transpose(1, 2)
+
+    def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, L, H, N + R] and values [B, L, H, V] of every head."""
         config = self.config
         latent_BLZ, key_BLR = rows_BLC.split((config.kv_rank, config.rope_dim), -1)
         widths = (config.nope_dim, config.v_dim)
         key_BLHN, v_BLHV = self.kv_up(latent_BLZ).unflatten(-1, (config.heads, -1)).split(widths, -1)
         shared_BLHR = key_BLR[:, :, None].expand(-1, -1, config.heads, -1)
-        y_BHSV = attend(
-            torch.cat((nope_BSHN, rope_BSHR), -1).transpose(1, 2),
-            torch.cat((key_BLHN, shared_BLHR), -1).transpose(1, 2),
-            v_BLHV.transpose(1, 2),
-            mask_BSL=context.mask_BSL,
-            scale=config.softmax_scale,
-        )
-        return y_BHSV.transpose(1, 2)
+        return torch.cat((key_BLHN, shared_BLHR), -1), v_BLHV
 
-    def _absorbed(self, nope_BSHN: Tensor, rope_BSHR: Tensor, rows_BLC: Tensor, context: Context) -> Tensor:
+    def _absorbed(
+        self, nope_BSHN: Tensor, rope_BSHR: Tensor, tiles: Sequence[Tensor], context: Context
+    ) -> Tensor:
+        assert context.documents is None, "absorbed attention reads a cache, which holds one sequence a row"
         config = self.config
-        up_HXZ = self.kv_up.weight.to(rows_BLC.dtype).unflatten(0, (config.heads, -1))
+        up_HXZ = self.kv_up.weight.to(nope_BSHN.dtype).unflatten(0, (config.heads, -1))
         key_up_HNZ, value_up_HVZ = up_HXZ.split((config.nope_dim, config.v_dim), 1)
         latent_BSHZ = torch.einsum("bshn,hnz->bshz", nope_BSHN, key_up_HNZ)
-        y_BHSC = attend_latent(
-            torch.cat((latent_BSHZ, rope_BSHR), -1).transpose(1, 2),
-            rows_BLC,
-            mask_BSL=context.mask_BSL,
-            scale=config.softmax_scale,
-        )
+        q_BHSC = torch.cat((latent_BSHZ, rope_BSHR), -1).transpose(1, 2)
+        if len(tiles) == 1:
+            y_BHSC = attend_latent(q_BHSC, tiles[0], mask_BSL=context.seen_BSL, scale=config.softmax_scale)
+        else:
+            shared = [(rows_BLC[:, None], rows_BLC[:, None]) for rows_BLC in tiles]
+            y_BHSC = attend_tiles(q_BHSC, shared, context, scale=config.softmax_scale)
         return torch.einsum("bhsz,hvz->bshv", y_BHSC[..., : config.kv_rank], value_up_HVZ)

@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from consilium.ops.documents import Documents
+
 LatentPath = Literal["auto", "expanded", "absorbed"]
 
 
@@ -20,12 +22,14 @@ class Context:
     cos_BSR: Tensor
     """float32 cosines, YaRN's rotation scale included."""
     sin_BSR: Tensor
-    mask_BSL: Tensor | None
-    """bool, True where a query may look at a key; None is plain causal attention over the S new tokens."""
+    documents: Documents | None
+    """Without a cache: where documents begin in the rows; None where every row is one."""
+    seen_BSL: Tensor | None
+    """With a cache: bool, True where a query sees a slot; None is plain causal attention over new tokens."""
     latent_path: LatentPath = "auto"
     """How latent attention computes: by cost, or as told."""
 
     @property
     def keys(self) -> int:
         """L: how many keys the pass sees."""
-        return self.position_BS.shape[1] if self.mask_BSL is None else self.mask_BSL.shape[-1]
+        return self.position_BS.shape[1] if self.seen_BSL is None else self.seen_BSL.shape[-1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from consilium.errors import ConsiliumError
+from consilium.kv.types import View
 
 
 @final
@@ -31,19 +32,22 @@ class DenseLayer:
         self._rows_BNC = rows_BNC
         self._sequence_B1 = torch.arange(rows_BNC.shape[0], device=rows_BNC.device)[:, None]
 
-    def extend(self, position_BS: Tensor, new_BSC: Tensor, keys: int) -> Tensor:
-        """Write [B, S, C] at the slots ``position_BS`` and return a view of the first ``keys`` slots.
+    def write(self, new_BSC: Tensor, slots_BS: Tensor) -> None:
+        """Write [B, S, C] at slots [B, S]; a slot beyond the capacity is refused by ``view``, before."""
+        self._rows_BNC[self._sequence_B1, slots_BS] = new_BSC.detach().to(self._rows_BNC.dtype)
 
-        Rows carry no gradient. Raises ConsiliumError when ``keys`` exceeds the capacity.
+    def view(self, slots: int) -> View:
+        """Return the first ``slots`` slots of every sequence.
+
+        Raises ConsiliumError when they exceed the capacity.
         """
         capacity = self._rows_BNC.shape[1]
-        if keys > capacity:
+        if slots > capacity:
             raise ConsiliumError(
-                f"cache: a sequence needs {keys} slots but the cache was allocated with {capacity};"
+                f"cache: a sequence needs {slots} slots but the cache was allocated with {capacity};"
                 " ask for fewer new tokens or allocate a larger capacity."
             )
-        self._rows_BNC[self._sequence_B1, position_BS] = new_BSC.detach().to(self._rows_BNC.dtype)
-        return self._rows_BNC[:, :keys].to(new_BSC.dtype)
+        return View(self._rows_BNC, None, slots)
 
 
 @final

@@ -1,24 +1,52 @@
 """The contract between attention and a cache: one row of C values a token and layer.
 
-Legend: B sequences, S new tokens, L slots in use, C cached values a token
-(GQA: keys then values of every kv head; MLA: normalised latent then rotated shared key).
+Legend: B sequences, S new tokens, L slots in use, N pages, P slots a page, M pages of a sequence, C cached
+values a token (GQA: keys then values of every kv head; MLA: normalised latent then rotated shared key).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, final
 
+import torch
 from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class View:
+    """What attention reads of a layer. Slot j of sequence b is row j % P of page ``table_BM[b, j // P]``."""
+
+    storage_NPC: Tensor
+    table_BM: Tensor | None
+    """int64; absent where sequence b owns page b alone."""
+    slots: int
+    """L: one more than the largest slot in use. Slots beyond a sequence's own length are finite, unseen."""
+
+    def tiles(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The rows [B, at most P, C] of one page of every sequence after another; together L slots."""
+        if self.table_BM is None:
+            return (self.storage_NPC[:, : self.slots].to(dtype),)
+        size = self.storage_NPC.shape[1]
+        return tuple(
+            self.storage_NPC[self.table_BM[:, start // size], : self.slots - start].to(dtype)
+            for start in range(0, self.slots, size)
+        )
 
 
 class LayerCache(Protocol):
     """One layer's slots. A token's slot is its position, so a row may be rewritten but never moves."""
 
-    def extend(self, position_BS: Tensor, new_BSC: Tensor, keys: int) -> Tensor:
-        """Write the new rows at their slots and return rows [B, L, C], L = keys, in the dtype of the new.
+    def write(self, new_BSC: Tensor, slots_BS: Tensor) -> None:
+        """Keep new rows, without gradient, in the dtype of the cache."""
+        ...
 
-        ``keys`` is one more than the largest position of the pass. It is an argument because whoever builds
-        the pass knows it, while reading it off ``position_BS`` would wait for the device once a layer.
+    def view(self, slots: int) -> View:
+        """Return the first ``slots`` slots of every sequence; ConsiliumError where there are fewer.
+
+        The number is an argument because whoever builds the pass knows it, while reading it off the device
+        would wait once a layer.
         """
         ...
 

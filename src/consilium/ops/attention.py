@@ -9,6 +9,9 @@ sees keys 0 to i. A query that sees nothing returns zeros and passes no gradient
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,6 +64,65 @@ def attend_latent(q_BHSC: Tensor, rows_BLC: Tensor, *, mask_BSL: Tensor | None, 
         scale=scale,
     )
     return y_B1QC.view(batch, heads, queries, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Attention over some of the keys. Parts of the same queries merge into attention over all of them."""
+
+    values_BHSV: Tensor
+    """float32, zero where a query sees none of these keys."""
+    lse_BHS: Tensor
+    """float32: log of the sum of exp(logits); minus infinity where a query sees none of these keys."""
+
+
+def attend_part(
+    q_BHSK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLV: Tensor,
+    *,
+    mask_BSL: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Part:
+    """``attend`` over one tile or page of the keys, with what ``merge`` needs; in at least float32."""
+    wide = torch.promote_types(q_BHSK.dtype, torch.float32)
+    q_BGNSK = q_BHSK.to(wide).unflatten(1, (k_BGLK.shape[1], -1))
+    logits_BGNSL = q_BGNSK @ k_BGLK[:, :, None].to(wide).mT * scale
+    if softcap is not None:
+        logits_BGNSL = softcap * torch.tanh(logits_BGNSL / softcap)
+    seen_BGNSL = mask_BSL[:, None, None].expand_as(logits_BGNSL)
+    highest_BGNS1 = _highest(logits_BGNSL.masked_fill(~seen_BGNSL, -torch.inf))
+    weights_BGNSL = (logits_BGNSL - highest_BGNS1).masked_fill(~seen_BGNSL, -torch.inf).exp()
+    sums_BGNS1 = weights_BGNSL.sum(-1, keepdim=True)
+    blind_BGNS1 = sums_BGNS1 == 0
+    values_BGNSV = weights_BGNSL @ v_BGLV[:, :, None].to(wide) / sums_BGNS1.masked_fill(blind_BGNS1, 1.0)
+    lse_BGNS1 = sums_BGNS1.masked_fill(blind_BGNS1, 1.0).log() + highest_BGNS1
+    lse_BGNS = lse_BGNS1.masked_fill(blind_BGNS1, -torch.inf).squeeze(-1)
+    return Part(values_BGNSV.flatten(1, 2), lse_BGNS.flatten(1, 2))
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Attention over the keys of all parts, which share none. Parts add up in their order, always the same.
+
+    With m the highest log-sum-exp: values = sum_i exp(lse_i - m) values_i / sum_i exp(lse_i - m). The result
+    is a part again; a query that sees no key in any of them stays at zero and minus infinity.
+    """
+    lse_PBHS = torch.stack([part.lse_BHS for part in parts])
+    highest_BHS = _highest(lse_PBHS.movedim(0, -1)).squeeze(-1)
+    weights_PBHS = (lse_PBHS - highest_BHS).exp()
+    total_BHS = weights_PBHS.sum(0)
+    blind_BHS = total_BHS == 0
+    share_PBHS = weights_PBHS / total_BHS.masked_fill(blind_BHS, 1.0)
+    values_PBHSV = torch.stack([part.values_BHSV for part in parts])
+    lse_BHS = total_BHS.masked_fill(blind_BHS, 1.0).log() + highest_BHS
+    return Part((share_PBHS[..., None] * values_PBHSV).sum(0), lse_BHS.masked_fill(blind_BHS, -torch.inf))
+
+
+def _highest(logits: Tensor) -> Tensor:
+    """What is taken off before exp, over the last axis: a number, even where all are minus infinity."""
+    highest = logits.detach().amax(-1, keepdim=True)
+    return highest.masked_fill(highest == -torch.inf, 0.0)
 
 
 def attend_naive(
