@@ -91,7 +91,7 @@ def test_experts_are_selected_with_biased_scores_of_both_signs() -> None:
 
 @pytest.mark.parametrize(("system", "least"), [("switch", 0.05), ("switch-full", 0.5), ("deepseek-v2", 0.05)])
 def test_these_systems_drop_in_training(system: str, least: float) -> None:
-    model, batch = lively_model(SYSTEMS[system]), batch_of(rows_of(LAYOUTS["packed documents"]))
+    model, batch = lively_model(SYSTEMS[system]), batch_of(rows_of(LAYOUTS["packed documents"], 1))
     reports = model(Inputs.of(batch), options=Options(mode=Mode(training=True))).reports
     assert all(int(report.dropped) >= least * int(report.wanted_E.sum()) for report in reports.values())
 
