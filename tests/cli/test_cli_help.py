@@ -12,7 +12,7 @@ from consilium.cli.main import VERBS, main, verb_parser
 from consilium.errors import closest
 
 
-@pytest.mark.parametrize("name", ["systems", "plan", "convert", "bench", "doctor"])
+@pytest.mark.parametrize("name", VERBS)
 def test_every_option_says_its_default(name: str) -> None:
     def told(action: Action) -> bool:
         return action.required or action.nargs == 0 or "default" in (action.help or "")

@@ -41,8 +41,9 @@ class Parser(argparse.ArgumentParser):
         """Let the help of every option end with its default, where it does not say what holds without it."""
         for action in self._actions:
             said = action.help or ""
-            if action.nargs != 0 and action.default not in (None, []) and "default" not in said:
-                action.help = f"{said}; default %(default)s".removeprefix("; ")
+            if action.nargs != 0 and not action.required and "default" not in said:
+                value = "none" if action.default in (None, []) else "%(default)s"
+                action.help = f"{said}; default: {value}".removeprefix("; ")
 
     def error(self, message: str) -> NoReturn:
         raise ConsiliumError(f"{self.prog}: {message}; {self.prog} --help shows the arguments.")
