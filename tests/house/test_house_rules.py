@@ -12,7 +12,7 @@ import pytest
 from house.tree import ROOT, Source, dotted, imports, sources
 
 PACKAGE = sources("src")
-RUNS_FOREIGN_CODE = ("marshal", "cloudpickle", "joblib")
+RUNS_FOREIGN_CODE = ("marshal", "shelve", "dill", "cloudpickle", "joblib")
 GOES_TO_THE_NETWORK = (
     "aiohttp",
     "ftplib",
