@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checkpoint.models import ALL, answer, deepseek_v3, llama, mixtral, representable, saved, trained
 from consilium.checkpoint import safetensors_io, store
+from consilium.checkpoint.folders import checkpoint_in
 from consilium.checkpoint.hf.architecture import architecture
 from consilium.checkpoint.hf.naming import TABLES, named
 from consilium.config.model import MTP, Model
@@ -167,10 +168,12 @@ def test_announced_prediction_modules_that_the_file_lacks_are_left_out(tmp_path:
     assert store.load(folder).config.mtp == MTP(depth=0)
 
 
-def test_loading_puts_back_what_a_crash_left_moved_aside(tmp_path: Path) -> None:
-    saved(tmp_path / "model", llama()).rename(tmp_path / f"model.old-{'0' * 16}")
+def test_loading_finds_what_a_crash_left_moved_aside_and_writes_nothing(tmp_path: Path) -> None:
+    aside = saved(tmp_path / "model", llama()).rename(tmp_path / f".model.old-{'0' * 16}")
     assert store.load(tmp_path / "model").config == llama()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert store.open_folder(tmp_path / "model").config == llama()
+    assert checkpoint_in(tmp_path / "model") == aside
+    assert [path.name for path in tmp_path.iterdir()] == [aside.name]
 
 
 @pytest.mark.parametrize("name", ["absent", "file"])

@@ -133,14 +133,22 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 
 
 def test_a_full_disk_leaves_nothing_behind(data: Data, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     notices: list[str] = []
     build_corpus(data, VOCABULARY, progress=notices.append)
-    assert "No space left" in notices[-1]
-    assert list((cache / "corpus").iterdir()) == []
+    assert "no space left" in notices[-1]
+    assert not (cache / "corpus").exists() or list((cache / "corpus").iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(data: Data, cache: Path) -> None:
+    leftover = cache / "corpus" / f".{'a' * 64}.tmp-{'0' * 16}"
+    leftover.mkdir(parents=True)
+    (leftover / "train-0-ids.npy").write_bytes(b"half")
+    build_corpus(data, VOCABULARY)
+    assert entry(cache).name != leftover.name
 
 
 def test_arrays_from_the_cache_are_mapped_and_read_only(data: Data) -> None:

@@ -44,18 +44,19 @@ def test_loads_survive_the_file(
     assert len(again) == len(case[2])
 
 
-@given(case=files(), step=st.integers(0, 7), torn=st.integers(0, 40))
-def test_truncation_keeps_what_is_not_later_and_drops_a_torn_tail(
+@given(case=files(), step=st.integers(0, 7), torn=st.integers(0, 200), fill=st.sampled_from([b"\xff", b"\0"]))
+def test_truncation_keeps_what_is_not_later_and_drops_a_torn_tail_and_nuls(
     case: tuple[list[int], int, list[list[list[int]]]],
     step: int,
     torn: int,
+    fill: bytes,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     layers, experts, loads = case
     file = written(run, *case)
     with file.path.open("ab") as tail:
-        tail.write(b"\xff" * min(torn, file.header.record_bytes - 1))
+        tail.write(fill * (torn if fill == b"\0" else min(torn, file.header.record_bytes - 1)))
     assert contents(file) == list(enumerate(loads, start=1))
     file.truncate(step)
     kept = list(enumerate(loads, start=1))[:step]
@@ -99,7 +100,7 @@ def test_a_file_that_cannot_grow_is_one_sentence(tmp_path: Path) -> None:
     file = LoadFile.create(tmp_path, layers=[0], experts=1)
     file.path.unlink()
     file.path.mkdir()
-    with pytest.raises(ConsiliumError, match=r"cannot write .*loads\.bin"):
+    with pytest.raises(ConsiliumError, match=r"cannot save to .*loads\.bin"):
         file.append(1, [[1]])
 
 

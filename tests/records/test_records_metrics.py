@@ -128,6 +128,20 @@ def test_a_crash_costs_the_last_line_at_most(cut: int, tmp_path_factory: pytest.
     assert (metrics.torn is not None) == (1 < cut < len(lines[-1]))
 
 
+@pytest.mark.parametrize("before", ["", '{"step": 2, "tok'])
+@pytest.mark.parametrize("after", ["", "\n", '{"step": 3, "tokens": 3}\n'])
+def test_nuls_of_a_power_cut_are_dropped_and_told(before: str, after: str, tmp_path: Path) -> None:
+    """Blocks that were given to the file and never written are NULs; a later block may have been written."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(to_line(at(0)) + to_line(at(1)) + before + "\0" * 4096 + after)
+    metrics = read_metrics(path)
+    whole_after = after.startswith("{") and not before
+    assert [record.step for record in metrics.records] == [0, 1, *([3] if whole_after else [])]
+    assert (metrics.torn is None) == whole_after
+    assert truncate_metrics(path, 1) == metrics
+    assert path.read_text() == to_line(at(0)) + to_line(at(1))
+
+
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(to_line(at(0)) + '{"step": "x"}\n' + to_line(at(2)))
@@ -161,5 +175,5 @@ def test_truncation_keeps_what_is_not_later(
 
 def test_a_folder_in_the_place_of_the_file_is_one_sentence(tmp_path: Path) -> None:
     for act in (lambda: append_step(tmp_path, at(0)), lambda: read_metrics(tmp_path)):
-        with pytest.raises(ConsiliumError, match=r"cannot (read|write) "):
+        with pytest.raises(ConsiliumError, match=r"cannot (read|save to) "):
             act()

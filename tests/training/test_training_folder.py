@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -104,20 +102,6 @@ def test_a_folder_that_vanishes_hides_no_error(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         vanish()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    told: list[str] = []
-    with locked(tmp_path / "run", told.append):
-        assert [text for text in told if "has no locks" in text]
-    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(config: Training, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from consilium.records.metrics import read_metrics
 from consilium.records.run import RunMeta
 from consilium.training import loop
 from consilium.training.events import Event, Finished, Listener, Notice, Saved, Stepped
+from consilium.training.files import RunFiles
 from consilium.training.loop import train
 from consilium.training.run import loader_of
 from consilium.training.schedule import learning_rate
@@ -206,9 +208,29 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_alone(
     train(config, tmp_path / "run")
     flip_a_bit(tmp_path / "run/checkpoints/step-8/model.safetensors")
     metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(ConsiliumError, match=r"no checkpoint there is complete and unchanged \(step-8\)"):
+    with pytest.raises(ConsiliumError, match=r"no checkpoint in .* is complete and unchanged: .*step-8"):
         train(config, tmp_path / "run", resume=True)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+
+
+def test_records_are_durable_before_the_checkpoint_that_relies_on_them(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(RunFiles, "sync", lambda _: order.append("records"))
+    save = store.save
+    monkeypatch.setattr(store, "save", lambda *a, **k: (order.append("checkpoint"), save(*a, **k)))
+    train(configuration(text, steps=4), tmp_path / "run")
+    assert order == ["records", "checkpoint"] * 2
+
+
+def test_a_disk_that_cannot_hold_a_checkpoint_is_known_before_the_first_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**16))
+    with pytest.raises(ConsiliumError, match="no space left on the disk for a checkpoint"):
+        train(configuration(text), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resume_before_any_checkpoint_says_so_and_keeps_the_records(text: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.source import FolderSource, Source
-from consilium.checkpoint.store import open_folder
+from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
@@ -68,7 +68,7 @@ def convert(
         values = _told(_values(source, written), written, progress)
         safetensors_io.write_sharded(staged, written, values=values, files=files)
 
-    commit_folder(destination, write, files=files)
+    commit_folder(destination, write, unless=(SCALARS,), files=files)
 
 
 @final

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Final
 
+from consilium.checkpoint.hf.config import NAME as CONFIG_FILE
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
@@ -16,14 +18,16 @@ CHECKPOINTS: Final = "checkpoints"
 """The folder of a run that holds its ``step-N``."""
 
 
-def newest_of_run(folder: Path) -> Path:
+def newest_of_run(folder: Path, *, notice: atomic.Notice = logging.getLogger("consilium").warning) -> Path:
     """Return the newest complete checkpoint of a run, and any other folder as it is.
 
-    Raises ConsiliumError for a run that has none, or whose newest was changed.
+    One that is incomplete is passed over and told to ``notice``. Nothing is written, and no weights are read.
+    Raises ConsiliumError for a run that has none.
     """
-    if (folder / "config.json").exists() or not (folder / CHECKPOINTS).is_dir():
+    folder = atomic.standing(folder)
+    if (folder / CONFIG_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
         return folder
-    newest = atomic.latest(folder / CHECKPOINTS)
+    newest = atomic.latest(folder / CHECKPOINTS, notice=notice)
     if newest is None:
         raise ConsiliumError(
             f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
@@ -34,7 +38,7 @@ def newest_of_run(folder: Path) -> Path:
 def checkpoint_in(folder: Path) -> Path:
     """Return the checkpoint that ``folder`` is or holds. Raises ConsiliumError that says how to get one."""
     found = newest_of_run(folder)
-    if (found / "config.json").exists() or (found.suffix == GGUF and found.is_file()):
+    if (found / CONFIG_FILE).exists() or (found.suffix == GGUF and found.is_file()):
         return found
     if not folder.exists():
         raise ConsiliumError(missing(str(folder)))

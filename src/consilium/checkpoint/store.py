@@ -23,7 +23,7 @@ from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, stored_dtype
 from consilium.config.model import Model
 from consilium.disk import manifest
-from consilium.disk.atomic import commit_folder, recover
+from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 from consilium.model.build import build, refuse_too_large
@@ -67,8 +67,9 @@ def save(
 ) -> None:
     """Write ``model`` to ``folder`` so that transformers opens it where it has the architecture.
 
-    The folder appears complete or not at all, and replaces one saved there before. Raises ConsiliumError in
-    one sentence on no space, no permission, a failing disk, or a folder with other files in it.
+    The folder appears complete or not at all. It replaces one that was saved there and is still as it was;
+    a checkpoint that training can go on from is replaced by another one only. Raises ConsiliumError in one
+    sentence on no space, no permission, a failing disk, or a folder with anything else in it.
     """
 
     def write(staged: Path) -> None:
@@ -81,7 +82,8 @@ def save(
             files.write(staged / SCALARS, [_json(training_state.scalars)])
             safetensors_io.write(staged / TENSORS, training_state.tensors, files=files)
 
-    commit_folder(Path(folder), write, files=files)
+    unless = (SCALARS,) if training_state is None else ()
+    commit_folder(Path(folder), write, unless=unless, files=files)
 
 
 def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Decoder:
@@ -160,7 +162,6 @@ def _json(data: object) -> bytes:
 
 def _open(folder: Path) -> tuple[Model, dict[str, Stored]]:
     """What the files of ``folder`` hold, and the configuration of the model that they make up."""
-    recover(folder)
     config = config_from_folder(folder)
     found = find(folder, config)
     return as_stored(config, found), found

@@ -65,7 +65,7 @@ def build_corpus(
     corpus = _tokenize(tokenizer, documents, report)
     try:
         write_entry(folder, _files(corpus))
-    except OSError as error:
+    except ConsiliumError as error:
         report(f"the cache cannot be written, so the next run tokenizes again: {error}")
     return corpus
 

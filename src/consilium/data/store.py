@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-MANIFEST = "manifest.json"
+from consilium.disk import atomic, manifest
+from consilium.disk.files import DISK, Filesystem
+from consilium.disk.lock import held
+from consilium.errors import ConsiliumError
+
 Array = NDArray[Any]
+_WAIT: Final = 60.0
+"""Seconds for which another process may be writing its entry."""
 
 
 def cache_folder() -> Path:
@@ -27,37 +29,35 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "consilium"
 
 
-def write_entry(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write ``files`` and a manifest of their hashes beside ``folder``, then rename them into its place.
+def write_entry(folder: Path, content: Mapping[str, bytes], *, files: Filesystem = DISK) -> None:
+    """Write the files of an entry in the place of a damaged one; clear what killed processes left beside it.
 
-    Raises OSError when the disk is full or not ours to write; nothing then stays behind.
+    Raises ConsiliumError when the disk is full or not ours to write; nothing then stays behind.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}-", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (made / name).write_bytes(content)
-        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        # A damaged entry, or one that another process has just written: equal content by its key.
-        shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    kept = folder.parent
+
+    def write(staged: Path) -> None:
+        for name, data in content.items():
+            files.write(staged / name, [data])
+
+    busy = f"another process has been writing to {kept} for {_WAIT:.0f} seconds; wait for it."
+    with held(kept.with_name(f"{kept.name}.lock"), busy=busy, wait=_WAIT, files=files) as alone:
+        if alone:
+            atomic.sweep(kept, files=files)
+        if entry_is_whole(folder):  # by the other process
+            return
+        if folder.exists():
+            atomic.remove(folder, files=files)
+        atomic.commit_folder(folder, write, files=files)
 
 
 def entry_is_whole(folder: Path) -> bool:
     """Tell whether every file of the manifest is there with its hash."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(_hash(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
+        manifest.verify(folder)
+    except ConsiliumError:
         return False
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return True
 
 
 def array_bytes(array: Array) -> bytes:

@@ -1,131 +1,192 @@
-"""A folder appears complete or not at all, and an old one goes only after the new one is durable.
+"""A file or a folder appears complete or not at all, and an old one goes only after the new one is durable.
 
-Order of a commit: write ``NAME.tmp-*``, fsync every file, write and fsync the manifest, fsync the folder,
-rename to ``NAME``, fsync the parent. The rename is the commit point. One process at a time writes below a
-parent.
+Order of a commit: write ``.NAME.tmp-*`` beside the destination, fsync every file, in a folder write and fsync
+the manifest and fsync the folder, rename to ``NAME``, fsync the parent. The rename is the commit point.
+Readers change nothing: only who writes a name, and who calls ``sweep``, clears what a crash left. One process
+at a time writes a name; a folder that several share is written under ``disk.lock``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import secrets
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from consilium.disk.files import DISK, Filesystem, make_parents, remove_tree, write_failure
-from consilium.disk.manifest import NAME, list_files, read_manifest, seal, verify
+from consilium.disk.manifest import NAME, check_complete, read_manifest, seal, verify
 from consilium.errors import ConsiliumError
 
 _STEP: Final = re.compile(r"step-(\d{1,18})")
-_LEFTOVER: Final = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{16}")
+_LEFTOVER: Final = re.compile(r"\.?(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{16}")
+
+Notice = Callable[[str], None]
+Check = Callable[[Path], None]
 
 
-def commit_folder(destination: Path, write: Callable[[Path], None], *, files: Filesystem = DISK) -> None:
-    """Let ``write`` fill a temporary folder, then make it ``destination`` in one step.
+def commit_file(
+    destination: Path, write: Callable[[Path], None], *, new: bool = False, files: Filesystem = DISK
+) -> None:
+    """Let ``write`` make a temporary file, then make it ``destination`` in one step.
 
-    A folder saved there before is replaced; after a crash it or the new one is complete. A folder with
-    anything else in it is refused. Raises ConsiliumError in one sentence on no space, no permission or a
-    failing disk.
+    A file there is replaced, with ``new`` refused. Raises ConsiliumError in one sentence on no space, no
+    permission, a failing disk, or anything but a file in the way.
     """
     destination = destination.resolve()
     try:
-        _refuse_foreign(destination)
+        _refuse_in_the_way(destination, new=new)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
-        _write_and_publish(destination, write, files)
+        with _staged(destination, files) as staged:
+            write(staged)
+            files.sync_file(staged)
+            _refuse_in_the_way(destination, new=new)
+            files.rename(staged, destination)
+        files.sync_folder(destination.parent)
+    except OSError as error:
+        raise write_failure(error, destination) from error
+
+
+def write_file(destination: Path, content: bytes, *, files: Filesystem = DISK) -> None:
+    """Replace ``destination`` by ``content`` whole or not at all; errors are those of ``commit_file``."""
+    commit_file(destination, lambda staged: files.write(staged, [content]), files=files)
+
+
+def commit_folder(
+    destination: Path,
+    write: Callable[[Path], None],
+    *,
+    unless: Collection[str] = (),
+    files: Filesystem = DISK,
+) -> None:
+    """Let ``write`` fill a temporary folder, then make it ``destination`` in one step.
+
+    An empty folder is replaced, and one that is unchanged since it was committed here, unless it holds a file
+    named in ``unless``; after a crash it or the new one is complete. Any other is refused. Raises
+    ConsiliumError in one sentence on no space, no permission or a failing disk.
+    """
+    destination = destination.resolve()
+    try:
+        _refuse_foreign(destination, unless)
+        make_parents(destination.parent, files)
+        _clear(destination.parent, destination.name, files)
+        with _staged(destination, files) as staged:
+            files.make_folder(staged)
+            write(staged)
+            seal(staged, files)
+            _publish(staged, destination, files)
     except OSError as error:
         raise write_failure(error, destination) from error
 
 
 def sweep(parent: Path, *, files: Filesystem = DISK) -> list[Path]:
-    """Remove what interrupted saves left below ``parent``, put back what they had moved; return the names."""
+    """Remove what interrupted writes left below ``parent``, put back what they had moved; return the names.
+
+    Only for who alone writes there.
+    """
     try:
         return _clear(parent, None, files) if parent.is_dir() else []
     except OSError as error:
         raise write_failure(error, parent) from error
 
 
-def recover(destination: Path, *, files: Filesystem = DISK) -> None:
-    """Put ``destination`` back if a crash between the two renames of a replacement left it moved aside."""
-    destination = destination.resolve()
+def remove(path: Path, *, files: Filesystem = DISK) -> None:
+    """Remove a file or a folder; it loses its name before its files, so that a crash never leaves a part."""
+    gone = _beside(path, "tmp")
     try:
-        if not destination.exists() and destination.parent.is_dir():
-            for path, match in _leftovers(destination.parent):
-                if match["kind"] == "old" and match["name"] == destination.name:
-                    files.rename(path, destination)
-                    files.sync_folder(destination.parent)
-                    return
+        files.rename(path, gone)
+        files.sync_folder(path.parent)
+        remove_tree(gone, files)
     except OSError as error:
-        raise write_failure(error, destination) from error
+        raise write_failure(error, path) from error
+
+
+def standing(destination: Path) -> Path:
+    """Return where ``destination`` is to be read: a crash in its replacement may have left it moved aside."""
+    there = destination.resolve()
+    if not there.exists() and there.parent.is_dir():
+        for path, match in _leftovers(there.parent):
+            if match["kind"] == "old" and match["name"] == there.name:
+                return path
+    return destination
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
-    """``step-N`` folders below ``parent`` in rising N, complete or not."""
+    """``step-N`` folders below ``parent`` in rising N, complete or not, each where it is to be read."""
     if not parent.is_dir():
         return []
-    found = (
-        (match, path) for path in parent.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()
-    )
-    return sorted((int(match[1]), path) for match, path in found)
+    names = {path.name for path in parent.iterdir()} | {match["name"] for _, match in _leftovers(parent)}
+    found = ((match, standing(parent / name)) for name in names if (match := _STEP.fullmatch(name)))
+    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
 
 
 def latest(
-    parent: Path, *, fall_back: bool = False, notice: Callable[[str], None] = lambda sentence: None
+    parent: Path,
+    *,
+    check: Check = check_complete,
+    notice: Notice = lambda sentence: None,
 ) -> Path | None:
-    """Return the newest complete and unchanged ``step-N`` below ``parent``, or None.
+    """Return the newest ``step-N`` below ``parent`` that is whole, or None where there is no such folder.
 
-    A folder without a manifest was never finished here: it is skipped and ``notice`` is told. A folder whose
-    files differ from its manifest is an error that names the file; with ``fall_back`` it is skipped with a
-    notice.
+    ``check`` raises ConsiliumError for one that is not: ``check_complete`` compares names and sizes,
+    ``manifest.verify`` every byte. What is skipped is told to ``notice`` and stays as it is. Raises
+    ConsiliumError where there are some and none is whole: nothing must start anew over them unasked.
     """
+    skipped: list[str] = []
     for _, path in reversed(steps(parent)):
-        if not (path / NAME).exists():
-            notice(f"{path} is incomplete (no {NAME}); skipped.")
-            continue
         try:
-            verify(path)
+            check(path)
         except ConsiliumError as error:
-            if not fall_back:
-                raise _with_older(error, parent, path) from None
-            notice(f"{error} Skipped.")
+            skipped.append(str(error))
             continue
+        for sentence in skipped:
+            notice(f"{sentence} Skipped: {path.name} is the newest whole one.")
         return path
+    if skipped:
+        raise ConsiliumError(f"no checkpoint in {parent} is complete and unchanged: {skipped[0]}")
     return None
 
 
-def _with_older(error: ConsiliumError, parent: Path, damaged: Path) -> ConsiliumError:
-    """The same, with the name of a checkpoint that may be used instead."""
-    whole = [path for _, path in steps(parent) if path != damaged and _is_whole(path)]
-    return ConsiliumError(f"{error} {whole[-1]} is an older one.") if whole else error
+def is_whole(folder: Path, check: Check = check_complete) -> bool:
+    """Whether ``folder`` is there and complete; ``check`` as in ``latest``."""
+    try:
+        check(folder)
+    except ConsiliumError:
+        return False
+    return True
+
+
+def set_aside(folder: Path, *, files: Filesystem = DISK) -> Path:
+    """Give a damaged ``folder`` another name, which nothing here ever deletes, and return it."""
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
+    names = (folder.with_name(f"{folder.name}.damaged{end}") for end in ends)
+    aside = next(path for path in names if not path.exists())
+    try:
+        files.rename(folder, aside)
+        files.sync_folder(folder.parent)
+    except OSError as error:
+        raise write_failure(error, folder) from error
+    return aside
 
 
 def prune(parent: Path, keep: int, *, current: Path | None = None, files: Filesystem = DISK) -> None:
-    """Remove all but the ``keep`` newest complete ``step-N``; ``current``, just saved, always stays.
-
-    A folder loses its name before its files, so that a crash never leaves a ``step-N`` with some of them.
-    """
+    """Remove all but the ``keep`` newest complete ``step-N``; ``current``, just saved, always stays."""
     assert keep >= 1, keep
-    complete = [path for _, path in steps(parent) if _is_whole(path)]
-    try:
-        for path in complete[:-keep]:
-            if current is None or path.resolve() != current.resolve():
-                gone = _beside(path, "tmp")
-                files.rename(path, gone)
-                files.sync_folder(path.parent)
-                remove_tree(gone, files)
-    except OSError as error:
-        raise write_failure(error, parent) from error
+    complete = [path for _, path in steps(parent) if is_whole(path)]
+    for path in complete[:-keep]:
+        if current is None or path.resolve() != current.resolve():
+            remove(path, files=files)
 
 
-def _write_and_publish(destination: Path, write: Callable[[Path], None], files: Filesystem) -> None:
+@contextlib.contextmanager
+def _staged(destination: Path, files: Filesystem) -> Iterator[Path]:
+    """A name beside ``destination`` that is gone again where anything fails."""
     staged = _beside(destination, "tmp")
     try:
-        files.make_folder(staged)
-        write(staged)
-        seal(staged, files)
-        _publish(staged, destination, files)
+        yield staged
     except BaseException:
         with contextlib.suppress(OSError):
             remove_tree(staged, files)
@@ -149,7 +210,7 @@ def _publish(staged: Path, destination: Path, files: Filesystem) -> None:
 
 
 def _clear(parent: Path, name: str | None, files: Filesystem) -> list[Path]:
-    """Undo what saves of ``name`` (of anything, where None) left below ``parent``; return what went."""
+    """Undo what writes of ``name`` (of anything, where None) left below ``parent``; return what went."""
     cleared: list[Path] = []
     for path, match in _leftovers(parent):
         if name is None or match["name"] == name:
@@ -164,39 +225,46 @@ def _clear(parent: Path, name: str | None, files: Filesystem) -> list[Path]:
 
 
 def _leftovers(parent: Path) -> list[tuple[Path, re.Match[str]]]:
-    return [
-        (path, match)
-        for path in sorted(parent.iterdir())
-        if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir()
-    ]
+    return [(path, match) for path in sorted(parent.iterdir()) if (match := _LEFTOVER.fullmatch(path.name))]
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(8)}")
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(8)}")
 
 
-def _is_whole(folder: Path) -> bool:
-    """Complete by names and sizes; digests would make every save read all older ones."""
-    try:
-        entries = read_manifest(folder)
-        return all((folder / name).stat().st_size == size for name, (size, _) in entries.items())
-    except (ConsiliumError, OSError):
-        return False
+def _refuse_in_the_way(destination: Path, *, new: bool) -> None:
+    if destination.exists() and (new or not destination.is_file()):
+        what = "there is a file already" if destination.is_file() else "there is something that is no file"
+        raise ConsiliumError(f"cannot save to {destination}: {what}; remove it or give another name.")
 
 
-def _refuse_foreign(destination: Path) -> None:
-    """Replacing a folder deletes it, so it must hold nothing but what a save wrote.
-
-    A ``step-N`` is ours by its name: a damaged one must not block the step that writes it anew.
-    """
-    if not destination.exists() or (_STEP.fullmatch(destination.name) and destination.is_dir()):
+def _refuse_foreign(destination: Path, unless: Collection[str]) -> None:
+    """Replacing a folder deletes it, so it must hold nothing but what was committed here, as it was."""
+    if not destination.exists():
         return
     if not destination.is_dir():
         raise ConsiliumError(f"cannot save to {destination}: it is a file; give the name of a new folder.")
-    known = read_manifest(destination) if (destination / NAME).exists() else {}
-    foreign = [name for name in list_files(destination) if name not in known]
+    why = _worth_keeping(destination, unless)
+    if why is not None:
+        raise ConsiliumError(f"cannot save to {destination}: {why}; give a new or empty folder.")
+
+
+def _worth_keeping(folder: Path, unless: Collection[str]) -> str | None:
+    """Why ``folder`` must not be replaced, if anything in it speaks against it."""
+    known: Collection[str] = ()
+    with contextlib.suppress(ConsiliumError):
+        known = read_manifest(folder).keys()
+    ours = {NAME, *known, *(str(above) for name in known for above in PurePosixPath(name).parents)}
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    foreign = [name for name in there if name not in ours or not known]
     if foreign:
-        raise ConsiliumError(
-            f"cannot save to {destination}: it holds files that no save wrote ({', '.join(foreign[:3])});"
-            " give a new or empty folder."
-        )
+        return f"it holds files that no save wrote ({', '.join(foreign[:3])})"
+    precious = [name for name in known if name in unless]
+    if precious:
+        return f"it is a checkpoint that training can go on from ({precious[0]})"
+    try:
+        if known:
+            verify(folder)
+    except ConsiliumError as error:
+        return f"it is not as it was saved ({str(error).removesuffix('.')})"
+    return None

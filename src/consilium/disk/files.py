@@ -1,15 +1,20 @@
-"""The file operations whose order makes a checkpoint crash-safe, behind a protocol that tests can stop."""
+"""The file operations whose order makes a write crash-safe, behind a protocol that tests can stop."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Protocol, final
 
 from consilium.errors import ConsiliumError
+
+if sys.platform == "darwin":
+    import fcntl
 
 Chunk = bytes | memoryview
 
@@ -23,13 +28,21 @@ class Filesystem(Protocol):
         """Create ``path``; it must not exist."""
         ...
 
+    def append(self, path: Path, chunk: Chunk) -> None:
+        """Add all of ``chunk`` to ``path`` with one write, or nothing."""
+        ...
+
+    def truncate(self, path: Path, size: int) -> None: ...
+
     def sync_file(self, path: Path) -> None: ...
 
     def sync_folder(self, path: Path) -> None:
         """Make the names inside ``path`` durable."""
         ...
 
-    def rename(self, source: Path, target: Path) -> None: ...
+    def rename(self, source: Path, target: Path) -> None:
+        """Give ``source`` another name; a file takes the place of one there."""
+        ...
 
     def unlink(self, path: Path) -> None: ...
 
@@ -50,15 +63,25 @@ class Disk:
             for chunk in chunks:
                 file.write(chunk)
 
+    def append(self, path: Path, chunk: Chunk) -> None:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(chunk) != len(chunk):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def truncate(self, path: Path, size: int) -> None:
+        os.truncate(path, size)
+
     def sync_file(self, path: Path) -> None:
-        self._sync(path, os.O_RDWR)
+        _sync(path, os.O_RDWR)
 
     def sync_folder(self, path: Path) -> None:
         if os.name == "posix":
-            self._sync(path, os.O_RDONLY)
+            _sync(path, os.O_RDONLY)
 
     def rename(self, source: Path, target: Path) -> None:
-        source.rename(target)
+        source.replace(target)
 
     def unlink(self, path: Path) -> None:
         path.unlink()
@@ -66,52 +89,84 @@ class Disk:
     def remove_folder(self, path: Path) -> None:
         path.rmdir()
 
-    def _sync(self, path: Path, flags: int) -> None:
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
 
 DISK: Final = Disk()
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """fsync(2), which on macOS stops at the drive's cache; its F_FULLFSYNC goes through where it is known."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
 
 
 def make_parents(folder: Path, files: Filesystem) -> None:
     """Create ``folder`` and what is missing above it, each name durable in its parent."""
     if not folder.exists():
         make_parents(folder.parent, files)
-        files.make_folder(folder)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            files.make_folder(folder)
         files.sync_folder(folder.parent)
 
 
-def remove_tree(folder: Path, files: Filesystem) -> None:
-    """Remove ``folder`` and everything in it; links are removed, never followed."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            remove_tree(path, files)
-        else:
-            files.unlink(path)
-    files.remove_folder(folder)
+def remove_tree(path: Path, files: Filesystem) -> None:
+    """Remove ``path``, a file or a folder with everything in it; links are removed, never followed."""
+    if path.is_symlink() or not path.is_dir():
+        files.unlink(path)
+        return
+    for inner in sorted(path.iterdir()):
+        remove_tree(inner, files)
+    files.remove_folder(path)
+
+
+def refuse_full(place: Path, needed: int, what: str) -> None:
+    """Raise ConsiliumError where the disk of ``place`` has less than ``needed`` bytes left for ``what``."""
+    free = _free(place)
+    if free is not None and free < needed:
+        raise ConsiliumError(
+            f"no space left on the disk for {what} in {place}: it takes {_mebibytes(needed)} and"
+            f" {_mebibytes(free)} are free; free some space or choose another folder."
+        )
 
 
 def write_failure(error: OSError, destination: Path) -> ConsiliumError:
     """Say in one sentence why ``destination`` was not written and what to do."""
     start = f"cannot save to {destination}: "
+    free = _free(destination)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            why = (
-                f"no space left on the disk ({_free(destination)}); free some space or choose another folder"
-            )
+            left = "" if free is None else f" ({_mebibytes(free)} free)"
+            why = f"no space left on the disk{left}; free some space or choose another folder"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             why = "no permission to write there; choose another folder or change its permissions"
         case errno.EIO:
             why = "the disk reported an input/output error; check the disk or choose another folder"
+        case errno.EFBIG:
+            why = "a file there must not grow that large; choose another folder"
+        case errno.ENOENT:
+            why = "no such place, or it vanished meanwhile; choose another folder"
         case _:
             why = f"{(error.strerror or str(error)).lower()}; choose another folder"
     return ConsiliumError(f"{start}{why}; what was saved before is unchanged.")
 
 
-def _free(destination: Path) -> str:
-    there = next((path for path in destination.parents if path.exists()), Path("/"))
-    return f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB free"
+def _free(place: Path) -> int | None:
+    """Bytes that are free where ``place`` is or will be; None where the system does not say."""
+    there = next((path for path in (place, *place.absolute().parents) if path.exists()), Path("/"))
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(there).free
+    return None
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -33,6 +33,15 @@ def seal(folder: Path, files: Filesystem) -> None:
         files.sync_folder(inner)
 
 
+def check_complete(folder: Path) -> None:
+    """Raise ConsiliumError unless every file of the manifest is there in its size.
+
+    Names and sizes are all that an interrupted write changes; digests would read everything.
+    """
+    for name, (size, _) in read_manifest(folder).items():
+        _check_size(folder / name, size)
+
+
 def verify(folder: Path, *, only: Iterable[str] | None = None) -> None:
     """Compare ``folder`` with its manifest; ``only`` limits the digests to these names.
 
@@ -69,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 def list_files(folder: Path) -> list[str]:
     """Names of all files below ``folder`` but the manifest, with forward slashes, sorted."""
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != NAME)
 
 
@@ -85,21 +94,29 @@ def damaged(
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
+    _check_size(path, size)
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})", "check the disk") from None
+    if found != sha256:
+        raise damaged(
+            path,
+            "was changed after it was saved (its SHA-256 differs)",
+            f"restore it, or delete {NAME} beside it if you changed the file on purpose",
+        )
+
+
+def _check_size(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
-        if actual != size:
-            kind = "truncated" if actual < size else "changed"
-            raise damaged(path, f"is {kind}: {actual} bytes, and {size} were saved")
-        if digest(path) != sha256:
-            raise damaged(
-                path,
-                "was changed after it was saved (its SHA-256 differs)",
-                f"restore it, or delete {NAME} beside it if you changed the file on purpose",
-            )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise damaged(path, "is missing") from None
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror})", "check the disk") from None
+    if actual != size:
+        kind = "truncated" if actual < size else "changed"
+        raise damaged(path, f"is {kind}: {actual} bytes, and {size} were saved")
 
 
 def _safe(path: Path, name: str) -> str:

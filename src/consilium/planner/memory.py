@@ -15,13 +15,20 @@ from consilium.records.plan import Parameters, Serving
 BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4})
 """Bits a weight. The scales that int8 and int4 need come on top."""
 
-TRAINING_BYTES = 4 + 4 + 4 + 4
-"""float32 weight, gradient, first and second moment of AdamW."""
+CHECKPOINT_BYTES = 4 + 4 + 4
+"""float32 weight, first and second moment of AdamW."""
+TRAINING_BYTES = CHECKPOINT_BYTES + 4
+"""The same and the gradient."""
 
 
 def weight_bytes(parameters: Parameters, dtype: str) -> int:
     """Bytes of the main model's weights in ``dtype``, rounded up; scales and buffers not counted."""
     return -(-parameters.total * BITS[dtype] // 8)
+
+
+def checkpoint_bytes(parameters: Parameters) -> int:
+    """Bytes of what a run saves to go on from, MTP included."""
+    return CHECKPOINT_BYTES * (parameters.total + parameters.mtp)
 
 
 def training_bytes(parameters: Parameters) -> int:

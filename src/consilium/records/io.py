@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from consilium.disk.atomic import write_file
+from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 
 STRICT = ConfigDict(extra="forbid")
@@ -52,29 +52,13 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` whole or not at all: temporary file, fsync, rename.
-
-    Raises ConsiliumError naming the path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ConsiliumError(
-            f"cannot write {path}: {error.strerror or error}; free space or give another folder."
-        ) from None
+def write_text(path: Path, text: str, *, files: Filesystem = DISK) -> None:
+    """Replace ``path`` whole or not at all. Raises ConsiliumError naming the path."""
+    write_file(path, text.encode(), files=files)
 
 
-def write_json(path: Path, record: object) -> None:
-    write_text(path, to_json(record) + "\n")
+def write_json(path: Path, record: object, *, files: Filesystem = DISK) -> None:
+    write_text(path, to_json(record) + "\n", files=files)
 
 
 def read_json(cls: type[R], path: Path) -> R:

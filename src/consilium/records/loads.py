@@ -1,23 +1,24 @@
 """Expert loads of a run: ``routing/loads.json`` says the shape, ``routing/loads.bin`` holds the counts.
 
 One record a step, little-endian, no padding: int64 step, then int32 [layers, experts], row-major. Records
-have one size: a file cut by a crash is read up to its last whole record, and a resume cuts it at a step.
+have one size and rising steps: a file torn by a crash, or filled with NULs by a power cut, is read up to its
+last whole record, and a resume cuts it at a step.
 
 Legend: L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, final
+from typing import Annotated, Literal, final
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from consilium.errors import ConsiliumError
+from consilium.disk.atomic import write_file
+from consilium.disk.files import DISK, Filesystem, write_failure
 from consilium.records.io import STRICT, read_json, write_json
 
 HEADER_FILE = "routing/loads.json"
@@ -51,25 +52,23 @@ def max_over_mean(load_E: Sequence[float]) -> float:
 class LoadFile:
     """The load matrices of one run folder, open for appending."""
 
-    def __init__(self, run: Path, header: LoadsHeader) -> None:
+    def __init__(self, run: Path, header: LoadsHeader, files: Filesystem = DISK) -> None:
         self._path = run / LOADS_FILE
         self._header = header
+        self._files = files
 
     @staticmethod
-    def create(run: Path, *, layers: Sequence[int], experts: int) -> LoadFile:
+    def create(run: Path, *, layers: Sequence[int], experts: int, files: Filesystem = DISK) -> LoadFile:
         """Start an empty file, in the place of any there. Raises ConsiliumError when it cannot be written."""
         header = LoadsHeader(layers=tuple(layers), experts=experts)
-        write_json(run / HEADER_FILE, header)
-        try:
-            (run / LOADS_FILE).write_bytes(b"")
-        except OSError as error:
-            raise _cannot("write", run / LOADS_FILE, error) from None
-        return LoadFile(run, header)
+        write_json(run / HEADER_FILE, header, files=files)
+        write_file(run / LOADS_FILE, b"", files=files)
+        return LoadFile(run, header, files)
 
     @staticmethod
-    def open(run: Path) -> LoadFile:
+    def open(run: Path, *, files: Filesystem = DISK) -> LoadFile:
         """Open what ``create`` started. Raises ConsiliumError when the header is missing or damaged."""
-        return LoadFile(run, read_json(LoadsHeader, run / HEADER_FILE))
+        return LoadFile(run, read_json(LoadsHeader, run / HEADER_FILE), files)
 
     @property
     def header(self) -> LoadsHeader:
@@ -81,7 +80,7 @@ class LoadFile:
 
     def __len__(self) -> int:
         """Whole records in the file."""
-        return self._path.stat().st_size // self._header.record_bytes if self._path.exists() else 0
+        return sum(1 for _ in self._steps())
 
     def append(self, step: int, load_LE: Sequence[Sequence[int]]) -> None:
         """Add one record with one write. After a crash, truncate first: records carry no marks."""
@@ -90,10 +89,9 @@ class LoadFile:
         assert len(load_LE) == shape[0], f"{len(load_LE)} layers of loads, header has {shape[0]}"
         assert all(len(load_E) == shape[1] for load_E in load_LE), f"loads are not of {shape[1]} experts"
         try:
-            with self._path.open("ab", buffering=0) as file:
-                file.write(struct.pack(f"<q{len(counts)}i", step, *counts))
+            self._files.append(self._path, struct.pack(f"<q{len(counts)}i", step, *counts))
         except OSError as error:
-            raise _cannot("write", self._path, error) from None
+            raise write_failure(error, self._path) from error
 
     def read(self) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:
         """Yield (step, load_LE) in file order; a record cut by a crash is left out."""
@@ -106,22 +104,30 @@ class LoadFile:
 
     def truncate(self, step: int) -> None:
         """Drop records after ``step`` and any torn tail, as a resume from that step's checkpoint needs."""
-        size = self._header.record_bytes
-        keep = len(self)
-        with self._path.open("r+b") as file:
-            while keep and _step_at(file, (keep - 1) * size) > step:
-                keep -= 1
-            file.truncate(keep * size)
-            os.fsync(file.fileno())
+        keep = sum(1 for found in self._steps() if found <= step)
+        try:
+            self._files.truncate(self._path, keep * self._header.record_bytes)
+            self._files.sync_file(self._path)
+        except OSError as error:
+            raise write_failure(error, self._path) from error
 
+    def sync(self) -> None:
+        """Make durable what was appended. Raises ConsiliumError where the disk fails."""
+        try:
+            self._files.sync_file(self._path)
+        except OSError as error:
+            raise write_failure(error, self._path) from error
 
-def _step_at(file: BinaryIO, offset: int) -> int:
-    file.seek(offset)
-    (step,) = struct.unpack("<q", file.read(STEP_BYTES))
-    return step
-
-
-def _cannot(verb: str, path: Path, error: OSError) -> ConsiliumError:
-    return ConsiliumError(
-        f"cannot {verb} {path}: {error.strerror or error}; free space or give another folder."
-    )
+    def _steps(self) -> Iterator[int]:
+        """The steps of the whole records, in file order; NULs after a power cut would be a step 0."""
+        if not self._path.exists():
+            return
+        size, before = self._header.record_bytes, 0
+        with self._path.open("rb") as file:
+            for offset in range(0, self._path.stat().st_size - size + 1, size):
+                file.seek(offset)
+                (step,) = struct.unpack("<q", file.read(STEP_BYTES))
+                if step <= before:
+                    return
+                yield step
+                before = step

@@ -12,11 +12,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from consilium.disk.files import DISK, Filesystem, write_failure
 from consilium.errors import ConsiliumError
 from consilium.records.io import adapter, write_text
 from consilium.records.run import StepRecord
 
 METRICS_FILE = "metrics.jsonl"
+NUL = b"\0"
+_SHOWN = 200
 
 _DOMAIN = "val/bits_per_byte/"
 _LAYER = re.compile(r"moe/layer_([0-9]{1,6})/max_over_mean")
@@ -46,7 +49,7 @@ KEYS: Mapping[str, str] = {
 class Metrics:
     records: tuple[StepRecord, ...]
     torn: str | None
-    """The last line when a crash cut it short, else None."""
+    """The start of the last line that a crash tore, None where there is none."""
 
 
 def to_line(record: StepRecord) -> str:
@@ -83,40 +86,52 @@ def _place(fields: dict[str, Any], key: str, value: float) -> None:
         fields["other"][key] = value
 
 
-def append_step(path: Path, record: StepRecord) -> None:
+def append_step(path: Path, record: StepRecord, *, files: Filesystem = DISK) -> None:
     """Add one line with one write. Raises ConsiliumError when the file cannot grow."""
     try:
-        with path.open("ab", buffering=0) as file:
-            file.write(to_line(record).encode())
+        files.append(path, to_line(record).encode())
     except OSError as error:
-        raise ConsiliumError(
-            f"cannot write {path}: {error.strerror or error}; free space, then --resume."
-        ) from None
+        raise write_failure(error, path) from error
+
+
+def sync_metrics(path: Path, *, files: Filesystem = DISK) -> None:
+    """Make durable what was appended. Raises ConsiliumError where the disk fails."""
+    try:
+        files.sync_file(path)
+    except OSError as error:
+        raise write_failure(error, path) from error
 
 
 def read_metrics(path: Path) -> Metrics:
     """Read all records; a missing file is an empty one.
 
-    Raises ConsiliumError when a line before the last is damaged.
+    What a crash tore is left out: the last line, and lines with the NULs that a power cut leaves where names
+    were durable before contents. Raises ConsiliumError when another line is damaged.
     """
     records: list[StepRecord] = []
+    torn: str | None = None
     lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(from_line(line))
+            records.append(from_line(line.strip(NUL)))
         except ValueError:
-            if number < len(lines):
+            if number < len(lines) and NUL not in line:
                 raise ConsiliumError(
                     f"{path} line {number} is not a record of a step; remove that line to read the rest."
                 ) from None
-            return Metrics(records=tuple(records), torn=line.decode(errors="replace"))
-    return Metrics(records=tuple(records), torn=None)
+            torn = line[:_SHOWN].decode(errors="replace")
+    return Metrics(records=tuple(records), torn=torn)
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the whole records up to ``step``, as a resume from that step's checkpoint needs."""
-    kept = [to_line(record) for record in read_metrics(path).records if record.step <= step]
-    write_text(path, "".join(kept))
+def truncate_metrics(path: Path, step: int, *, files: Filesystem = DISK) -> Metrics:
+    """Keep the whole records up to ``step``, as a resume from that step's checkpoint needs.
+
+    Returns what was there before.
+    """
+    before = read_metrics(path)
+    kept = [to_line(record) for record in before.records if record.step <= step]
+    write_text(path, "".join(kept), files=files)
+    return before
 
 
 def _lines(path: Path) -> list[bytes]:

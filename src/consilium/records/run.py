@@ -14,6 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from consilium.records.io import STRICT, Measured
 
+CONFIG_FILE = "config.yaml"
+"""What the run was started with, complete: training it anew gives the same run."""
 META_FILE = "meta.json"
 SUMMARY_FILE = "summary.json"
 

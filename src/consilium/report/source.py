@@ -9,11 +9,9 @@ from pathlib import Path
 from consilium.errors import ConsiliumError
 from consilium.records.io import read_json_if_present
 from consilium.records.metrics import METRICS_FILE, Metrics, read_metrics
-from consilium.records.run import META_FILE, SUMMARY_FILE, RunMeta, Summary
+from consilium.records.run import CONFIG_FILE, META_FILE, SUMMARY_FILE, RunMeta, Summary
 from consilium.records.specialisation import SPECIALISATION_FILE, Specialisation
 from consilium.report.load_map import LoadMap, read_load_map
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)

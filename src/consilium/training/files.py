@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from consilium.config import io
 from consilium.config.training import Training
+from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE, LoadFile
-from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, truncate_metrics
-from consilium.records.run import META_FILE, StepRecord
+from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, sync_metrics, truncate_metrics
+from consilium.records.run import CONFIG_FILE, META_FILE, StepRecord
 from consilium.training.step import StepResult
 
-CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 """Stays behind; the system forgets who held it when a process ends, however it ends."""
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 def stored_config(out: Path) -> Training | None:
@@ -69,30 +65,13 @@ def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
     """
     _refuse_foreign(out)
     made = not out.exists()
-    lock = FileLock(out.absolute() / LOCK_FILE, blocking=False, fallback_to_soft=False, is_singleton=True)
-    _acquire(lock, out, notice)
-    try:
-        yield
-    finally:
-        lock.release()
-        if made:
-            _remove_unused(out)
-
-
-def _acquire(lock: BaseFileLock, out: Path, notice: Callable[[str], None]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ConsiliumError(
-            f"{out} is in use by another process that trains there; wait for it or choose another --out."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise ConsiliumError(
-                f"cannot write {out}: {error.strerror or error}; choose another --out."
-            ) from None
-        notice(f"the file system of {out} has no locks: let no other process train there")
+    busy = f"{out} is in use by another process that trains there; wait for it or choose another --out."
+    with held(out / LOCK_FILE, busy=busy, notice=notice):
+        try:
+            yield
+        finally:
+            if made:
+                _remove_unused(out)
 
 
 def _remove_unused(out: Path) -> None:
@@ -124,9 +103,10 @@ class RunFiles:
         return RunFiles(out, loads)
 
     @staticmethod
-    def reopen(out: Path, step: int) -> RunFiles:
+    def reopen(out: Path, step: int, notice: Callable[[str], None]) -> RunFiles:
         """Open the files of a run that goes on after ``step``."""
-        truncate_metrics(out / METRICS_FILE, step)
+        if truncate_metrics(out / METRICS_FILE, step).torn is not None:
+            notice(f"{out / METRICS_FILE} ended in half a record after a crash; it was dropped")
         loads = LoadFile.open(out) if (out / LOADS_FILE).exists() else None
         if loads is not None:
             loads.truncate(step)
@@ -134,6 +114,12 @@ class RunFiles:
 
     def log(self, record: StepRecord) -> None:
         append_step(self._metrics, record)
+
+    def sync(self) -> None:
+        """Make every record durable, before the checkpoint that relies on them."""
+        sync_metrics(self._metrics)
+        if self._loads is not None:
+            self._loads.sync()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether a validation after ``step`` is on record."""

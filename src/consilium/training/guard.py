@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from consilium.config.model import Model
+from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
 from consilium.machine.memory import refuse_beyond_memory
+from consilium.planner.memory import checkpoint_bytes
+from consilium.planner.parameters import parameters
 from consilium.planner.plan import plan
 
 PATIENCE = 10
@@ -18,8 +22,8 @@ PATIENCE = 10
 
 def clip(model: nn.Module, largest: float) -> float:
     """Scale gradients to a global norm of at most ``largest`` and return the norm before. NaN stays NaN."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True))
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.clip_grad_norm_(trained, largest, foreach=True))
 
 
 def is_healthy(loss: float, norm: float) -> bool:
@@ -43,6 +47,11 @@ def check_memory(model: Model) -> None:
         f"training {model.family} with {planned.parameters.total:,} parameters",
         "choose a smaller size, such as :tiny, or scale it with --params",
     )
+
+
+def check_disk(model: Model, out: Path) -> None:
+    """Raise ConsiliumError where the disk cannot hold one checkpoint: all steps would be run for nothing."""
+    refuse_full(out, checkpoint_bytes(parameters(model)), "a checkpoint")
 
 
 def check_weights(model: nn.Module, step: int) -> None:

@@ -19,7 +19,7 @@ from consilium.model.build import torch_dtype
 from consilium.model.types import Options
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
-from consilium.training.guard import check_memory, check_patience
+from consilium.training.guard import check_disk, check_memory, check_patience
 from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import evaluation_record, layer_ratios, step_record
 from consilium.training.run import Run, open_run, save_run, saved_on_error
@@ -65,6 +65,7 @@ def train(
 
     out = Path(out)
     check_memory(config.model)
+    check_disk(config.model, out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:

@@ -11,6 +11,7 @@ from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config import io
 from consilium.config.training import Training
 from consilium.disk import atomic
+from consilium.disk.manifest import verify
 from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE
@@ -78,18 +79,10 @@ def newest_checkpoint(out: Path, notice: Callable[[str], None]) -> Path | None:
     None before the first one. Raises ConsiliumError where all there are were damaged.
     """
     folder = out / CHECKPOINTS
-    found = atomic.latest(folder, fall_back=True, notice=notice)
+    found = atomic.latest(folder, check=verify, notice=notice)
     steps = [path for _, path in atomic.steps(folder)]
-    newer = steps if found is None else steps[steps.index(found) + 1 :]
-    if found is None and newer:
-        names = ", ".join(path.name for path in newer)
-        raise ConsiliumError(
-            f"cannot resume {out}: no checkpoint there is complete and unchanged ({names}); restore one of"
-            " them, or choose another --out."
-        )
-    for path in newer:
-        aside = _free(path.with_name(f"{path.name}.damaged"))
-        path.rename(aside)
+    for path in [] if found is None else steps[steps.index(found) + 1 :]:
+        aside = atomic.set_aside(path)
         notice(f"{path} is damaged and kept as {aside.name}; the run goes on from {found}")
     return found
 

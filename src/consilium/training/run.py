@@ -72,7 +72,8 @@ def open_run(
     or other files.
     """
     stored = run_in(out, resume=resume)
-    atomic.sweep(out / CHECKPOINTS)
+    for folder in (out, out / CHECKPOINTS):
+        atomic.sweep(folder)
     checkpoint = None if stored is None else newest_checkpoint(out, notice)
     if stored is None or checkpoint is None:
         if stored is not None:
@@ -120,7 +121,7 @@ def _go_on(
             " give --steps beyond that."
         )
     loader = loader_of(config, corpus, (progress.step, progress.rows))
-    files = RunFiles.reopen(out, progress.step)
+    files = RunFiles.reopen(out, progress.step, notice)
     if changed:
         _record(changed, config, out, progress.step, notice)
     return Run(config, out, corpus, loader, model, optimizer, files, progress)
@@ -169,6 +170,7 @@ def save_run(run: Run) -> Path:
         },
     )
     folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
+    run.files.sync()
     store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state)
     run.progress.saved = run.progress.step
     atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)

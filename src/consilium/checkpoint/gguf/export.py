@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +29,8 @@ from consilium.checkpoint.gguf.tokenizer import Vocabulary, read_vocabulary
 from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import open_folder
 from consilium.data.splits import PIECES
-from consilium.disk.files import DISK, Filesystem, make_parents, write_failure
+from consilium.disk.atomic import commit_file
+from consilium.disk.files import DISK, Filesystem, refuse_full
 from consilium.errors import ConsiliumError, nearest
 
 TYPES: Final[Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]]] = {
@@ -100,8 +99,13 @@ def export(
     plan = _plan(source, arch, kind)
     writer = _described(source, arch, folder.resolve().name, file_type)
     _add_vocabulary(writer, vocabulary)
-    with _whole(destination, files) as staged:
-        _stream(writer, staged, source, arch, plan, progress)
+    refuse_full(destination, sum(planned.bytes for group in plan.values() for planned in group), "the file")
+    commit_file(
+        destination,
+        lambda staged: _stream(writer, staged, source, arch, plan, progress),
+        new=True,
+        files=files,
+    )
     return _report(source, plan, kind, vocabulary)
 
 
@@ -165,24 +169,6 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
         writer.add_pad_token_id(vocabulary.pad)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-
-
-@contextlib.contextmanager
-def _whole(destination: Path, files: Filesystem) -> Iterator[Path]:
-    """A file beside ``destination`` that takes its name when it is complete and durable."""
-    staged = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(8)}")
-    try:
-        make_parents(destination.resolve().parent, files)
-        yield staged
-        files.sync_file(staged)
-        files.rename(staged, destination)
-        files.sync_folder(destination.resolve().parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            files.unlink(staged)
-        if isinstance(error, OSError):
-            raise write_failure(error, destination) from error
-        raise
 
 
 def _stream(

@@ -1,4 +1,4 @@
-"""A disk that stops, fails or loses power at any operation of a save."""
+"""A disk that stops, fails or loses power at any operation of a write."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal
 
 from consilium.disk.files import DISK, Chunk
 
-Loss = Literal["nothing", "data", "everything"]
-"""What was not synced and is gone: nothing (the process died), file contents, or names too."""
-LOSSES: tuple[Loss, ...] = ("nothing", "data", "everything")
+Loss = Literal["nothing", "data", "zeros", "everything"]
+"""What was not synced and is gone: nothing (the process died), contents, all but their length, names too."""
+LOSSES: tuple[Loss, ...] = ("nothing", "data", "zeros", "everything")
 
 
 class Crash(BaseException):
@@ -48,6 +48,12 @@ class CrashingDisk:
         for chunk in chunks:
             self._step(lambda chunk=chunk: _append(path, chunk))
 
+    def append(self, path: Path, chunk: Chunk) -> None:
+        self._step(lambda: DISK.append(path, chunk))
+
+    def truncate(self, path: Path, size: int) -> None:
+        self._step(lambda: DISK.truncate(path, size))
+
     def sync_file(self, path: Path) -> None:
         self._step(lambda: self._remember_file(path), needs_space=False)
 
@@ -55,6 +61,8 @@ class CrashingDisk:
         self._step(lambda: self._remember_folder(path), needs_space=False)
 
     def rename(self, source: Path, target: Path) -> None:
+        if target.exists():
+            self._hold(target)
         self._step(lambda: DISK.rename(source, target))
 
     def unlink(self, path: Path) -> None:
@@ -107,8 +115,17 @@ class CrashingDisk:
                 self.names.setdefault(child, {})
                 self._restore(child, now / name, target / name, loss)
             else:
-                data = (now / name).read_bytes() if loss == "nothing" else self.contents.get(child, b"")
-                (target / name).write_bytes(data)
+                (target / name).write_bytes(self._left(child, now / name, loss))
+
+    def _left(self, inode: int, now: Path, loss: Loss) -> bytes:
+        synced = self.contents.get(inode, b"")
+        match loss:
+            case "nothing":
+                return now.read_bytes()
+            case "zeros":
+                return synced.ljust(now.stat().st_size, b"\0")
+            case "data" | "everything":
+                return synced
 
 
 def _append(path: Path, chunk: Chunk) -> None:
