@@ -17,7 +17,7 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 BIN = $(VENV)/bin
 # On a terminal pip shows what it downloads; in a log it says nothing but mistakes.
-PIP = $(BIN)/python -m pip --disable-pip-version-check $(shell test -t 1 || echo --quiet)
+PIP = $(BIN)/python -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PARTS = format rules imports types units
 
