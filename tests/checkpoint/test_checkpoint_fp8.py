@@ -136,12 +136,12 @@ NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
         (lambda t: t.pop(NAME), "scales a tensor in 8 bits and .* is not there"),
         (lambda t: t.update({NAME: t[NAME].bfloat16()}), "scales a tensor in 8 bits and .* is not one"),
         (lambda t: t.update({f"{NAME}_scale_inv": t[f"{NAME}_scale_inv"].T.contiguous()}), "needs float32"),
-        (lambda t: t.update({f"{NAME}_scale_inv": t[f"{NAME}_scale_inv"].bfloat16()}), "needs float32"),
+        (lambda t: t.update({f"{NAME}_scale_inv": t[f"{NAME}_scale_inv"].double()}), "needs float32"),
         (lambda t: t.update({f"{NAME}_scale_inv": torch.ones(())}), "needs float32"),
         (lambda t: t.update({NAME: t[NAME].flatten()}), "needs float32"),
         (lambda t: t.update({NAME: t[NAME][:-1].contiguous()}), "needs float32|of another shape"),
     ],
-    ids=["no scale", "no weight", "not fp8", "transposed", "bfloat16", "scalar", "flat", "short"],
+    ids=["no scale", "no weight", "not fp8", "transposed", "float64", "scalar", "flat", "short"],
 )
 def test_a_weight_without_its_factors_is_refused_by_name(
     change: object, message: str, tmp_path: Path

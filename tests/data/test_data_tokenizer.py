@@ -180,7 +180,7 @@ APPENDS = TEMPLATE | {
 @pytest.mark.parametrize(
     ("config", "template", "opening"),
     [
-        ({}, None, 0),
+        ({}, None, None),
         ({"bos_token": None}, APPENDS, None),
         ({"bos_token": END}, None, 0),
         ({"bos_token": None}, None, None),

@@ -18,6 +18,17 @@ CHECKPOINTS: Final = "checkpoints"
 """The folder of a run that holds its ``step-N``."""
 
 
+def check_vocabulary(tokens: int, size: int, where: Path) -> None:
+    """Raise ConsiliumError where a tokenizer, read from ``where``, has more tokens than a model of ``size``.
+
+    Every pairing of a tokenizer and a model passes here: ids that the model lacks have no embedding.
+    """
+    if tokens > size:
+        raise ConsiliumError(
+            f"{where} has {tokens} tokens and the model {size}; use the tokenizer of this model."
+        )
+
+
 def newest_of_run(folder: Path, *, notice: atomic.Notice = logging.getLogger("consilium").warning) -> Path:
     """Return the newest complete checkpoint of a run, and any other folder as it is.
 

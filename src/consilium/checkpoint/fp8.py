@@ -8,7 +8,7 @@ Legend: M matrices, R rows, C columns of a matrix; a block is ``high`` rows by `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +22,33 @@ from consilium.errors import ConsiliumError
 
 KEY: Final = "quantization_config"
 SUFFIX: Final = "_scale_inv"
+_FACTORS: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""DeepSeek publishes factors in the first, Qwen in the second."""
 _READ: Final[Mapping[str, tuple[object, ...]]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),
     "activation_scheme": ("dynamic", None),
 }
+
+
+_FILES: Final[Mapping[str, str]] = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+}
+"""Descriptions that lie beside config.json."""
+_ENDINGS: Final[Mapping[str, str]] = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    "_proj_blocks": "MXFP4",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".W_q": "HQQ",
+    ".weight._data": "quanto",
+    ".biases": "MLX",
+}
+"""How the packed parts of a matrix are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,8 @@ def block_size(keys: Mapping[str, Any], path: Path) -> tuple[int, int]:
         return 128, 128
     if not isinstance(found, dict):
         raise _unread(path, "", found)
+    if (method := _method(found)) not in {"fp8", "None"}:
+        raise _unread(path, ".quant_method", method)
     for key, known in _READ.items():
         if found.get(key) not in known:
             raise _unread(path, f".{key}", found.get(key))
@@ -60,6 +84,40 @@ def block_size(keys: Mapping[str, Any], path: Path) -> tuple[int, int]:
             return high, wide
         case other:
             raise _unread(path, ".weight_block_size", other)
+
+
+def refuse_packed(keys: Mapping[str, Any], names: Iterable[str], folder: Path) -> None:
+    """Raise ConsiliumError that names the method of weights which are packed in a way that is not read here.
+
+    It stands in config.json, in a file of its own beside it, or shows in what tensors are called.
+    """
+    for key in ("compression_config", "quantization"):
+        if isinstance(found := keys.get(key), dict):
+            raise _packed(folder, _method(found))
+    for file, method in _FILES.items():
+        if (folder / file).exists():
+            raise _packed(folder, method)
+    for name in names:
+        for ending, method in _ENDINGS.items():
+            if name.endswith(ending):
+                raise _packed(folder, f"{method} ({name[:120]})")
+
+
+def _method(found: Mapping[str, Any]) -> str:
+    """What a description of a quantisation calls itself; MLX and old bitsandbytes leave that out."""
+    named = found.get("quant_method") or found.get("quant_algo") or found.get("format")
+    if named is None and any("load_in_" in str(key) for key in found):
+        return "bitsandbytes"
+    if named is None and {"group_size", "bits"} <= found.keys():
+        return "MLX"
+    return str(named)[:60]
+
+
+def _packed(where: Path, method: str) -> ConsiliumError:
+    return ConsiliumError(
+        f"{where}: weights packed by {method} are not read here, only plain ones and float8 (e4m3) in blocks;"
+        " use the weights in bfloat16."
+    )
 
 
 def pair(found: Mapping[str, Entry], block: tuple[int, int]) -> dict[str, Stored]:
@@ -120,7 +178,7 @@ def _scaled(name: str, entry: Entry, scales: Entry | None, block: tuple[int, int
         )
     sides = zip(entry.shape[-2:], block, strict=False)
     wanted = (*entry.shape[:-2], *(-(-size // side) for size, side in sides))
-    if scales.dtype != torch.float32 or scales.shape != wanted or len(wanted) < 2:
+    if scales.dtype not in _FACTORS or scales.shape != wanted or len(wanted) < 2:
         raise ConsiliumError(
             f"{scales.file}: {name[:120]}{SUFFIX} is {scales.dtype} {list(scales.shape)[:8]}, and a tensor of"
             f" {list(entry.shape)[:8]} in blocks of {block[0]} x {block[1]} needs float32 {list(wanted)[:8]};"

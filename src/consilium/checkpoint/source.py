@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from consilium.moe.routing.router import table_of_old
 from consilium.planner.parameters import parameters
 from consilium.recipes.layout import Table
 
+_EMBEDDINGS: Final = ("embed_tokens.weight", "in_out_embed.weight")
+_PIECE: Final = 2**20
 _FEW: Final = 24
 """More tensors than any block has beside its experts."""
 _SPARE: Final = 2**20
@@ -125,9 +128,12 @@ def find(folder: Path, config: Model, *, verified: bool = False) -> dict[str, St
     if not verified and (folder / manifest.NAME).exists():
         names = [path.name for path in weights.weight_files(folder)]
         manifest.verify(folder, only=(CONFIG, weights.INDEX, *names))
+    keys = read_object(folder / CONFIG)
     experts = 0 if config.moe is None else config.moe.experts
     blocks = config.layers + config.mtp.depth
     entries = weights.find(folder, tensors=2 * (_FEW * (blocks + 1) + 3 * blocks * experts))
+    block = fp8.block_size(keys, folder / CONFIG)
+    fp8.refuse_packed(keys, entries, folder)
     # Checked before anything is built: a small file must not be able to ask for a huge model.
     held = sum(math.prod(entry.shape) for entry in entries.values())
     if blocks > len(entries) or _values(config) > _SPARE + 4 * held:
@@ -135,17 +141,34 @@ def find(folder: Path, config: Model, *, verified: bool = False) -> dict[str, St
             f"{folder / CONFIG} asks for {blocks} layers of {experts} experts, far more than the"
             f" {len(entries)} tensors of the weights beside it; use the two files of one save."
         )
-    block = fp8.block_size(read_object(folder / CONFIG), folder / CONFIG)
     return fp8.pair(entries, block)
 
 
 def as_stored(config: Model, found: Mapping[str, Stored]) -> Model:
-    """Return ``config`` without multi-token prediction where ``found`` has none of it.
+    """Return ``config`` as the files are: without multi-token prediction where they have none of it.
 
-    transformers announces its modules in every DeepSeek-V3 configuration and never writes them.
+    transformers announces its modules in every DeepSeek-V3 configuration and never writes them. It also
+    keeps a head that differs from the embedding it is said to be tied to.
     """
+    if config.tied and not _head_repeats(found):
+        config = dataclasses.replace(config, tied=False)
     held = any(name.startswith((f"model.layers.{config.layers}.", "mtp.")) for name in found)
     return config if held or not config.mtp.depth else dataclasses.replace(config, mtp=MTP(depth=0))
+
+
+def _head_repeats(found: Mapping[str, Stored]) -> bool:
+    """Whether a head in the files, if there is one, holds the values of the embedding."""
+    head = found.get("lm_head.weight")
+    embedding = next((entry for name, entry in found.items() if name.endswith(_EMBEDDINGS)), None)
+    if not isinstance(head, Entry) or not isinstance(embedding, Entry):
+        return True
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    both = (
+        safetensors_io.pieces(name, entry, itertools.repeat(_PIECE))
+        for name, entry in (("head", head), ("embedding", embedding))
+    )
+    return all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
 def stored_dtype(folder: Path, config: Model, found: Mapping[str, Stored]) -> str:

@@ -235,7 +235,7 @@ class Tokenizer:
 
     def _find_opening(self) -> int | None:
         """What the files say of it: a flag, the template of tokenizer.json, or one token for both ends."""
-        begin = self.named("bos_token", content_of(self._config.get("eos_token", END)))
+        begin = self.named("bos_token")
         match self._config.get("add_bos_token"):
             case True:
                 return begin

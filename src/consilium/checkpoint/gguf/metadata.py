@@ -32,6 +32,8 @@ _NORMALISED: Final[Mapping[MODEL_ARCH, bool]] = {
 }
 """Whether llama.cpp makes the weights of a token's experts sum to 1 there: it has no key for it."""
 _EVERYWHERE: Final = frozenset({MODEL_ARCH.QWEN2MOE, MODEL_ARCH.QWEN3MOE, MODEL_ARCH.OLMOE})
+_BETAS: Final = (32.0, 1.0)
+"""What llama.cpp takes for YaRN's ramp whatever a file says."""
 _LITE: Final = (26, 27)
 """Numbers of layers from which llama.cpp concludes that a deepseek2 model has no query compression."""
 
@@ -123,8 +125,6 @@ def _rope(rope: Rope, arch: MODEL_ARCH) -> dict[str, Value]:
                 Keys.Rope.SCALING_TYPE: RopeScalingType.YARN.value,
                 Keys.Rope.SCALING_FACTOR: yarn.factor,
                 Keys.Rope.SCALING_ORIG_CTX_LEN: yarn.original_length,
-                Keys.Rope.SCALING_YARN_BETA_FAST: yarn.beta_fast,
-                Keys.Rope.SCALING_YARN_BETA_SLOW: yarn.beta_slow,
             }
             if arch is MODEL_ARCH.DEEPSEEK2:
                 # Its reader divides by 0.1 again.
@@ -178,6 +178,11 @@ def _groups(count: int, keep: int) -> dict[str, Value]:
 def _check(config: Model, arch: MODEL_ARCH) -> None:
     """What the architecture cannot say is refused: it would load there and answer something else."""
     scaling = config.attention.rope.scaling
+    if isinstance(scaling, Yarn) and (scaling.beta_fast, scaling.beta_slow) != _BETAS:
+        raise _impossible(
+            f"llama.cpp reads no key for YaRN with beta_fast {scaling.beta_fast:g} and beta_slow"
+            f" {scaling.beta_slow:g}, only {_BETAS[0]:g} and {_BETAS[1]:g}"
+        )
     if isinstance(scaling, Yarn) and not _yarn_fits(scaling, arch):
         raise _impossible(
             f"it has no key for YaRN with mscale {scaling.mscale:g} and mscale_all_dim"

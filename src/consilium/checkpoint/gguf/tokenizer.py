@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from gguf import TokenType
 
+from consilium.checkpoint.folders import check_vocabulary
 from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.data.pieces import scores
 from consilium.data.splits import PIECES, composes, split_of
 from consilium.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from consilium.data.vocabulary import BYTE_TOKEN
-from consilium.errors import ConsiliumError
 
 _TEMPLATE_FILE: Final = "chat_template.jinja"
 _NEVER: Final = "ÿ ÿ"
@@ -55,10 +55,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
     tokenizer = Tokenizer.load(folder)
     description = read_object(path)
     config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    if tokenizer.vocab_size > size:
-        raise ConsiliumError(
-            f"{path} has {tokenizer.vocab_size} tokens and the model {size}; use the tokenizer of this model."
-        )
+    check_vocabulary(tokenizer.vocab_size, size, path)
     split, model = split_of(description, str(path)), description["model"]
     merges = tuple(map(_merge, model["merges"]))
     found = scores(model["vocab"], merges, str(path)) if split == PIECES else {}
