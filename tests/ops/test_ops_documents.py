@@ -50,8 +50,10 @@ def test_documents_equal_the_dense_mask_in_values_and_gradients(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "SHORT", tokens if short else 0)
-        y = attend_documents(*fast, Documents.find(sequence, None), scale=1.1, softcap=softcap)
+        documents = Documents.find(sequence, None)
+    y = attend_documents(*fast, documents, scale=1.1, softcap=softcap)
     expected = naive(*slow, sequence, softcap)
+    assert documents is None or (documents.seen_BSS is not None) == short
     assert y.shape == expected.shape
     assert relative_error(y, expected) < 1e-5
     towards = random(*y.shape, seed=4)

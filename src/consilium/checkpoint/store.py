@@ -26,7 +26,7 @@ from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
-from consilium.model.build import build, refuse_too_large
+from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
 
 STATE: Final = "training_state"
@@ -86,8 +86,10 @@ def save(
     commit_folder(Path(folder), write, unless=unless, files=files)
 
 
-def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Decoder:
-    """Return the model in ``folder``, ours or of a known Hugging Face architecture, on the CPU.
+def load(
+    folder: Path | str, *, dtype: str | None = None, device: str = "cpu", check_finite: bool = False
+) -> Decoder:
+    """Return the model in ``folder``, ours or of a known Hugging Face architecture, on ``device``.
 
     A run folder stands for its newest checkpoint; a .gguf file is a model too.
     ``dtype`` is by default that of the file. Never runs code from the folder. Raises ConsiliumError that
@@ -96,9 +98,7 @@ def load(folder: Path | str, *, dtype: str | None = None, check_finite: bool = F
     """
     source = open_folder(folder, dtype=dtype, check_finite=check_finite)
     kind = source.state["embed.weight"].dtype
-    refuse_too_large(source.config, kind)
-    # Parameters are allocated without being touched, so that a conversion of all of them needs no memory yet.
-    model = Decoder(source.config, source.generation).to(kind)
+    model = allocate(source.config, source.generation, dtype=kind, device=device)
     _fill(model, source)
     return model
 

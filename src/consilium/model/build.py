@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
 from consilium.machine.memory import refuse_beyond_memory
@@ -48,7 +49,12 @@ def build(
 
 
 def allocate(
-    config: Model, *, dtype: torch.dtype, device: str = "cpu", transports: Transports = local
+    config: Model,
+    generation: GenerationDefaults = GenerationDefaults(),
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    transports: Transports = local,
 ) -> Decoder:
     """A model whose parameters are still to be written: nothing is drawn and no memory of theirs is touched.
 
@@ -56,10 +62,10 @@ def allocate(
     """
     if device == "meta":
         with torch.device("meta"):
-            return Decoder(config, transports=transports).to(dtype)
+            return Decoder(config, generation, transports=transports).to(dtype)
     if device == "cpu":
         refuse_too_large(config, dtype)
-    model = Decoder(config, transports=transports)
+    model = Decoder(config, generation, transports=transports)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
     return model.to(device)

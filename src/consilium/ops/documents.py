@@ -16,7 +16,7 @@ from torch import Tensor
 from consilium.errors import ConsiliumError
 from consilium.ops.attention import attend
 
-SHORT: Final = 128
+SHORT: Final = 256
 """Tokens of a row up to which one masked call for all rows beats a call a document (docs/log.md)."""
 
 
@@ -29,6 +29,8 @@ class Documents:
     """Tokens of each, on the host; their sum is T."""
     number_BS: Tensor
     """int64: which document of its row a token belongs to."""
+    seen_BSS: Tensor | None
+    """bool, made once a pass where rows are short: True where a query may look at a key."""
 
     @staticmethod
     def find(sequence_BS: Tensor | None, valid_BS: Tensor | None) -> Documents | None:
@@ -52,7 +54,10 @@ class Documents:
         _refuse_pieces(starts, like_BS.shape[1], sequence_BS, valid_BS)
         ends = [*starts[1:].tolist(), like_BS.numel()]
         lengths = tuple(end - start for start, end in zip(starts.tolist(), ends, strict=True))
-        return Documents(lengths, begins_BS.cumsum(1))
+        number_BS = begins_BS.cumsum(1)
+        short = like_BS.shape[1] <= SHORT
+        seen_BSS = (number_BS[:, :, None] == number_BS[:, None, :]).tril() if short else None
+        return Documents(lengths, number_BS, seen_BSS)
 
 
 def _refuse_pieces(starts: Tensor, tokens: int, sequence_BS: Tensor | None, valid_BS: Tensor | None) -> None:
@@ -89,9 +94,8 @@ def attend_documents(
 
     if documents is None:
         return causal(q_BSHK, k_BSGK, v_BSGV)
-    if q_BSHK.shape[1] <= SHORT:
-        number_BS = documents.number_BS
-        return causal(q_BSHK, k_BSGK, v_BSGV, (number_BS[:, :, None] == number_BS[:, None, :]).tril())
+    if documents.seen_BSS is not None:
+        return causal(q_BSHK, k_BSGK, v_BSGV, documents.seen_BSS)
     parts = zip(*(x.flatten(0, 1).split(documents.lengths) for x in (q_BSHK, k_BSGK, v_BSGV)), strict=True)
     alone = [causal(*(x[None] for x in part))[0] for part in parts]
     return torch.cat(alone).unflatten(0, q_BSHK.shape[:2])
