@@ -193,6 +193,11 @@ class Tokenizer:
             return self.sizes_V[np.asarray(ids, dtype=np.int64)]
         return np.array(source_sizes(text, self._encoder.ends(text)), dtype=np.int64)
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What tokenizer_config.json says, its chat template too."""
+        return MappingProxyType(self._config)
+
     def named(self, key: str, default: object = None) -> int | None:
         """Return the id of what tokenizer_config.json calls ``key``, such as ``pad_token``, or None."""
         token = content_of(self._config.get(key, default))

@@ -1,0 +1,226 @@
+"""A model's own chat template: from messages to token ids in which roles are tokens and text stays text.
+
+A text that spells a marker (``<|im_end|>``) must not become it. Before rendering, a private character goes
+into every such spelling; the rendered text is split at the markers that are left, which are the template's
+own; then the character goes again, and what is between markers is encoded as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol, final
+
+from consilium.engine.render import SECONDS
+from consilium.errors import ConsiliumError
+
+FILE: Final = "chat_template.jinja"
+MORE: Final = "additional_chat_templates"
+DEFAULT: Final = "default"
+_LARGEST: Final = 2**20
+_DEADLINE: Final = 10 * SECONDS
+"""Seconds by the clock, for systems where a process cannot limit itself."""
+_NONCHARACTERS: Final = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
+"""Never exchanged between programs (Unicode 23.7); then private ones, should a text have them all."""
+_THOUGHT: Final = re.compile(r"</?think(ing)?>")
+"""What a model may write itself: templates cut earlier thoughts out by it."""
+_TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_PROBE: Final = "Probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+class TemplateCodec(Protocol):
+    """What a template needs of a tokenizer."""
+
+    @property
+    def markers(self) -> Mapping[str, int]:
+        """Texts that stand for one token of their own and that no text may become, with their ids."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What tokenizer_config.json says."""
+        ...
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Encode texts and markers, given as ids, in order."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A Jinja template and where it was found."""
+
+    source: str
+    where: str
+
+    def ids(self, messages: Sequence[Message], tokenizer: TemplateCodec) -> list[int]:
+        """Return the tokens of ``messages`` and of the opening of the answer.
+
+        Raises ConsiliumError in one sentence where the template refuses them, fails, or does not end.
+        """
+        return tokenizer.encode_parts(self.parts(messages, tokenizer, opened=True))
+
+    def parts(
+        self, messages: Sequence[Message], tokenizer: TemplateCodec, *, opened: bool
+    ) -> list[str | int]:
+        """Return texts and ids of markers in order; ``opened``: with the opening of an answer at the end."""
+        markers = tokenizer.markers
+        texts = [message.content for message in messages]
+        guard = _unused("".join((self.source, *texts, *markers)))
+        context = {
+            "messages": [_guarded(message, markers, guard) for message in messages],
+            "add_generation_prompt": opened,
+            **_special_texts(tokenizer.config),
+        }
+        rendered = _render(self, context)
+        return [
+            markers[part] if part in markers else part.replace(guard, "")
+            for part in _split(rendered, markers)
+        ]
+
+    def end_of_turn(self, tokenizer: TemplateCodec) -> tuple[int, ...]:
+        """Return the marker that the template puts behind an answer, if it puts one."""
+        asked = (Message("user", "Hello"), Message("assistant", _PROBE))
+        parts = self.parts(asked, tokenizer, opened=False)
+        answer = next((i for i, part in enumerate(parts) if isinstance(part, str) and _PROBE in part), None)
+        if answer is None or str(parts[answer]).partition(_PROBE)[2].strip():
+            return ()
+        behind = parts[answer + 1 : answer + 2]
+        return tuple(part for part in behind if isinstance(part, int))
+
+
+def find_template(model: Path, tokenizer: TemplateCodec) -> Template | None:
+    """Return the default template of a folder or GGUF file, None where it has none.
+
+    As in transformers, ``chat_template.jinja`` comes before tokenizer_config.json, which holds one template
+    or a list of named ones. Raises ConsiliumError for what is no template, and for named ones without a default.
+    """
+    named = _in_config(tokenizer.config.get("chat_template"), model) | _in_files(model)
+    if not named:
+        return None
+    if DEFAULT not in named:
+        raise ConsiliumError(
+            f"{model} has chat templates named {', '.join(sorted(named))} and none named {DEFAULT}; write the"
+            f" one to use into {FILE}."
+        )
+    return named[DEFAULT]
+
+
+def _in_config(value: object, model: Path) -> dict[str, Template]:
+    where = f"{model}: its chat_template"
+    match value:
+        case None:
+            return {}
+        case str():
+            return {DEFAULT: Template(value, where)}
+        case [*several] if all(isinstance(one, dict) for one in several):
+            named = {str(one.get("name")): one.get("template") for one in several}
+            if all(isinstance(one, str) for one in named.values()):
+                return {name: Template(str(one), f"{where} {name}") for name, one in named.items()}
+    raise ConsiliumError(f"{where} is neither a text nor a list of named ones; remove or mend the key.")
+
+
+def _in_files(model: Path) -> dict[str, Template]:
+    if not model.is_dir():
+        return {}
+    paths = {path.stem: path for path in sorted((model / MORE).glob("*.jinja"))}
+    if (model / FILE).exists():
+        paths[DEFAULT] = model / FILE
+    return {name: Template(_read(path), str(path)) for name, path in paths.items()}
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ConsiliumError(f"{path} is larger than {_LARGEST:,} bytes, so no chat template; remove it.")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConsiliumError(
+            f"cannot read the chat template {path} ({error}); copy it again from its source."
+        ) from None
+
+
+def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token`` and its like by name: a text, alone or among its flags."""
+    values = {f"{name}_token": config.get(f"{name}_token") for name in _TOKENS}
+    texts = {name: one.get("content") if isinstance(one, dict) else one for name, one in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _unused(text: str) -> str:
+    """A character that is nowhere in ``text``."""
+    return next(character for character in _NONCHARACTERS if character not in text)
+
+
+def _guarded(message: Message, markers: Mapping[str, int], guard: str) -> dict[str, str]:
+    """The message with ``guard`` inside all that is a marker or may become one beside the template's text."""
+    role = message.role if message.role.isidentifier() else _guard(message.role, markers, guard)
+    own = {marker for marker in markers if message.role == "assistant" and _THOUGHT.fullmatch(marker)}
+    foreign = {marker: index for marker, index in markers.items() if marker not in own}
+    return {"role": role, "content": _guard(message.content, foreign, guard)}
+
+
+def _guard(text: str, markers: Mapping[str, int], guard: str) -> str:
+    if not markers:
+        return text
+    text = _any_of(markers).sub(lambda found: found[0][:1] + guard + found[0][1:], text)
+    inner = text.strip()
+    begin = text.index(inner)
+    before, after = text[:begin], text[begin + len(inner) :]
+    heads = {marker[:size] for marker in markers for size in range(1, len(marker))}
+    tails = {marker[size:] for marker in markers for size in range(1, len(marker))}
+    if any(inner.endswith(head) for head in heads):
+        inner += guard
+    if any(inner.startswith(tail) for tail in tails):
+        inner = guard + inner
+    return f"{before}{inner}{after}"
+
+
+def _split(text: str, markers: Mapping[str, int]) -> Iterator[str]:
+    """Markers and what is between them; nothing is empty."""
+    pieces = re.split(f"({_any_of(markers).pattern})", text) if markers else [text]
+    return (piece for piece in pieces if piece)
+
+
+def _any_of(markers: Mapping[str, int]) -> re.Pattern[str]:
+    """The leftmost marker and of those the longest, as the tokenizers library finds them."""
+    return re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))))
+
+
+def _render(template: Template, context: Mapping[str, Any]) -> str:
+    asked = json.dumps({"template": template.source, "context": context})
+    try:
+        # -P: a module in the working folder must not stand in for one of Python's.
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "consilium.engine.render"],
+            input=asked.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_DEADLINE,
+            check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        answer = json.loads(done.stdout or b'{"error": "it was stopped after %d seconds of work"}' % SECONDS)
+    except subprocess.TimeoutExpired:
+        answer = {"error": f"it was stopped after {_DEADLINE} seconds"}
+    if "text" not in answer:
+        why = " ".join(answer["error"].split())
+        raise ConsiliumError(
+            f"{template.where} fails ({why}); mend it, or write another one into {FILE} beside the weights."
+        )
+    return answer["text"]
