@@ -1,22 +1,238 @@
-"""``consilium chat``: a conversation in the terminal.
-
-A model without a chat format continues questions and answers.
-"""
+"""``consilium chat``: a conversation in the terminal, by the model's own chat template where it has one."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, final
 
-from consilium.cli.arguments import path
-from consilium.cli.sampling_arguments import sampling_arguments
+from consilium.cli.exits import INTERRUPTED
+from consilium.cli.generation import Clock, generation_arguments, load_engine, note, sampling_of
+from consilium.errors import ConsiliumError, nearest
+
+if TYPE_CHECKING:
+    from consilium.cli.generation import Loaded
+    from consilium.engine.chat import Conversation, Format
+    from consilium.engine.request import Sampling
+
+BLOCK: Final = '"""'
+ROOM: Final = 1024
+"""Tokens that an answer without a limit finds free, or a quarter of a smaller context."""
+COMMANDS: Final = MappingProxyType(
+    {
+        "/help": "show this",
+        "/reset": "forget the conversation, but not the system message",
+        "/system": "TEXT: tell the model who it is; without TEXT, what its template says",
+        "/save": "FILE: write the conversation",
+        "/load": "FILE: go on with one that was saved",
+        "/stats": "tokens, speed, sampling and the load of the experts so far",
+        "/exit": "end; so do an empty line and Ctrl-D",
+    }
+)
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run or a checkpoint")
-    sampling_arguments(parser)
+    generation_arguments(
+        parser, tokens="until the end of the turn", temperature="what the model's files say, or 0"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message; default: the template's own")
+    parser.epilog = f"{parser.epilog}\n\n{_help()}"
 
 
 def run(options: Namespace) -> int:
-    from consilium.cli.actions import chat as action
+    session = Session(load_engine(options), options)
+    note(f"format: {session.form.name}")
+    if _terminal():
+        with contextlib.suppress(ImportError):  # lines can be edited where Python has it
+            import_module("readline")
+        note(
+            "/help lists the commands. Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation."
+        )
+    interrupted = False
+    while True:
+        try:
+            text = read_message(_line)
+            if not text or text == "/exit":
+                return 0
+            interrupted = False
+            session.take(text)
+        except EOFError:
+            return 0
+        except ConsiliumError as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            if interrupted or not _terminal():
+                return INTERRUPTED
+            interrupted = True
+            note("\nonce more, or Ctrl-D, ends the conversation")
 
-    return action.run(options)
+
+def _terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _line(prompt: str) -> str:
+    if sys.stdin is None:  # closed
+        raise EOFError
+    return input(prompt if _terminal() else "")
+
+
+def read_message(line: Callable[[str], str]) -> str:
+    """Read one message: a line, lines of which all but the last end in a backslash, or a block in quotes.
+
+    A line that begins with a blank is text even where a slash follows. Raises EOFError at the end of input.
+    """
+    text = line("> ")
+    if text.strip().startswith(BLOCK):
+        return _block(text.strip().removeprefix(BLOCK), line)
+    while text.endswith("\\"):
+        try:
+            text = f"{text[:-1]}\n{line('. ')}"
+        except EOFError:
+            return text[:-1]
+    return text.strip() if text.lstrip() == text else text[1:].rstrip()
+
+
+def _block(text: str, line: Callable[[str], str]) -> str:
+    """What stands before the closing quotes, or before the end of input."""
+    while BLOCK not in text:
+        try:
+            text = f"{text}\n{line('. ')}"
+        except EOFError:
+            break
+    return text.partition(BLOCK)[0].strip("\n")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    many = f"Several lines are one message where all but the last end in a backslash, or between {BLOCK}."
+    return "\n".join(["commands of the conversation:", *lines, many])
+
+
+@final
+class Session:
+    """One conversation with one model."""
+
+    def __init__(self, loaded: Loaded, options: Namespace) -> None:
+        from consilium.engine.chat import Conversation, chat_format
+
+        self._engine = loaded.engine
+        self._options = options
+        self._sampling: Sampling = sampling_of(options, loaded.engine.model.generation)
+        self._conversation: Conversation = Conversation().with_system(options.system or "")
+        self._left_out = 0
+        self._turns = 0
+        self._tokens = 0
+        self._last: Clock | None = None
+        self.form: Format = chat_format(loaded.path, loaded.tokenizer)
+
+    def take(self, text: str) -> None:
+        """Answer a message or do what a command says. Raises ConsiliumError in one sentence."""
+        if text.startswith("/"):
+            self._command(*text.partition(" ")[::2])
+        else:
+            self._answer(text.strip() if text.startswith(" /") else text)
+
+    def _answer(self, text: str) -> None:
+        from consilium.engine.chat import fitted
+
+        length = self._engine.model.config.max_length
+        room = self._options.max_tokens or max(min(ROOM, length // 4), 1)
+        asked = self._conversation.with_message("user", text)
+        _, ids, gone = fitted(asked, self.form, length - room)
+        if gone > self._left_out:
+            note(f"the context of {length:,} tokens is full: the oldest {gone} exchanges are left out")
+        self._left_out = gone
+        answer, ended = self._stream(ids)
+        if answer or ended:
+            self._conversation = asked.with_message("assistant", answer)
+        if ended == "length" and self._options.max_tokens is None:
+            note(f"the answer ends here, because the context of {length:,} tokens is full")
+
+    def _stream(self, ids: list[int]) -> tuple[str, str | None]:
+        """Print an answer. Returns its text and how it ended, None by Ctrl-C."""
+        answer, ended, clock = "", None, Clock()
+        sampling = dataclasses.replace(self._sampling, seed=self._sampling.seed + self._turns)
+        pieces = self._engine.generate(
+            [ids],
+            max_tokens=self._options.max_tokens,
+            sampling=sampling,
+            stop=(*self.form.stops, *self._options.stop),
+            stop_ids=(*self._engine.stop_ids, *self.form.stop_ids),
+        )
+        try:
+            for piece in clock.timed(pieces):
+                answer += piece.text
+                ended = piece.finished
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            ended = None
+        print(flush=True)
+        note(f"{clock}{'' if ended else '; interrupted'}")
+        self._turns += 1
+        self._tokens += clock.tokens
+        self._last = clock
+        return answer, ended
+
+    def _command(self, name: str, rest: str) -> None:
+        from consilium.engine.chat import Conversation, read_conversation, write_conversation
+
+        rest = rest.strip()
+        match name:
+            case "/help":
+                note(_help())
+            case "/reset":
+                self._conversation = Conversation().with_system(self._conversation.system or "")
+                note("the conversation begins anew")
+            case "/system":
+                self._conversation = self._conversation.with_system(rest)
+                note(
+                    "the system message is set" if rest else "the system message is the template's own again"
+                )
+            case "/save":
+                write_conversation(self._conversation, _file(name, rest))
+                note(f"saved {len(self._conversation.messages)} messages to {rest}")
+            case "/load":
+                self._conversation = read_conversation(_file(name, rest))
+                note(f"loaded {len(self._conversation.messages)} messages from {rest}")
+            case "/stats":
+                note("\n".join(self._stats()))
+            case _:
+                raise ConsiliumError(
+                    f"unknown command {name!r}.{nearest(name, COMMANDS)} After a blank a slash is text."
+                )
+        self._left_out = 0
+
+    def _stats(self) -> list[str]:
+        sampling, length = self._sampling, self._engine.model.config.max_length
+        used = len(self.form.ids(self._conversation.messages)) if self._conversation.messages else 0
+        drawn = f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+        return [
+            f"format: {self.form.name}",
+            f"sampling: {f'{drawn}, seed {sampling.seed}' if sampling.temperature else 'greedy'}",
+            f"context: {used:,} of {length:,} tokens in {len(self._conversation.messages)} messages",
+            f"generated: {self._tokens:,} tokens in {self._turns} answers",
+            *(() if self._last is None else (f"last answer: {self._last}",)),
+            *(_load_line(layer, load_E) for layer, load_E in self._engine.loads.items()),
+        ]
+
+
+def _load_line(layer: int, load_E: Sequence[int]) -> str:
+    from consilium.records.loads import max_over_mean
+
+    idle = sum(load == 0 for load in load_E)
+    busiest = f"busiest expert {max_over_mean(load_E):.2f} times its share"
+    return f"layer {layer}: {busiest}, {idle} of {len(load_E)} idle"
+
+
+def _file(command: str, name: str) -> Path:
+    if not name:
+        raise ConsiliumError(f"{command} needs the name of a file: {command} conversation.json.")
+    return Path(name).expanduser()

@@ -85,9 +85,9 @@ class Engine:
         self._next_id = 0
 
     @property
-    def loads(self) -> Mapping[int, Tensor]:
-        """int64 [E] tokens that each expert of each MoE layer computed since the engine began."""
-        return {layer: load_E.cpu().clone() for layer, load_E in self._batch.loads.items()}
+    def loads(self) -> Mapping[int, tuple[int, ...]]:
+        """How many tokens each of the E experts of each MoE layer computed since the engine began."""
+        return {layer: tuple(load_E.tolist()) for layer, load_E in self._batch.loads.items()}
 
     def submit(self, request: Request) -> int:
         """Let ``request`` wait for its turn and return its id.

@@ -106,7 +106,7 @@ def find_template(model: Path, tokenizer: TemplateCodec) -> Template | None:
     """Return the default template of a folder or GGUF file, None where it has none.
 
     As in transformers, ``chat_template.jinja`` comes before tokenizer_config.json, which holds one template
-    or a list of named ones. Raises ConsiliumError for what is no template, and for named ones without a default.
+    or a list of named ones. Raises ConsiliumError for what is no template and where none is the default.
     """
     named = _in_config(tokenizer.config.get("chat_template"), model) | _in_files(model)
     if not named:
@@ -130,6 +130,8 @@ def _in_config(value: object, model: Path) -> dict[str, Template]:
             named = {str(one.get("name")): one.get("template") for one in several}
             if all(isinstance(one, str) for one in named.values()):
                 return {name: Template(str(one), f"{where} {name}") for name, one in named.items()}
+        case _:
+            pass
     raise ConsiliumError(f"{where} is neither a text nor a list of named ones; remove or mend the key.")
 
 

@@ -1,0 +1,157 @@
+"""What ``generate`` and ``chat`` share: options of sampling, an engine from a model, how fast it was."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from consilium.cli.arguments import path
+from consilium.cli.running import running_arguments, settle
+from consilium.errors import ConsiliumError
+
+if TYPE_CHECKING:
+    from consilium.config.generation import GenerationDefaults
+    from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.engine import Engine
+    from consilium.engine.request import Piece, Sampling
+
+SETTINGS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_DRAW: Final = ("top_k", "top_p", "min_p", "seed")
+"""What only a draw reads."""
+
+
+def generation_arguments(parser: ArgumentParser, *, tokens: str, temperature: str) -> None:
+    """Add MODEL and the options of sampling; help names ``tokens`` and ``temperature`` as defaults."""
+    parser.add_argument(
+        "folder", type=path, metavar="MODEL", help="a run, a checkpoint, a downloaded folder or a .gguf file"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"new tokens at most; default: {tokens}")
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help=f"0 takes the likeliest; default: {temperature}"
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", help="keep the N likeliest tokens; 0 is off, the default"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="keep the likeliest tokens of mass P; 1 is off, the default"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="keep tokens P times as likely as the likeliest; default: 0"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="against tokens that were there; default: 1"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws; default: another one each time, which is told"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    running_arguments(parser)
+
+
+def check_settings(options: Namespace) -> None:
+    """Refuse what no model allows, before one is read, and tell what will do nothing."""
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ConsiliumError(f"--max-tokens {options.max_tokens} is less than 1; give the tokens to add.")
+    if "" in options.stop:
+        raise ConsiliumError("a stop text is empty and would end every answer at once; leave --stop out.")
+    from consilium.engine.request import Sampling
+
+    Sampling(**_given(options))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to generate."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    path: Path
+    """The checkpoint or GGUF file that it is in."""
+
+
+def load_engine(options: Namespace) -> Loaded:
+    """The engine of a run's newest checkpoint, of a checkpoint or of a GGUF file.
+
+    Raises ConsiliumError for any other path.
+    """
+    from consilium.checkpoint.folders import checkpoint_in
+
+    checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
+    check_settings(options)
+    place = settle(options)
+    from consilium.checkpoint import store
+    from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.engine import Engine
+
+    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device)
+    tokenizer = Tokenizer.load(checkpoint)
+    return Loaded(Engine(model, tokenizer), tokenizer, checkpoint)
+
+
+def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Sampling:
+    """What was asked for, else what the model's files say, else greedy; with a seed that is told.
+
+    Options that then do nothing are named on standard error.
+    """
+    from consilium.engine.request import Sampling
+
+    theirs = {} if defaults is None else {name: getattr(defaults, name) for name in SETTINGS}
+    said = {name: value for name, value in theirs.items() if value is not None} | _given(options)
+    if not said.get("top_p", 1.0):
+        del said["top_p"]  # some files write 0 for off
+    if not said.get("temperature"):
+        for name in (name for name in _DRAW if getattr(options, name) is not None):
+            note(f"--{name.replace('_', '-')} does nothing at temperature 0; add --temperature 0.7 or so.")
+    elif options.seed is None:
+        said["seed"] = secrets.randbelow(2**31)
+        note(f"seed {said['seed']}; the same text again with --seed {said['seed']}")
+    return Sampling(**said)
+
+
+def _given(options: Namespace) -> dict[str, Any]:
+    names = (*SETTINGS, "seed")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def note(text: str) -> None:
+    """Tell something beside the text, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@final
+class Clock:
+    """Passes pieces on and measures them."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.first: float | None = None
+        """Seconds to the first token."""
+        self.seconds = 0.0
+
+    def timed(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        began = time.perf_counter()
+        for piece in pieces:
+            self.seconds = time.perf_counter() - began
+            self.first = self.seconds if self.first is None else self.first
+            self.tokens += 1
+            yield piece
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first, None for one token alone."""
+        if self.first is None or self.tokens < 2 or self.seconds <= self.first:
+            return None
+        return (self.tokens - 1) / (self.seconds - self.first)
+
+    def __str__(self) -> str:
+        first = "" if self.first is None else f", the first after {self.first:.2f} s"
+        rate = "" if self.rate is None else f", then {self.rate:,.1f} tokens/s"
+        return f"{self.tokens} token{'s' * (self.tokens != 1)}{first}{rate}"
