@@ -1,18 +1,15 @@
-"""Renders one chat template, in a process of its own that cannot outgrow its limits.
+"""Renders chat templates, in a confined process that cannot outgrow its limits.
 
 Jinja's sandbox stops code, not work: ``range`` inside ``range`` runs for hours and ``'a' * 10**9`` needs its
-gigabyte (vLLM GHSA-6fvq-23cw-5628). A thread cannot be stopped; a process can. It reads one JSON object from
-standard input (``template``, ``context``) and writes one (``text`` or ``error``).
+gigabyte (vLLM GHSA-6fvq-23cw-5628). A thread cannot be stopped; a process can.
 
 The environment is that of transformers' chat templates, so that a template means here what it means there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, final
 
@@ -22,12 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-try:
-    import resource
-except ImportError:  # Windows, where the deadline of the caller is the only limit
-    resource = None
-
-SECONDS: Final = 2
+SECONDS: Final = 2.0
 """Of one processor."""
 MEMORY: Final = 512 * 2**20
 LONGEST: Final = 8 * 2**20
@@ -92,34 +84,19 @@ def _bounded(pieces: Iterator[str]) -> Iterator[str]:
         yield piece
 
 
-def limit_this_process() -> None:
-    """Bound processor time and memory, and forbid writing files. They can only be lowered from here on."""
-    if resource is None:
-        return
-    limits = (
-        (resource.RLIMIT_CPU, SECONDS),
-        (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    )
-    for kind, most in limits:
-        hard = resource.getrlimit(kind)[1]
-        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses some, and then the deadline is left
-            resource.setrlimit(kind, (limit, limit))
+@final
+class _Work:
+    """What runs in the confined process."""
+
+    def answer(self, request: dict[str, Any]) -> str:
+        """Raises RuntimeError with what a template does wrong."""
+        try:
+            return render(request["template"], request["context"])
+        except MemoryError:
+            raise RuntimeError(f"it needs more than {MEMORY // 2**20} MiB") from None
+        except Exception as error:  # noqa: BLE001 - whatever a template does wrong is told in a sentence
+            raise RuntimeError(f"{type(error).__name__}: {error}"[:300]) from None
 
 
-def main() -> None:
-    limit_this_process()
-    try:
-        asked = json.load(sys.stdin)
-        answer = {"text": render(asked["template"], asked["context"])}
-    except MemoryError:
-        answer = {"error": f"it needs more than {MEMORY // 2**20} MiB"}
-    except Exception as error:  # noqa: BLE001 - whatever a template does wrong is told in a sentence
-        answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-    json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+def start() -> _Work:
+    return _Work()

@@ -7,25 +7,20 @@ own; then the character goes again, and what is between markers is encoded as te
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
-from consilium.engine.render import SECONDS
+from consilium.engine import render
 from consilium.errors import ConsiliumError
+from consilium.machine.confined import Confined
 
 FILE: Final = "chat_template.jinja"
 MORE: Final = "additional_chat_templates"
 DEFAULT: Final = "default"
 _LARGEST: Final = 2**20
-_DEADLINE: Final = 10 * SECONDS
-"""Seconds by the clock, for systems where a process cannot limit itself."""
 _NONCHARACTERS: Final = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
 """Never exchanged between programs (Unicode 23.7); then private ones, should a text have them all."""
 _THOUGHT: Final = re.compile(r"</?think(ing)?>")
@@ -205,24 +200,15 @@ def _any_of(markers: Mapping[str, int]) -> re.Pattern[str]:
 
 
 def _render(template: Template, context: Mapping[str, Any]) -> str:
-    asked = json.dumps({"template": template.source, "context": context})
+    process = Confined(render.__name__, memory=render.MEMORY)
     try:
-        # -P: a module in the working folder must not stand in for one of Python's.
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "consilium.engine.render"],
-            input=asked.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_DEADLINE,
-            check=False,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        answer = json.loads(done.stdout or b'{"error": "it was stopped after %d seconds of work"}' % SECONDS)
-    except subprocess.TimeoutExpired:
-        answer = {"error": f"it was stopped after {_DEADLINE} seconds"}
-    if "text" not in answer:
-        why = " ".join(answer["error"].split())
-        raise ConsiliumError(
-            f"{template.where} fails ({why}); mend it, or write another one into {FILE} beside the weights."
-        )
-    return answer["text"]
+        return process.ask({"template": template.source, "context": context}, seconds=render.SECONDS)
+    except TimeoutError:
+        why = f"it was stopped after {render.SECONDS:.0f} seconds of work"
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+    finally:
+        process.close()
+    raise ConsiliumError(
+        f"{template.where} fails ({why}); mend it, or write another one into {FILE} beside the weights."
+    )
