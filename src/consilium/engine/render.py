@@ -30,7 +30,7 @@ LONGEST: Final = 8 * 2**20
 class Generation(Extension):
     """``{% generation %}`` marks what an assistant wrote, for training on it; rendered, it is its content."""
 
-    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType] - jinja only asks what is in it
 
     def parse(self, parser: Parser) -> nodes.Scope:
         line = next(parser.stream).lineno
