@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consilium.checkpoint.store import load, save
-    from consilium.config.training import Training
+    from consilium.config.training import AdamW, BuiltIn, Bytes, Data, Folder, TextPath, Training
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
     from consilium.errors import ConsiliumError
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamW",
+    "BuiltIn",
+    "Bytes",
     "ConsiliumError",
+    "Data",
     "Engine",
+    "Folder",
+    "TextPath",
     "Tokenizer",
     "Training",
     "__version__",
@@ -40,8 +46,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdamW": "consilium.config.training",
+    "BuiltIn": "consilium.config.training",
+    "Bytes": "consilium.config.training",
     "ConsiliumError": "consilium.errors",
+    "Data": "consilium.config.training",
     "Engine": "consilium.engine.engine",
+    "Folder": "consilium.config.training",
+    "TextPath": "consilium.config.training",
     "Tokenizer": "consilium.data.tokenizer",
     "Training": "consilium.config.training",
     "build": "consilium.model.build",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from consilium.cli.actions.live import Page, clock, load_bars
+from consilium.cli.demo import readable
+from consilium.cli.live import Page, clock, load_bars
 from consilium.config.training import Training
 from consilium.evaluation.bits import Evaluation
 from consilium.training.events import Evaluated, Notice, Saved, Started, Stepped
@@ -48,6 +49,30 @@ def test_a_page_shows_loss_speed_time_left_and_load(terminal: bool) -> None:
     ):
         assert part in text, part
     assert ("layer 1" in text) == terminal
+
+
+def test_a_dumb_terminal_gets_lines_as_a_file_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    text = shown(Console(file=streams.StringIO(), force_terminal=True, width=120))
+    assert "step     1/10" in text
+    assert "\r" not in text
+    assert "\x1b[" not in text
+
+
+def test_the_last_step_is_always_told() -> None:
+    console = Console(file=streams.StringIO(), force_terminal=False, width=120)
+    with Page(console) as page:
+        page(Started(Training(model=DEEPSEEK, steps=3), Path("runs/x"), 0))
+        for number in (1, 2, 3):
+            page(step(number))
+    assert isinstance(console.file, streams.StringIO)
+    assert [line[:10] for line in console.file.getvalue().splitlines()[1:]] == ["step     1", "step     3"]
+
+
+def test_a_sample_of_line_breaks_is_short() -> None:
+    assert readable("def f():\n" + "\n" * 80) == "  | def f():\n  | (81 empty lines)"
+    assert readable("a\n\nb") == "  | a\n  | \n  | b"
+    assert readable("a\n" * 80).splitlines()[-1] == "  | ..."
 
 
 def test_bars_show_idle_fair_and_crowded_experts() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from runs import write_text
 
+from consilium.cli.exits import command_line
 from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.training import Training
@@ -97,14 +98,14 @@ def test_a_file_that_says_otherwise_is_refused_with_the_way_to_go_on(
 def test_the_dtype_is_measured_when_a_run_begins_and_not_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consilium.cli.actions.configure.faster_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("consilium.cli.configure.faster_dtype", lambda: "bfloat16")
     assert resumed(run, "--dtype", "auto") == 0
 
 
 def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Path) -> None:
     """Stopped in the middle by three quick Ctrl-C; the command it prints reaches the last step."""
     out = tmp_path / "run"
-    words = ["--data", str(text), "--steps", "1200", "--set", "eval_tokens=64"]
+    words = ["--data", str(text), "--steps", "300", "--set", "eval_tokens=64"]
     command = [sys.executable, "-m", "consilium"]
     with subprocess.Popen(
         [*command, "train", MODEL, "--out", str(out), *OPTIONS, *words],
@@ -125,7 +126,7 @@ def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Pa
     assert "stopping: the step in progress ends and is saved" in errors
     assert (out / "report.html").exists()
     line = next(line.strip() for line in printed.splitlines() if line.endswith("--resume"))
-    assert line == f"consilium train {out / CONFIG_FILE} --out {out} --resume"
-    assert main(line.split()[1:]) == 0
-    assert (out / "checkpoints/step-1200").exists()
-    assert io.read_yaml(Training, out / CONFIG_FILE).steps == 1200
+    assert line == command_line("train", out / CONFIG_FILE, "--out", out, "--resume")
+    assert main(line.split()[line.split().index("train") :]) == 0
+    assert (out / "checkpoints/step-300").exists()
+    assert io.read_yaml(Training, out / CONFIG_FILE).steps == 300

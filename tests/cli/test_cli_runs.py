@@ -185,7 +185,7 @@ def test_the_demo_ends_with_figures_and_trains_nothing_twice(
 ) -> None:
     data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
     config = Training(model=DEEPSEEK, tokenizer=Bytes(), data=data, steps=1, batch=2, eval_tokens=64)
-    monkeypatch.setattr("consilium.cli.actions.demo.demo_config", lambda: config)
+    monkeypatch.setattr("consilium.cli.configure.demo_config", lambda: config)
     words = ["demo", "--minutes", "0.005", "--out", str(tmp_path / "demo")]
     out = said(capsys, *words)
     for promised in (

@@ -12,8 +12,14 @@ import consilium
 from house.tree import ROOT
 
 PUBLIC = [
+    "AdamW",
+    "BuiltIn",
+    "Bytes",
     "ConsiliumError",
+    "Data",
     "Engine",
+    "Folder",
+    "TextPath",
     "Tokenizer",
     "Training",
     "__version__",

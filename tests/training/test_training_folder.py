@@ -78,7 +78,7 @@ def test_two_processes_do_not_train_in_one_folder(
         # The command asks before it reads text and measures speed, for which --minutes would take seconds.
         (tmp_path / "run.yaml").write_text(to_yaml(config))
         words = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--minutes", "1"]
-        monkeypatch.setattr("consilium.cli.actions.train.build_corpus", pytest.fail)
+        monkeypatch.setattr("consilium.data.corpus.build_corpus", pytest.fail)
         assert main(words) == 2
         other.kill()
         other.wait()

@@ -53,3 +53,21 @@ def test_steps_multiply_at_each_fraction() -> None:
     assert [learning_rate(schedule, 1.0, step, 10) for step in (7, 8, 9)] == pytest.approx(
         [1.0, 0.316, 0.316**2]
     )
+
+
+def test_shares_of_the_run_are_not_rounded_up_by_binary_fractions() -> None:
+    """0.07 * 100 is 7.000000000000001: seven steps of warm-up, the seventh at the peak."""
+    rates = [learning_rate(Cosine(warmup=0.07), 1.0, step, 100) for step in range(8)]
+    assert rates[6] == rates[7] == 1.0
+    assert rates[5] < 1.0
+    for steps in (100, 1000, 10_000):
+        for percent in range(100):
+            fraction, whole = percent / 100, steps * percent // 100
+            assert learning_rate(StepDecay(warmup=0, at=(fraction,)), 1.0, whole, steps) < 1.0
+
+
+@given(st.integers(2, 400), st.sampled_from((Cosine(), WSD(), WSD(decay=0.001), Cosine(warmup=0.9))))
+def test_the_last_step_reaches_the_end_of_its_decay(steps: int, schedule: Schedule) -> None:
+    warm = -(-round(schedule.warmup * steps, 6) // 1)
+    if warm < steps:
+        assert learning_rate(schedule, 1.0, steps - 1, steps) == pytest.approx(schedule.final)

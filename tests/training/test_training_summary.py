@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.records.io import read_json
 from consilium.records.metrics import METRICS_FILE, read_metrics
-from consilium.records.run import StepRecord
+from consilium.records.run import SUMMARY_FILE, BitsPerByte, Sample, StepRecord, Summary
 from consilium.training.budget import Minutes, Steps, missed
 from consilium.training.events import Event, Stepped
 from consilium.training.loop import train
@@ -50,6 +52,35 @@ def test_time_and_speed_are_those_of_all_processes(tmp_path: Path) -> None:
     assert first.seconds == pytest.approx(spent(records))
     assert first.tokens_per_second == pytest.approx(first.tokens / first.seconds)
     assert write_summary(tmp_path / "run", train(config, tmp_path / "run", resume=True)) == first
+
+
+def test_a_finished_run_keeps_its_figures(tmp_path: Path) -> None:
+    """From Python a run leaves summary and report; going on erases nothing that others compared it with."""
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {i} of many.\n" for i in range(400)))
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(model=DENSE, tokenizer=Bytes(), data=data, steps=1, batch=2, eval_tokens=64)
+    finished = train(config, tmp_path / "run")
+    assert finished.report.read_text().startswith("<!DOCTYPE html>")
+    bits, sample = BitsPerByte(domains={"txt": 2.0}), Sample(prompt="a", text="b")
+    write_summary(tmp_path / "run", finished, trigram=bits, xz=bits, sample=sample)
+    before = read_json(Summary, tmp_path / "run" / SUMMARY_FILE)
+    train(config, tmp_path / "run", resume=True)
+    assert read_json(Summary, tmp_path / "run" / SUMMARY_FILE) == before
+    train(dataclasses.replace(config, steps=2), tmp_path / "run", resume=True)
+    longer = read_json(Summary, tmp_path / "run" / SUMMARY_FILE)
+    assert (longer.steps, longer.trigram, longer.xz, longer.sample) == (2, bits, bits, None)
+
+
+def test_the_untrained_model_is_measured_on_a_tenth_of_the_run_at_most(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {i} of many.\n" for i in range(4000)))
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(model=DENSE, tokenizer=Bytes(), data=data, steps=20, batch=4)
+    finished = train(config, tmp_path / "run")
+    assert finished.first is not None
+    assert finished.last is not None
+    assert 0 < finished.first.tokens <= 0.1 * finished.tokens < finished.last.tokens
 
 
 def test_a_run_far_from_its_minutes_says_so() -> None:

@@ -1,23 +1,161 @@
-"""``consilium train``: a recipe or a YAML file, a budget, a run folder."""
+"""``consilium train``: a recipe, somebody's weights or a YAML file, a budget, a run folder."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
-from consilium.cli.arguments import path
-from consilium.cli.training_arguments import training_arguments
+from consilium.cli.arguments import count, path
+from consilium.cli.exits import INTERRUPTED, command_line
+from consilium.cli.running import running_arguments, settle
+
+if TYPE_CHECKING:
+    from consilium.config.training import Training
+    from consilium.training.budget import Budget
+    from consilium.training.events import Finished
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="recipe such as deepseek-v3:tiny, or a config.yaml")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="recipe such as deepseek-v3:tiny; a run, a checkpoint or a .gguf file to go on from its weights;"
+        " or a config.yaml",
+    )
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="the run folder")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint, bit for bit"
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint, bit for bit; --steps, --lr, --batch, --eval-every and"
+        " --save-every may then be others",
     )
-    training_arguments(parser)
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="PATH",
+        help=".txt, .md, .py, .jsonl or a folder; may be given several times; default: built-in text",
+    )
+    _length_arguments(parser)
+    _model_arguments(parser)
+    parser.add_argument(
+        "--save-every", metavar="N", help="steps between checkpoints, or minutes such as 5m; default: 10m"
+    )
+    parser.add_argument(
+        "--eval-every", type=count, metavar="N", help="steps between validations; default: first and last"
+    )
+    running_arguments(parser, dtypes=("auto", "float32", "bfloat16"), dtype="float32; auto measures")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key, such as model.moe.router.select.k=2 or freeze='*,!*.router.*'",
+    )
+
+
+def _length_arguments(parser: ArgumentParser) -> None:
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
+    length.add_argument("--minutes", type=float, metavar="M", help="calibrated once into steps; default: 3")
+    length.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, such as 2M")
+
+
+def _model_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--params", type=count, metavar="N", help="scale the recipe to about N parameters, such as 8M"
+    )
+    parser.add_argument("--batch", type=count, metavar="B", help="sequences a step; default: 16")
+    parser.add_argument("--seq", type=count, metavar="S", help="tokens a sequence; default: 128")
+    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate; default: by width")
+    parser.add_argument(
+        "--balance",
+        metavar="NAME",
+        help="none, switch, sequence, bias, bias-linear, adaptive, switch-z; default: the model's own",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
 
 
 def run(options: Namespace) -> int:
-    from consilium.cli.actions import train as action
+    from consilium.cli.configure import budget_of, training_config
+    from consilium.machine.allocator import keep_memory
+    from consilium.training.files import locked, run_in
+    from consilium.training.guard import check_disk, check_memory
 
-    return action.run(options)
+    keep_memory()
+    stored = run_in(options.out, resume=options.resume)
+    place = settle(options)
+    config = training_config(options, stored)
+    budget = budget_of(options, config, stored)
+    check_memory(config.model)
+    check_disk(config.model, options.out)
+    if options.resume and stored is None:
+        print(f"{options.out} holds no run yet: a new one starts there")
+    with locked(options.out, print):
+        return _run(config, budget, options, place.device)
+
+
+def _run(config: Training, budget: Budget, options: Namespace, device: str) -> int:
+    from rich.console import Console
+
+    from consilium.cli.live import Page
+    from consilium.data.corpus import build_corpus
+    from consilium.training.budget import with_budget
+    from consilium.training.interrupt import polite_stop
+    from consilium.training.loop import train
+
+    with Page(Console()) as page:
+        corpus = build_corpus(
+            config.data, config.model.vocab_size, start=config.tokenizer, progress=page.notice
+        )
+        config = with_budget(config, budget, corpus, notice=page.notice)
+    moe = config.model.moe
+    # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
+    with polite_stop() as asked:
+        with Page(Console()) as page:
+            finished = train(
+                config,
+                options.out,
+                resume=options.resume,
+                listeners=(page,),
+                corpus=corpus,
+                stop=asked,
+                device=device,
+            )
+        return (
+            _stopped(finished, options)
+            if finished.interrupted
+            else _done(finished, budget, options, generates=moe is None or moe.independent)
+        )
+
+
+def _stopped(finished: Finished, options: Namespace) -> int:
+    """The run's own configuration goes on whatever options it began with."""
+    from consilium.training.files import CONFIG_FILE
+
+    words = command_line("train", options.out / CONFIG_FILE, "--out", options.out, "--resume")
+    print(f"stopped at step {finished.steps}; go on with:\n  {words}")
+    print(f"report so far: {finished.report}")
+    return INTERRUPTED
+
+
+def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: bool) -> int:
+    from consilium.records.io import read_json
+    from consilium.records.run import SUMMARY_FILE, Summary
+    from consilium.training.budget import missed
+
+    summary = read_json(Summary, options.out / SUMMARY_FILE)
+    more = (
+        command_line("generate", options.out, "--prompt", "def ")
+        if generates
+        else command_line("eval", options.out)
+    )
+    print(
+        f"done: {finished.steps} steps, {finished.tokens:,} tokens, {summary.tokens_per_second:,.0f} tok/s,"
+        f" held-out {summary.trained.macro:.3f} bits per byte\n"
+        f"  report      {finished.report}\n"
+        f"  checkpoint  {finished.checkpoint}\n"
+        f"  next        {more}"
+    )
+    if (note := missed(budget, summary.seconds)) is not None:
+        print(note)
+    return 0

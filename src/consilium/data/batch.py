@@ -5,8 +5,9 @@ Legend: B rows, S tokens a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,6 @@ class Batch:
     """int64 position inside the document as cut by packing, from 0."""
     valid_BS: Tensor
     """bool; False is padding, which takes part in nothing."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})

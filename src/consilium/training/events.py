@@ -66,6 +66,7 @@ class Finished:
     interrupted: bool
     final_load: Mapping[int, float]
     """max/mean load averaged over the last 50 steps, by MoE layer."""
+    report: Path
 
 
 Event = Started | Stepped | Evaluated | Saved | Notice | Finished

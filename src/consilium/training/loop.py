@@ -15,15 +15,18 @@ from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import Training, minutes
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.evaluation.bits import Evaluation, evaluate
+from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
+from consilium.report.build import REPORT_FILE, build_report
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
 from consilium.training.guard import check_disk, check_memory, check_patience
 from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import evaluation_record, layer_ratios, step_record
-from consilium.training.run import Run, open_run, save_run, saved_on_error
+from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
 from consilium.training.step import StepResult, gradients, update
+from consilium.training.summary import write_summary
 
 WINDOW = 50
 """Steps over which the final load ratio is averaged."""
@@ -35,7 +38,7 @@ LOGGED = 1000
 """A run logs at most about this many steps; shorter runs log every step."""
 
 
-def train(
+def train(  # noqa: PLR0913 - the public face, by keyword
     config: Training,
     out: Path | str,
     *,
@@ -43,10 +46,12 @@ def train(
     listeners: Sequence[Listener] = (),
     corpus: Corpus | None = None,
     stop: Callable[[], bool] | None = None,
+    device: str = "cpu",
 ) -> Finished:
-    """Train in the run folder ``out`` and return how it ended.
+    """Train in the run folder ``out`` and return how it ended; a summary and a report lie there then.
 
-    ``stop`` says whether to end after the step in progress, by default once Ctrl-C or SIGTERM came.
+    ``device`` is ``cpu``, ``cuda``, ``cuda:N`` or ``auto``. ``stop`` says whether to end after the step in
+    progress, by default once Ctrl-C, SIGTERM or SIGHUP came.
 
     The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
     run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a model
@@ -63,7 +68,7 @@ def train(
     def notice(text: str) -> None:
         emit(Notice(text))
 
-    out = Path(out)
+    out, device = Path(out), choose_device(device)
     check_memory(config.model)
     check_disk(config.model, out)
     if config.threads is not None:
@@ -71,7 +76,7 @@ def train(
     if corpus is None:
         corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer, progress=notice)
     with borrowed_signals() if stop is None else nullcontext(stop) as asked, locked(out, notice):
-        run = open_run(config, out, corpus, resume=resume, notice=notice)
+        run = open_run(config, Site(out, corpus, device, notice), resume=resume)
         with saved_on_error(run, notice):
             emit(Started(run.config, out, run.progress.step))
             meter = Meter()
@@ -186,6 +191,7 @@ def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Ev
         save_run(run)
     emit(Saved(run.progress.step, folder))
     interrupted = run.progress.step < run.config.steps
+    last = None if interrupted else _evaluate(run, emit)
     finished = Finished(
         out=run.out,
         checkpoint=folder,
@@ -194,9 +200,13 @@ def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Ev
         seconds=meter.seconds,
         tokens_per_second=meter.tokens / meter.seconds if meter.seconds else 0.0,
         first=first,
-        last=None if interrupted else _evaluate(run, emit),
+        last=last,
         interrupted=interrupted,
         final_load=meter.mean_ratios,
+        report=run.out / REPORT_FILE,
     )
+    if not interrupted:
+        write_summary(run.out, finished)
+    build_report(run.out)
     emit(finished)
     return finished

@@ -45,4 +45,4 @@ def restore_moments(optimizer: torch.optim.AdamW, model: nn.Module, saved: Mappi
     parameters = dict(model.named_parameters())
     for key, value in saved.items():
         name, _, field = key.rpartition(":")
-        optimizer.state[parameters[name]][field] = value.clone()
+        optimizer.state[parameters[name]][field] = value.to(parameters[name].device, copy=True)

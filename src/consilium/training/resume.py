@@ -81,9 +81,10 @@ def newest_checkpoint(out: Path, notice: Callable[[str], None]) -> Path | None:
     folder = out / CHECKPOINTS
     found = atomic.latest(folder, check=verify, notice=notice)
     steps = [path for _, path in atomic.steps(folder)]
-    for path in [] if found is None else steps[steps.index(found) + 1 :]:
+    for path in steps if found is None else steps[steps.index(found) + 1 :]:
         aside = atomic.set_aside(path)
-        notice(f"{path} is damaged and kept as {aside.name}; the run goes on from {found}")
+        on = "begins anew" if found is None else f"goes on from {found}"
+        notice(f"{path} is damaged and kept as {aside and aside.name}; the run {on}")
     return found
 
 

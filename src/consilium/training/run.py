@@ -63,23 +63,32 @@ class Run:
     progress: Progress
 
 
-def open_run(
-    config: Training, out: Path, corpus: Corpus, *, resume: bool, notice: Callable[[str], None]
-) -> Run:
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a run takes place, whether it begins or goes on."""
+
+    out: Path
+    corpus: Corpus
+    device: str
+    notice: Callable[[str], None]
+
+
+def open_run(config: Training, site: Site, *, resume: bool) -> Run:
     """Start in an empty folder, or continue with ``resume``; without a checkpoint a resume starts anew.
 
     Raises ConsiliumError when the folder holds a run and ``resume`` is off, one with other settings or text,
     or other files.
     """
+    out = site.out
     stored = run_in(out, resume=resume)
     for folder in (out, out / CHECKPOINTS):
         atomic.sweep(folder)
-    checkpoint = None if stored is None else newest_checkpoint(out, notice)
+    checkpoint = None if stored is None else newest_checkpoint(out, site.notice)
     if stored is None or checkpoint is None:
         if stored is not None:
-            _start_anew(out, notice)
-        return _begin(config, out, corpus, notice)
-    return _go_on(config, stored, checkpoint, out, corpus, notice)
+            _start_anew(out, site.notice)
+        return _begin(config, site)
+    return _go_on(config, stored, checkpoint, site)
 
 
 def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
@@ -88,59 +97,46 @@ def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
     notice(f"{out} has no checkpoint yet, so the run starts anew from step 0{kept}")
 
 
-def _begin(config: Training, out: Path, corpus: Corpus, notice: Callable[[str], None]) -> Run:
-    model, config = initial(config, corpus)
-    loader = loader_of(config, corpus)
+def _begin(config: Training, site: Site) -> Run:
+    model, config = initial(config, site.corpus)
+    model.to(site.device)
+    loader = loader_of(config, site.corpus)
     for text in loader.notices:
-        notice(text)
-    write_json(out / META_FILE, _meta(config, corpus))
-    files = RunFiles.start(out, config)
-    return Run(
-        config, out, corpus, loader, model, build_optimizer(model, config.optimizer), files, Progress()
-    )
+        site.notice(text)
+    write_json(site.out / META_FILE, _meta(config, site.corpus))
+    files, optimizer = RunFiles.start(site.out, config), build_optimizer(model, config.optimizer)
+    return Run(config, site.out, site.corpus, loader, model, optimizer, files, Progress())
 
 
-def _go_on(
-    config: Training,
-    stored: Training,
-    checkpoint: Path,
-    out: Path,
-    corpus: Corpus,
-    notice: Callable[[str], None],
-) -> Run:
+def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> Run:
+    out, corpus = site.out, site.corpus
     config = as_stored(config, stored)
     changed = changes(stored, config, out)
     tokenizer_of(config, corpus)
-    model = build(config.model, seed=config.seed)
+    model = build(config.model, seed=config.seed).to(site.device)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer)
-    progress = _restore(checkpoint, stored, model, optimizer, corpus, notice)
+    progress = _restore(checkpoint, stored, model, optimizer, site)
     if config.steps < progress.step:
         raise ConsiliumError(
             f"cannot resume {out}: it has run {progress.step} steps, more than the {config.steps} asked for;"
             " give --steps beyond that."
         )
     loader = loader_of(config, corpus, (progress.step, progress.rows))
-    files = RunFiles.reopen(out, progress.step, notice)
+    files = RunFiles.reopen(out, progress.step, site.notice)
     if changed:
-        _record(changed, config, out, progress.step, notice)
+        _record(changed, config, progress.step, site)
     return Run(config, out, corpus, loader, model, optimizer, files, progress)
 
 
-def _record(
-    changed: list[tuple[str, str, str]],
-    config: Training,
-    out: Path,
-    step: int,
-    notice: Callable[[str], None],
-) -> None:
+def _record(changed: list[tuple[str, str, str]], config: Training, step: int, site: Site) -> None:
     """The list first: a crash between the two leaves a change that is asked for again, never one untold."""
-    meta = read_json(RunMeta, out / META_FILE)
+    meta = read_json(RunMeta, site.out / META_FILE)
     changed_now = tuple(Change(step=step, key=key, before=old, after=new) for key, old, new in changed)
-    write_json(out / META_FILE, dataclasses.replace(meta, changes=meta.changes + changed_now))
-    write_text(out / CONFIG_FILE, io.to_yaml(config))
+    write_json(site.out / META_FILE, dataclasses.replace(meta, changes=meta.changes + changed_now))
+    write_text(site.out / CONFIG_FILE, io.to_yaml(config))
     for key, before, after in changed:
-        notice(f"from step {step} on {key} is {after} instead of {before}")
+        site.notice(f"from step {step} on {key} is {after} instead of {before}")
 
 
 def loader_of(config: Training, corpus: Corpus, dealt: tuple[int, int] = (0, 0)) -> Loader:
@@ -191,26 +187,21 @@ def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
 
 
 def _restore(
-    folder: Path,
-    stored: Training,
-    model: Decoder,
-    optimizer: torch.optim.AdamW,
-    corpus: Corpus,
-    notice: Callable[[str], None],
+    folder: Path, stored: Training, model: Decoder, optimizer: torch.optim.AdamW, site: Site
 ) -> Progress:
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
     store.load_weights(model, folder, check_finite=True, verified=True)
     state = store.load_training_state(folder, verified=True)
     restore_moments(optimizer, model, state.tensors)
     scalars = state.scalars
-    if scalars["corpus_sha256"] != corpus.sha256:
+    if scalars["corpus_sha256"] != site.corpus.sha256:
         raise ConsiliumError(
             f"cannot resume from {folder}: the training text has changed (another Python, or edited files);"
             " restore the text or start a new run in another --out."
         )
     for name, now in (("threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
         if scalars[name] != now:
-            notice(
+            site.notice(
                 f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits"
             )
     step = int(scalars["step"])

@@ -79,7 +79,8 @@ def gradients(
 ) -> StepResult:
     """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
     optimizer.zero_grad(set_to_none=True)
-    batch = [loader.micro(step, i, config.accumulate) for i in range(config.accumulate)]
+    device = next(model.parameters()).device
+    batch = [loader.micro(step, i, config.accumulate).to(device) for i in range(config.accumulate)]
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
     losses: list[Loss] = []
     for i, micro in enumerate(batch):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilium.evaluation.bits import Evaluation
-from consilium.records.io import write_json
+from consilium.records.io import read_json_if_present, write_json
 from consilium.records.metrics import METRICS_FILE, read_metrics
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Dense, Sample, StepRecord, Summary
 from consilium.training.events import Finished
@@ -23,11 +23,14 @@ def write_summary(
 ) -> Summary:
     """Write and return the summary of a run that reached its last step, in however many processes.
 
-    The untrained figure is the one logged before the very first step.
+    The untrained figure is the one logged before the very first step. What an earlier summary compares with
+    stays where it is not given: other models of the text always, a twin and a sample of the same steps.
     """
     assert finished.last is not None, "a stopped run has no summary"
     records = read_metrics(out / METRICS_FILE).records
     seconds = spent(records)
+    earlier = read_json_if_present(Summary, out / SUMMARY_FILE)
+    same = None if earlier is None or earlier.steps != finished.steps else earlier
     summary = Summary(
         steps=finished.steps,
         tokens=finished.tokens,
@@ -35,10 +38,10 @@ def write_summary(
         tokens_per_second=finished.tokens / seconds if seconds else 0.0,
         trained=bits(finished.last),
         untrained=_untrained(records),
-        trigram=trigram,
-        xz=xz,
-        dense=dense,
-        sample=sample,
+        trigram=trigram or (earlier and earlier.trigram),
+        xz=xz or (earlier and earlier.xz),
+        dense=dense or (same and same.dense),
+        sample=sample or (same and same.sample),
     )
     write_json(out / SUMMARY_FILE, summary)
     return summary

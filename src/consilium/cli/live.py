@@ -1,4 +1,4 @@
-"""The terminal's view of a run: a live page on a terminal, a plain line now and then elsewhere."""
+"""The terminal's view of a run: a live page, or a line now and then where lines cannot be written again."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ class Page:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = (
-            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        )
+        rewrites = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if rewrites else None
         self._started: Started | None = None
         self._bits = ""
         self._printed = 0.0
@@ -78,9 +77,12 @@ class Page:
             case Saved(folder=folder):
                 self._print(f"saved      {folder}")
             case Notice(text=text):
-                self._print(text)
+                self.notice(text)
             case Finished():
                 pass
+
+    def notice(self, text: str) -> None:
+        self._print(text)
 
     def _print(self, text: str) -> None:
         """A reader that went away, or a full disk behind it, must not end the training.
@@ -95,13 +97,16 @@ class Page:
     def _stepped(self, event: Stepped) -> None:
         if self._live is not None:
             self._live.update(Group(self._line(event), _load_table(event)))
-        elif time.monotonic() - self._printed > QUIET_SECONDS:
+        elif time.monotonic() - self._printed > QUIET_SECONDS or event.step == self._steps(event):
             self._printed = time.monotonic()
             worst = max(layer_ratios(event.result.loads).values(), default=1.0)
             self._print(f"{self._line(event)}  max/mean {worst:.2f}")
 
+    def _steps(self, event: Stepped) -> int:
+        return self._started.config.steps if self._started else event.step
+
     def _line(self, event: Stepped) -> Text:
-        steps = self._started.config.steps if self._started else event.step
+        steps = self._steps(event)
         return Text(
             f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%"
             f"  loss {event.result.ce:.3f}{self._bits}"

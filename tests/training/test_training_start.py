@@ -1,0 +1,170 @@
+"""A run may begin with somebody's weights and tokenizer, and leave parts of them as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilium.checkpoint import store
+from consilium.cli.main import main
+from consilium.config import io
+from consilium.config.balance import Balance, ImportanceLoss, SwitchLoss
+from consilium.config.router import NoGate, Uniform
+from consilium.config.training import Bytes, Data, Folder, TextPath, Training
+from consilium.data.tokenizer import Tokenizer
+from consilium.errors import ConsiliumError
+from consilium.model.decoder import Decoder
+from consilium.training.freeze import freeze, is_frozen
+from consilium.training.loop import train
+from small import DEEPSEEK, lively
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("".join(f"line {i} of many.\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs") / "their model"
+    store.save(lively(DEEPSEEK), folder, tokenizer=Tokenizer.of_bytes())
+    return folder
+
+
+def configuration(text: Path, theirs: Path, **changes: object) -> Training:
+    start = Folder(path=str(theirs))
+    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
+    config = Training(
+        model=DEEPSEEK, init=start, tokenizer=start, data=data, steps=2, batch=2, eval_tokens=64
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def weights(model: Decoder) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_a_run_begins_with_the_weights_of_a_folder_and_a_fresh_optimizer(
+    text: Path, theirs: Path, tmp_path: Path
+) -> None:
+    tiny = dataclasses.replace(Training(model=DEEPSEEK, steps=1).optimizer, learning_rate=1e-12)
+    finished = train(configuration(text, theirs, optimizer=tiny, steps=1), tmp_path / "run")
+    before, after = weights(store.load(theirs)), weights(store.load(finished.checkpoint))
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    state = store.load_training_state(finished.checkpoint).tensors
+    assert {float(value) for name, value in state.items() if name.endswith(":step")} == {1.0}
+
+
+def test_what_it_began_with_is_part_of_a_run(text: Path, theirs: Path, tmp_path: Path) -> None:
+    config = configuration(text, theirs)
+    train(config, tmp_path / "run")
+    stored = io.read_yaml(Training, tmp_path / "run/config.yaml")
+    assert isinstance(stored.init, Folder)
+    assert isinstance(stored.tokenizer, Folder)
+    assert stored.init.sha256 != stored.tokenizer.sha256
+    assert train(config, tmp_path / "run", resume=True).steps == 2  # the digests are filled in
+    other = dataclasses.replace(stored.init, sha256="0" * 64)
+    with pytest.raises(ConsiliumError, match="has another weights than when this configuration was made"):
+        train(dataclasses.replace(stored, init=other), tmp_path / "again")
+    elsewhere = Folder(path=str(theirs.parent))
+    with pytest.raises(ConsiliumError, match=r"started with init\.path = .*, and its weights have begun"):
+        train(dataclasses.replace(stored, init=elsewhere), tmp_path / "run", resume=True)
+
+
+def test_a_vocabulary_that_differs_is_refused_with_the_two_numbers(
+    text: Path, theirs: Path, tmp_path: Path
+) -> None:
+    larger = dataclasses.replace(DEEPSEEK, vocab_size=DEEPSEEK.vocab_size + 5)
+    with pytest.raises(ConsiliumError, match=rf"{DEEPSEEK.vocab_size} tokens and the model one of"):
+        train(configuration(text, theirs, model=larger, tokenizer=Bytes()), tmp_path / "run")
+    smaller = dataclasses.replace(DEEPSEEK, vocab_size=258)
+    with pytest.raises(ConsiliumError, match=r"has 259 tokens or more and the model's vocabulary is 258"):
+        train(configuration(text, theirs, model=smaller), tmp_path / "run")
+
+
+def test_a_model_of_other_settings_takes_the_weights_that_fit(
+    text: Path, theirs: Path, tmp_path: Path
+) -> None:
+    assert DEEPSEEK.moe is not None
+    balance = Balance(losses=(SwitchLoss(),), bias=DEEPSEEK.moe.balance.bias)
+    other = dataclasses.replace(DEEPSEEK, moe=dataclasses.replace(DEEPSEEK.moe, balance=balance))
+    assert train(configuration(text, theirs, model=other, steps=1), tmp_path / "run").steps == 1
+    deeper = dataclasses.replace(DEEPSEEK, layers=DEEPSEEK.layers + 2)
+    with pytest.raises(ConsiliumError, match="has no weight"):
+        train(configuration(text, theirs, model=deeper), tmp_path / "other")
+
+
+def test_gates_alone_train_where_all_else_is_frozen(text: Path, theirs: Path, tmp_path: Path) -> None:
+    config = configuration(text, theirs, freeze=("*", "!*.router.*"))
+    finished = train(config, tmp_path / "run")
+    before, after = store.load(theirs), store.load(finished.checkpoint)
+    moved = {name for name, value in weights(before).items() if not value.equal(weights(after)[name])}
+    assert moved
+    assert all(".router." in name for name in moved)
+    for layer, moe in before.moe_layers().items():
+        bias_E, same_E = moe.balance.bias_E, after.moe_layers()[layer].balance.bias_E
+        assert bias_E is not None
+        assert bias_E.equal(same_E), "a frozen bias chooses as it did"
+    saved = store.load_training_state(finished.checkpoint).tensors
+    assert saved
+    assert all(".router." in name for name in saved)
+    longer = dataclasses.replace(config, steps=3)
+    assert train(longer, tmp_path / "run", resume=True).steps == 3
+
+
+def test_a_pattern_that_fits_nothing_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConsiliumError, match=r"no weight is called 'embed.weigth'.*embed\.weight"):
+        freeze(lively(DEEPSEEK), ("embed.weigth",))
+    with pytest.raises(ConsiliumError, match="leaves nothing to train"):
+        freeze(lively(DEEPSEEK), ("*",))
+
+
+def test_the_last_pattern_that_fits_decides() -> None:
+    patterns = ("*", "!layers.1.*", "layers.1.moe.*")
+    names = ("embed.weight", "layers.1.norm.weight", "layers.1.moe.router.weight")
+    assert [is_frozen(name, patterns) for name in names] == [True, False, True]
+    assert not is_frozen("embed.weight", ())
+
+
+def test_a_gate_that_no_loss_reaches_is_refused() -> None:
+    assert DEEPSEEK.moe is not None
+
+    def with_gate(*losses: object, **router: object) -> Training:
+        inner = dataclasses.replace(DEEPSEEK.moe.router, weight=Uniform(), **router)
+        balance = Balance(losses=losses, bias=DEEPSEEK.moe.balance.bias)
+        moe = dataclasses.replace(DEEPSEEK.moe, router=inner, balance=balance)
+        return Training(model=dataclasses.replace(DEEPSEEK, moe=moe), steps=1)
+
+    for losses in ((), (ImportanceLoss(),), (SwitchLoss(coefficient=0.0),)):
+        with pytest.raises(ConsiliumError, match="no loss reaches the gate"):
+            with_gate(*losses)
+    assert with_gate(SwitchLoss()).steps == 1
+    assert isinstance(NoGate().kind, str)
+
+
+def test_the_command_begins_with_a_folder_and_goes_on_when_it_is_gone(
+    text: Path, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "mine"
+    theirs_copy = store.load(theirs)
+    store.save(theirs_copy, moved, tokenizer=Tokenizer.of_bytes())
+    words = ["--out", str(tmp_path / "run"), "--data", str(text), "--seq", "24", "--batch", "2"]
+    words += ["--set", "eval_tokens=64", "--set", "train.freeze=embed.*", "--threads", "1"]
+    assert main(["train", str(moved), *words, "--steps", "1"]) == 0
+    stored = io.read_yaml(Training, tmp_path / "run/config.yaml")
+    assert stored.freeze == ("embed.*",)
+    assert stored.init == dataclasses.replace(stored.init, kind="folder")
+    assert main(["train", str(moved), "--out", str(tmp_path / "run"), "--resume", "--steps", "2"]) == 0
+    assert (
+        main(["train", str(tmp_path / "run"), "--out", str(tmp_path / "next"), *words[2:], "--steps", "1"])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["train", str(theirs), "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "its weights have begun already" in capsys.readouterr().err
+    assert main(["train", str(theirs), *words, "--steps", "1", "--params", "1M"]) == 2
