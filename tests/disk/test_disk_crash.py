@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from disk.crashing import LOSSES, Crash, CrashingDisk
 
 from checkpoint.gguf_models import llama
 from checkpoint.models import saved
 from consilium.disk.files import DISK
 from consilium.errors import ConsiliumError
+from disk.crashing import LOSSES, Crash, CrashingDisk
 from disk.writers import NAMES, Writer, writers
 
 BEGINS = ("absent", "old")
