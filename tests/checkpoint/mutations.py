@@ -23,6 +23,7 @@ from checkpoint import damage_folder, damage_weights
 from checkpoint.damage_weights import FP8, SINGLE, Named, rewrite
 from checkpoint.models import deepseek_v3, saved
 from consilium.checkpoint import safetensors_io, store
+from consilium.checkpoint.verify import verify_folder
 from consilium.errors import ConsiliumError
 
 SECONDS = 2.0
@@ -133,6 +134,8 @@ def mutate(templates: Templates, scratch: Path, trials: int) -> Counts:
 def attempt(folder: Path, named: Named, expected: dict[str, Tensor]) -> str:
     """``refused`` in one sentence that says where, ``harmless``, or what went wrong."""
     try:
+        if faults := verify_folder(folder).faults:
+            raise ConsiliumError(faults[0])  # noqa: TRY301 - counted as what loading raises
         state = store.load(folder).state_dict()
     except ConsiliumError as error:
         text = str(error)

@@ -15,7 +15,10 @@ import pytest
 from checkpoint.models import deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
 from consilium.checkpoint.hf.naming import named, published
-from consilium.disk.atomic import commit_folder, verify
+from consilium.checkpoint.verify import verify_folder
+from consilium.disk import manifest
+from consilium.disk.atomic import commit_folder
+from consilium.disk.manifest import verify
 from consilium.errors import ConsiliumError
 
 WEIGHTS = "model.safetensors"
@@ -53,6 +56,11 @@ def refused(action: Callable[[], object]) -> str:
     return text
 
 
+def whole(folder: Path) -> None:
+    for fault in verify_folder(folder).faults:
+        raise ConsiliumError(fault)
+
+
 def flip(path: Path, choose: random.Random) -> None:
     data = bytearray(path.read_bytes())
     data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
@@ -83,7 +91,9 @@ def test_damage_to_any_saved_file_is_found_and_the_file_named(
         file = folder / files[trial % len(files)].relative_to(single)
         damage(file, choose)
         assert f"{tmp_path}/{trial}/" in refused(lambda folder=folder: verify(folder))
-        if file.name in {WEIGHTS, "config.json", "manifest.json"} and damage is not remove:
+        if damage is not remove:  # without its manifest a folder is one from elsewhere
+            assert f"{tmp_path}/{trial}/" in refused(lambda folder=folder: whole(folder))
+        if file.name == "config.json" or (file.name == WEIGHTS and damage is not flip):
             refused(lambda folder=folder: store.load(folder))
         shutil.rmtree(folder)
 
@@ -271,7 +281,34 @@ def test_an_older_shard_under_a_manifest_is_found(tmp_path: Path) -> None:
     store.save(old, tmp_path / "old")
     store.save(new, tmp_path / "new")
     shutil.copy(tmp_path / "old" / WEIGHTS, tmp_path / "new" / WEIGHTS)
-    assert f"new/{WEIGHTS} was changed after it was saved" in refused(lambda: store.load(tmp_path / "new"))
+    (fault,) = verify_folder(tmp_path / "new").faults
+    assert f"new/{WEIGHTS} was changed after it was saved" in fault
+
+
+def test_a_folder_that_is_as_it_was_has_no_faults(single: Path, sharded: Path) -> None:
+    told: list[tuple[int, int]] = []
+    report = verify_folder(str(single), progress=lambda done, total: told.append((done, total)))
+    assert (report.sealed, report.faults) == (True, ())
+    assert told[-1][0] == report.bytes - (single / "manifest.json").stat().st_size
+    report = verify_folder(sharded)
+    assert (report.sealed, report.faults, report.files) == (False, (), len(list(sharded.iterdir())))
+    with pytest.raises(ConsiliumError, match="no such folder"):
+        verify_folder(single / "absent")
+
+
+def test_weights_are_not_hashed_to_load_them(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    plain = manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda path: (hashed.append(path.name), plain(path))[1])
+    store.load(single)
+    assert set(hashed) <= {"config.json"}
+
+
+def test_a_name_that_comes_twice_among_many_is_found_in_linear_time(tmp_path: Path) -> None:
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    text = ("{" + ",".join(f'"{i % 39_999}":{entry}' for i in range(40_000)) + "}").encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "'0' twice" in refused(lambda: safetensors_io.read_header(tmp_path / WEIGHTS))
 
 
 def test_a_changed_training_state_is_found(tmp_path: Path) -> None:

@@ -219,5 +219,5 @@ def test_a_folder_that_was_compared_with_its_manifest_is_not_hashed_again(tmp_pa
             ConsiliumError, match=r"state\.json (is|was) changed|config\.json (is|was) changed"
         ):
             read()
-    store.load_weights(model, folder, verified=True)
+    store.load_weights(model, folder)
     assert store.load_training_state(folder, verified=True).scalars == {"step": 13}

@@ -42,8 +42,8 @@ _CARRIED: Final = (
 
 
 def convert(
-    folder: Path,
-    destination: Path,
+    folder: Path | str,
+    destination: Path | str,
     *,
     dtype: str | None = None,
     progress: Progress = lambda done, total: None,
@@ -56,6 +56,7 @@ def convert(
     and for NaN or infinity.
     """
     folder = newest_of_run(folder)
+    folder, destination = Path(folder), Path(destination)
     if folder.resolve() == destination.resolve():
         raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
     source = open_folder(folder, dtype=dtype, check_finite=True)

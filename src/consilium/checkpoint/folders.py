@@ -29,13 +29,15 @@ def check_vocabulary(tokens: int, size: int, where: Path) -> None:
         )
 
 
-def newest_of_run(folder: Path, *, notice: atomic.Notice = logging.getLogger("consilium").warning) -> Path:
+def newest_of_run(
+    folder: Path | str, *, notice: atomic.Notice = logging.getLogger("consilium").warning
+) -> Path:
     """Return the newest complete checkpoint of a run, and any other folder as it is.
 
     One that is incomplete is passed over and told to ``notice``. Nothing is written, and no weights are read.
     Raises ConsiliumError for a run that has none.
     """
-    folder = atomic.standing(folder)
+    folder = atomic.standing(Path(folder))
     if (folder / CONFIG_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
         return folder
     newest = atomic.latest(folder / CHECKPOINTS, notice=notice)
@@ -46,8 +48,9 @@ def newest_of_run(folder: Path, *, notice: atomic.Notice = logging.getLogger("co
     return newest
 
 
-def checkpoint_in(folder: Path) -> Path:
+def checkpoint_in(folder: Path | str) -> Path:
     """Return the checkpoint that ``folder`` is or holds. Raises ConsiliumError that says how to get one."""
+    folder = Path(folder)
     found = newest_of_run(folder)
     if (found / CONFIG_FILE).exists() or (found.suffix == GGUF and found.is_file()):
         return found

@@ -211,10 +211,11 @@ def _assign(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 def _parse(path: Path, text: bytes) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        data = dict(pairs)
-        if len(data) != len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise _bad(path, f"has {twice[:80]!r} twice in its header")
+        data: dict[str, object] = {}
+        for name, value in pairs:
+            if name in data:
+                raise _bad(path, f"has {name[:80]!r} twice in its header")
+            data[name] = value
         return data
 
     try:

@@ -119,15 +119,16 @@ def _derived(name: str, found: Mapping[str, Stored]) -> bool:
     return name.endswith(".moe.router.table") and name not in found
 
 
-def find(folder: Path, config: Model, *, verified: bool = False) -> dict[str, Stored]:
-    """Return the tensors of ``folder``, which must be the ones saved where there is a manifest.
+def find(folder: Path, config: Model) -> dict[str, Stored]:
+    """Return the tensors of ``folder``, where there is a manifest in files of the size that was saved.
 
-    Raises ConsiliumError naming the file or tensor at fault, and where ``config`` asks for far more than the
-    folder holds. ``verified``: the caller has compared the folder with its manifest.
+    What describes them is compared byte for byte; the weights themselves only where ``verify_folder`` or a
+    resume asks for it, since that reads them all. Raises ConsiliumError naming the file or tensor at fault,
+    and where ``config`` asks for far more than the folder holds.
     """
-    if not verified and (folder / manifest.NAME).exists():
-        names = [path.name for path in weights.weight_files(folder)]
-        manifest.verify(folder, only=(CONFIG, weights.INDEX, *names))
+    if (folder / manifest.NAME).exists():
+        manifest.verify(folder, only=(CONFIG, weights.INDEX))
+        manifest.check_complete(folder, only={path.name for path in weights.weight_files(folder)})
     keys = read_object(folder / CONFIG)
     experts = 0 if config.moe is None else config.moe.experts
     blocks = config.layers + config.mtp.depth

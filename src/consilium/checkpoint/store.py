@@ -116,23 +116,20 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
     return fitted(folder, config, found, model.state_dict(), check_finite=check_finite)
 
 
-def load_weights(
-    model: Decoder, folder: Path | str, *, check_finite: bool = False, verified: bool = False
-) -> None:
+def load_weights(model: Decoder, folder: Path | str, *, check_finite: bool = False) -> None:
     """Copy the weights in ``folder`` into ``model``, tensor by tensor and in the dtypes of ``model``.
 
     Raises ConsiliumError as ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
-    ``verified``: the caller has compared the folder with its manifest, so the files are not hashed again.
     """
     folder = Path(folder)
-    found = find(folder, model.config, verified=verified)
+    found = find(folder, model.config)
     _fill(model, fitted(folder, model.config, found, model.state_dict(), check_finite=check_finite))
 
 
 def load_training_state(folder: Path | str, *, verified: bool = False) -> TrainingState:
     """Return the training state in ``folder``, or raise ConsiliumError where there is none or it changed.
 
-    ``verified`` as in ``load_weights``.
+    ``verified``: the caller has compared the folder with its manifest, so the files are not hashed again.
     """
     folder = Path(folder)
     if not (folder / STATE).exists():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +15,12 @@ from consilium.config.base import sentence
 from consilium.errors import ConsiliumError, nearest
 
 C = TypeVar("C")
+_LARGEST: Final = 2**16
+"""Characters: twenty times what the largest configuration of ours takes."""
+_DEEPEST: Final = 64
+_SAID: Final = 200
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""A tenth of the time, where the library was built with it."""
 
 
 @functools.cache
@@ -54,22 +60,51 @@ def from_json(cls: type[C], text: str, *, where: str = "") -> C:
 
 
 def from_yaml(cls: type[C], text: str, *, where: str = "") -> C:
-    try:
-        data = yaml.safe_load(text)
-    except RecursionError:
-        raise ConsiliumError(f"{where or 'configuration'} is nested too deeply; restore the file.") from None
-    except yaml.YAMLError as error:
-        raise ConsiliumError(
-            f"{where or 'configuration'} is not valid YAML: {error}".replace("\n", " ")
-        ) from None
-    return from_data(cls, data, where=where)
+    return from_data(cls, _yaml(text, where or "configuration"), where=where)
 
 
-def read_yaml(cls: type[C], path: Path) -> C:
+def read_yaml(cls: type[C], path: Path | str) -> C:
     try:
-        return from_yaml(cls, path.read_text(encoding="utf-8"), where=str(path))
+        with Path(path).open(encoding="utf-8") as file:
+            return from_yaml(cls, file.read(_LARGEST + 1), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConsiliumError(f"cannot read the configuration {path}: {error}; give a YAML file.") from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    """Plain data out of YAML. Aliases are refused: a few of them make a small file of a huge one.
+
+    Raises ConsiliumError naming ``where``.
+    """
+    if len(text) > _LARGEST:
+        raise ConsiliumError(f"{where} is longer than {_LARGEST} characters; give a configuration.")
+    try:
+        events = cast("Iterable[yaml.Event]", yaml.parse(text, Loader=_LOADER))  # pyright: ignore[reportUnknownMemberType]
+        fault = _fault(events)
+        data = None if fault else yaml.safe_load(text)
+    # The YAML library lets what Python says of a bad number or date through as it is.
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        fault, data = f"is not valid YAML: {' '.join(str(error).split())[:_SAID]}; restore the file", None
+    if fault:
+        raise ConsiliumError(f"{where} {fault}.")
+    return data
+
+
+def _fault(events: Iterable[yaml.Event]) -> str | None:
+    depth = 0
+    for event in events:
+        match event:
+            case yaml.AliasEvent() | yaml.NodeEvent(anchor=str()):
+                return "has an anchor or an alias (& or *); write the values out"
+            case yaml.CollectionStartEvent():
+                depth += 1
+            case yaml.CollectionEndEvent():
+                depth -= 1
+            case _:
+                pass
+        if depth > _DEEPEST:
+            return "is nested too deeply; restore the file"
+    return None
 
 
 def changed(config: C, *, where: str = "", **values: object) -> C:
@@ -130,6 +165,6 @@ def _plain(value: str, where: str) -> Any:
     if value.startswith(("*", "!")):  # an alias or a tag to YAML, a pattern to whoever writes it here
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConsiliumError(f"{where}: the value {value!r} is not valid YAML; quote it.") from None
+        return _yaml(value, value)
+    except ConsiliumError:
+        raise ConsiliumError(f"{where}: the value {value[:_SAID]!r} is not plain YAML; quote it.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -33,13 +33,14 @@ def seal(folder: Path, files: Filesystem) -> None:
         files.sync_folder(inner)
 
 
-def check_complete(folder: Path) -> None:
-    """Raise ConsiliumError unless every file of the manifest is there in its size.
+def check_complete(folder: Path, *, only: Collection[str] | None = None) -> None:
+    """Raise ConsiliumError unless every file of the manifest, or of ``only``, is there in its size.
 
     Names and sizes are all that an interrupted write changes; digests would read everything.
     """
     for name, (size, _) in read_manifest(folder).items():
-        _check_size(folder / name, size)
+        if only is None or name in only:
+            _check_size(folder / name, size)
 
 
 def verify(folder: Path, *, only: Iterable[str] | None = None) -> None:
@@ -47,13 +48,24 @@ def verify(folder: Path, *, only: Iterable[str] | None = None) -> None:
 
     Raises ConsiliumError naming the first file that is missing, truncated, changed or unlisted.
     """
+    for fault in faults(folder, only=only):
+        raise fault
+
+
+def faults(
+    folder: Path, *, only: Iterable[str] | None = None, read: Callable[[int], None] = lambda count: None
+) -> Iterator[ConsiliumError]:
+    """Yield what ``verify`` raises, of every file; ``read`` hears of the bytes of each that is done."""
     entries = read_manifest(folder)
     for name in list_files(folder):
         if name not in entries and Path(name).suffix in _READ:
-            raise damaged(folder / name, "was not there when this folder was saved", "remove it")
-    wanted = entries.keys() if only is None else [name for name in only if name in entries]
-    for name in wanted:
-        _verify_file(folder / name, *entries[name])
+            yield damaged(folder / name, "was not there when this folder was saved", "remove it")
+    for name in entries.keys() if only is None else [name for name in only if name in entries]:
+        try:
+            _verify_file(folder / name, *entries[name])
+        except ConsiliumError as error:
+            yield error
+        read(entries[name][0])
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:

@@ -190,7 +190,7 @@ def _restore(
     folder: Path, stored: Training, model: Decoder, optimizer: torch.optim.AdamW, site: Site
 ) -> Progress:
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
-    store.load_weights(model, folder, check_finite=True, verified=True)
+    store.load_weights(model, folder, check_finite=True)
     state = store.load_training_state(folder, verified=True)
     restore_moments(optimizer, model, state.tensors)
     scalars = state.scalars

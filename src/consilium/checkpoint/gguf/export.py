@@ -72,8 +72,8 @@ Plan = Mapping[str, tuple[_Planned, ...]]
 
 
 def export(
-    folder: Path,
-    destination: Path,
+    folder: Path | str,
+    destination: Path | str,
     *,
     dtype: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -85,6 +85,7 @@ def export(
     The largest tensor of the model is in memory at a time, in float32. Raises ConsiliumError where llama.cpp
     has no architecture that computes the same, and where reading or writing fails.
     """
+    folder, destination = Path(folder), Path(destination)
     if destination.exists():
         raise ConsiliumError(f"{destination} is already there; remove it or give another name.")
     if folder.suffix == GGUF:
