@@ -5,13 +5,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
-from consilium.disk.files import DISK, make_parents, write_failure
+from consilium.disk.atomic import write_file
 from consilium.engine.template import Message, Template, TemplateCodec, find_template
 from consilium.errors import ConsiliumError
 
@@ -170,20 +169,7 @@ def write_conversation(conversation: Conversation, path: Path) -> None:
                 f"{path} exists and is no conversation of ours, so it is left alone; choose another name."
             ) from None
     said = {"kind": KIND, "version": 1, "messages": [dataclasses.asdict(m) for m in conversation.messages]}
-    _replace(path, f"{json.dumps(said, indent=1)}\n".encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        make_parents(path.parent.resolve(), DISK)
-        DISK.write(staged, [content])
-        DISK.sync_file(staged)
-        DISK.rename(staged, path)
-        DISK.sync_folder(path.parent.resolve())
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise write_failure(error, path) from error
+    write_file(path, f"{json.dumps(said, indent=1)}\n".encode())
 
 
 def read_conversation(path: Path) -> Conversation:
