@@ -222,7 +222,7 @@ def factors(folder: Path, choose: random.Random) -> str:
         case 3:
             tensors[scale] = torch.ones(3, 2)
         case 4:
-            tensors[scale] = tensors[scale].bfloat16()
+            tensors[scale] = tensors[scale].double()
         case _:
             tensors[f"{name}_scale"] = tensors.pop(scale)
     rewrite(folder / SINGLE, tensors)

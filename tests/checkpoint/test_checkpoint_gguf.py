@@ -201,8 +201,6 @@ def test_a_mixtral_says_what_a_reader_must_know(tmp_path: Path) -> None:
         "llama.rope.scaling.type": "yarn",
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 64,
-        "llama.rope.scaling.yarn_beta_fast": 32.0,
-        "llama.rope.scaling.yarn_beta_slow": 1.0,
         "llama.expert_count": 4,
         "llama.expert_used_count": 2,
         "llama.expert_feed_forward_length": 96,
@@ -264,13 +262,19 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
         (deepseek_v2(layers=27), "takes one of 27 layers to have no query compression"),
         (deepseek_v3(rope=yarn(0.0)), "no key for YaRN with mscale 0 and mscale_all_dim 0"),
         (
+            deepseek_v3(
+                rope=Rope(scaling=Yarn(factor=4.0, original_length=64, beta_fast=1.0, mscale_all_dim=1.0))
+            ),
+            "reads no key for YaRN with beta_fast 1 and beta_slow 1, only 32 and 1",
+        ),
+        (
             dataclasses.replace(
                 mixtral(), attention=dataclasses.replace(mixtral().attention, rope=yarn(1.0))
             ),
             "",
         ),
     ],
-    ids=["switch", "raw weights", "dense layers", "fewer keys", "27 layers", "yarn", "interleaved"],
+    ids=["switch", "raw weights", "dense layers", "fewer keys", "27 layers", "yarn", "betas", "interleaved"],
 )
 def test_what_a_reader_would_compute_differently_is_refused(
     config: Model, message: str, tmp_path: Path

@@ -24,7 +24,7 @@ def from_hugging_face(found: Mapping[str, Any], path: Path) -> Model:
     kind = kind_of(found, path)
     keys = completed(found, path, kind)
     if keys.number("num_hidden_layers") > MOST_LAYERS:
-        raise keys.wrong("num_hidden_layers", f"at most {MOST_LAYERS}, which no model has")
+        raise keys.wrong("num_hidden_layers", f"at most {MOST_LAYERS}, and no model has more")
     shared: dict[str, Any] = {
         "family": FAMILIES[kind].recipe,
         "vocab_size": keys.number("vocab_size"),
