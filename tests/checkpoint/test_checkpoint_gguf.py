@@ -20,7 +20,7 @@ from checkpoint.gguf_models import CASES, deepseek_v2, deepseek_v3, llama, mixtr
 from checkpoint.models import switch, trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
-from consilium.config.attention import GQA, MLA
+from consilium.config.attention import GQA, MLA, Rope, Yarn
 from consilium.config.model import Model
 from consilium.config.router import Groups, Raw, Router, TopK
 from consilium.data.tokenizer import Tokenizer
