@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.data.corpus import Corpus
 from consilium.data.documents import Document
-from consilium.data.encoding import encode_documents, join
-from consilium.data.tokenizer import Tokenizer
 from consilium.evaluation.baselines import (
     DocumentBytes,
     TrigramModel,
@@ -22,21 +19,18 @@ from consilium.evaluation.baselines import (
     xz_bits_per_byte,
 )
 
-BYTES = Tokenizer.of_bytes()
 START = b"\0\0"
 
 documents = st.lists(st.text("abcé ", min_size=1, max_size=30), min_size=1, max_size=5)
 
 
-def corpus_of(train: dict[str, list[str]], held_out: dict[str, list[str]]) -> Corpus:
-    found = [
+def documents_of(train: dict[str, list[str]], held_out: dict[str, list[str]]) -> list[Document]:
+    return [
         Document(text, domain, f"{domain} {number}", held_out=side)
         for side, domains in ((False, train), (True, held_out))
         for domain, texts in domains.items()
         for number, text in enumerate(texts)
     ]
-    encoded = encode_documents(BYTES, found, lambda _: None)
-    return Corpus(BYTES, "0" * 64, join(BYTES, encoded, held_out=False), join(BYTES, encoded, held_out=True))
 
 
 def naive_bits(train: list[str], held_out: list[str]) -> float:
@@ -68,15 +62,13 @@ def naive_bits(train: list[str], held_out: list[str]) -> float:
 @settings(max_examples=8)
 @given(train=documents, held_out=documents)
 def test_the_trigram_model_equals_a_naive_one(train: list[str], held_out: list[str]) -> None:
-    corpus = corpus_of({"a": train}, {"a": held_out})
-    model = TrigramModel.fit([document_bytes(BYTES, corpus.train["a"])])
-    found = model.bits_per_byte(document_bytes(BYTES, corpus.held_out["a"]))
+    model = TrigramModel.fit([document_bytes(train)])
+    found = model.bits_per_byte(document_bytes(held_out))
     assert found == pytest.approx(naive_bits(train, held_out), rel=1e-12)
 
 
 def test_probabilities_of_all_bytes_sum_to_one() -> None:
-    corpus = corpus_of({"a": ["abcab"]}, {})
-    model = TrigramModel.fit([document_bytes(BYTES, corpus.train["a"])])
+    model = TrigramModel.fit([document_bytes(["abcab"])])
     for context in (b"ab", b"ba", b"zz", b"a", b""):
         endings = [context + bytes([byte]) for byte in range(256)]
         text = DocumentBytes(b"".join(endings), np.tile(np.arange(len(context) + 1), 256))
@@ -89,7 +81,7 @@ def test_probabilities_of_all_bytes_sum_to_one() -> None:
 def test_training_text_of_all_domains_is_pooled_and_domains_are_measured_apart() -> None:
     train = {"a": ["abab" * 9, "baba"], "b": ["cdcd" * 9]}
     held_out = {"a": ["abab"], "b": ["cdab", "dc"]}
-    found = baselines(corpus_of(train, held_out))
+    found = baselines(documents_of(train, held_out))
     pooled = [text for texts in train.values() for text in texts]
     for domain, texts in held_out.items():
         assert found.trigram.domains[domain] == pytest.approx(naive_bits(pooled, texts), rel=1e-12)

@@ -21,7 +21,7 @@ from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from consilium.errors import ConsiliumError
 
-FORMAT = 2
+FORMAT = 3
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
 INDEX = "index.json"
 
@@ -53,7 +53,8 @@ def build_corpus(
     """
     report = progress or _silent
     tokenizer = _given(start, vocab_size)
-    documents = _documents(data)
+    documents = read_documents(data, report)
+    _refuse_unmeasured(documents)
     sha256 = corpus_sha256(documents)
     folder = cache_folder() / "corpus" / _key(start, tokenizer, vocab_size, sha256)
     if entry_is_whole(folder):
@@ -61,7 +62,7 @@ def build_corpus(
         return _read(folder)
     if tokenizer is None:
         report(f"training a tokenizer of {vocab_size} tokens")
-        tokenizer = Tokenizer.train(documents, vocab_size)
+        tokenizer = Tokenizer.train(documents, vocab_size, progress=report)
     corpus = _tokenize(tokenizer, documents, report)
     try:
         write_entry(folder, _files(corpus))
@@ -70,18 +71,29 @@ def build_corpus(
     return corpus
 
 
-def whole_corpus(path: Path, tokenizer: Tokenizer) -> Corpus:
+def whole_corpus(path: Path, tokenizer: Tokenizer, *, progress: Progress | None = None) -> Corpus:
     """Encode all text of ``path`` to measure a model on. Raises ConsiliumError for unusable text."""
-    return _measured([Document(t.text, t.domain, t.name, held_out=True) for t in path_texts(path)], tokenizer)
+    report = progress or _silent
+    return measured_corpus(whole_documents(path_texts(path, report)), tokenizer, progress=report)
 
 
-def held_out_corpus(data: Data, tokenizer: Tokenizer) -> Corpus:
+def whole_documents(texts: Sequence[Text]) -> list[Document]:
+    """Return all ``texts`` as documents to measure on."""
+    return [Document(text.text, text.domain, text.name, held_out=True) for text in texts]
+
+
+def held_out_corpus(data: Data, tokenizer: Tokenizer, *, progress: Progress | None = None) -> Corpus:
     """Encode what a run on ``data`` holds out."""
-    return _measured([document for document in _documents(data) if document.held_out], tokenizer)
+    report = progress or _silent
+    held_out = [document for document in read_documents(data, report) if document.held_out]
+    return measured_corpus(held_out, tokenizer, progress=report)
 
 
-def _measured(documents: Sequence[Document], tokenizer: Tokenizer) -> Corpus:
-    encoded = encode_documents(tokenizer, documents, _silent)
+def measured_corpus(
+    documents: Sequence[Document], tokenizer: Tokenizer, *, progress: Progress | None = None
+) -> Corpus:
+    """Encode documents that are all held out."""
+    encoded = encode_documents(tokenizer, documents, progress or _silent)
     return Corpus(tokenizer, corpus_sha256(documents), {}, join(tokenizer, encoded, held_out=True))
 
 
@@ -109,22 +121,33 @@ def _given(start: StartTokenizer, vocab_size: int) -> Tokenizer | None:
     return found
 
 
-def _documents(data: Data) -> list[Document]:
+def _refuse_unmeasured(documents: Sequence[Document]) -> None:
+    """A run is judged by text that it has not seen."""
+    if not any(document.held_out and document.text.strip() for document in documents):
+        raise ConsiliumError(
+            f"data: nothing can be held out of {sum(len(d.text) for d in documents):,} characters, and a run"
+            " is measured on text that it has not seen; give more text, or raise data.held_out."
+        )
+
+
+def read_documents(data: Data, report: Progress | None = None) -> list[Document]:
+    """Return the text of ``data`` with its split. Raises ConsiliumError for unusable text."""
+    report = report or _silent
     _refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
     beside = len(data.sources) > 1
-    found = [d for source in data.sources for d in _of(source, data.held_out, prefixed=beside)]
+    found = [d for source in data.sources for d in _of(source, data.held_out, report, prefixed=beside)]
     return sorted(found, key=lambda document: (document.domain, document.name))
 
 
-def _of(source: Source, held_out: float, *, prefixed: bool) -> list[Document]:
+def _of(source: Source, held_out: float, report: Progress, *, prefixed: bool) -> list[Document]:
     """Beside other sources names begin with the source's, so that they stay unique."""
     match source:
         case BuiltIn():
             return builtin_documents(held_out)
         case TextPath(path=path) if not prefixed:
-            return split(path_texts(Path(path)), held_out)
+            return split(path_texts(Path(path), report), held_out)
         case TextPath(path=path):
-            texts = path_texts(Path(path))
+            texts = path_texts(Path(path), report)
             named = [Text(t.text, t.domain, f"{path}:{t.name}", f"{path}:{t.unit}") for t in texts]
             return split(named, held_out)
         case unknown:
@@ -191,7 +214,7 @@ def _read(folder: Path) -> Corpus:
 
 
 def _read_text(folder: Path, prefix: str, byte_count: int) -> TokenizedText:
-    ids_T, starts_N, syntax_T = (
-        open_array(folder / f"{prefix}-{name}.npy") for name in ("ids", "starts", "syntax")
+    ids_T, starts_N, syntax_T, sizes_T = (
+        open_array(folder / f"{prefix}-{name}.npy") for name in ("ids", "starts", "syntax", "sizes")
     )
-    return TokenizedText(ids_T, starts_N, syntax_T, byte_count)
+    return TokenizedText(ids_T, starts_N, syntax_T, sizes_T, byte_count)

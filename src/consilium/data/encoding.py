@@ -32,8 +32,10 @@ class TokenizedText:
     """Index of the token that opens each document."""
     syntax_T: NDArray[np.int8]
     """Index into syntax.CLASSES, UNKNOWN where there is none; empty for training text, which needs none."""
+    sizes_T: NDArray[np.uint32]
+    """Bytes of the source behind each token, whose sum is ``byte_count``; empty for training text."""
     byte_count: int
-    """Bytes of UTF-8 behind the tokens."""
+    """Bytes of the documents in UTF-8, as they were before any tokenizer changed them."""
 
     @property
     def token_count(self) -> int:
@@ -85,23 +87,27 @@ def _join_domain(tokenizer: Tokenizer, items: Sequence[Encoded]) -> TokenizedTex
     opening = np.array([tokenizer.open_id], dtype=np.int64)
     ids_T = np.concatenate([opening[:0], *(part for item in items for part in (opening, item.ids_T))])
     lengths_N = np.array([len(item.ids_T) + 1 for item in items], dtype=np.int64)
-    labels = [label for item in items if item.document.held_out for label in _labels(tokenizer, item)]
+    measured = [item for item in items if item.document.held_out]
+    sizes = [tokenizer.source_sizes(item.document.text, item.ids_T) for item in measured]
+    labels = [label for item, of in zip(measured, sizes, strict=True) for label in _labels(item, of)]
+    opened = [part for of in sizes for part in (np.zeros(1, dtype=np.int64), of)]
     return TokenizedText(
         ids_T=ids_T.astype(dtype),
         starts_N=np.cumsum(lengths_N) - lengths_N,
         syntax_T=np.concatenate([np.zeros(0, dtype=np.int8), *labels]),
-        byte_count=int(tokenizer.sizes_V[ids_T].sum()),
+        sizes_T=np.concatenate([np.zeros(0, dtype=np.int64), *opened]).astype(np.uint32),
+        byte_count=sum(len(item.document.text.encode()) for item in items),
     )
 
 
-def _labels(tokenizer: Tokenizer, item: Encoded) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+def _labels(item: Encoded, sizes_T: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Return the label of the opening token and those of the document's tokens."""
     opening = np.full(1, UNKNOWN, dtype=np.int8)
     if not item.document.name.removesuffix(TAIL).endswith(".py"):
         return opening, np.full(len(item.ids_T), UNKNOWN, dtype=np.int8)
-    return opening, label_tokens(item.document.text, tokenizer.sizes_V[item.ids_T])
+    return opening, label_tokens(item.document.text, sizes_T)
 
 
 def arrays(text: TokenizedText) -> Mapping[str, NDArray[Any]]:
     """Return the arrays to be stored, by name."""
-    return {"ids": text.ids_T, "starts": text.starts_N, "syntax": text.syntax_T}
+    return {"ids": text.ids_T, "starts": text.starts_N, "syntax": text.syntax_T, "sizes": text.sizes_T}

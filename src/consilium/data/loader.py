@@ -11,7 +11,6 @@ from typing import final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.data.batch import Batch
@@ -122,38 +121,45 @@ class LabelledBatch:
     """One window a row, padded on the right; targets are the text's tokens, never the EOS that closes it."""
     domain: str
     bytes_BS: Tensor
-    """int64 bytes of UTF-8 behind each target, 0 where there is none."""
+    """int64 bytes of the source behind each target, 0 where there is none."""
     syntax_BS: Tensor
     """int64 index into syntax.CLASSES of each input token, -1 where unknown."""
 
 
 def held_out_batches(
-    corpus: Corpus, domain: str, sequence_length: int, batch: int, *, limit_tokens: int | None = None
+    corpus: Corpus,
+    domain: str,
+    sequence_length: int,
+    batch: int,
+    *,
+    stride: int | None = None,
+    limit_tokens: int | None = None,
 ) -> Iterator[LabelledBatch]:
     """Yield the held-out windows of ``domain``, ``batch`` rows at a time.
 
     A document is predicted from its opening EOS on, every token once; a window's first input is the last
-    token of the window before, with no more context than that. With ``limit_tokens`` windows spread evenly
-    over the documents are taken while their targets do not exceed it, at least one window.
+    token of the window before, with no more context than that; with a ``stride`` below the sequence length
+    it begins earlier, among tokens that count already. With ``limit_tokens`` windows spread evenly over the
+    documents are taken while their targets do not exceed it, at least one window.
     """
     text = corpus.held_out[domain]
-    windows = limit_windows(cut_windows(text, sequence_length), limit_tokens)
-    sizes_V = corpus.tokenizer.sizes_V
+    windows = limit_windows(cut_windows(text, sequence_length, stride), limit_tokens)
     for start in range(0, len(windows.first_W), batch):
         rows = slice(start, start + batch)
-        yield _label(text, domain, sizes_V, Windows(windows.first_W[rows], windows.length_W[rows]))
+        yield _label(text, domain, windows.rows(rows))
 
 
-def _label(text: TokenizedText, domain: str, sizes_V: NDArray[np.int64], windows: Windows) -> LabelledBatch:
+def _label(text: TokenizedText, domain: str, windows: Windows) -> LabelledBatch:
     first_B, length_B = windows.first_W, windows.length_W
     position_S = np.arange(length_B.max())
     valid_BS = position_S < length_B[:, None]
     # Padding repeats the window's first token: any valid id will do.
     source_BS = np.where(valid_BS, first_B[:, None] + position_S, first_B[:, None])
-    target_BS = text.ids_T[np.where(valid_BS, source_BS + 1, source_BS)].astype(np.int64)
+    next_BS = np.where(valid_BS, source_BS + 1, source_BS)
+    fresh_BS = valid_BS & (position_S >= windows.seen_W[:, None])
     batch = Batch(
         ids_BS=torch.from_numpy(text.ids_T[source_BS].astype(np.int64)),
-        targets_BS=torch.from_numpy(np.where(valid_BS, target_BS, -1)),
+        targets_BS=torch.from_numpy(np.where(fresh_BS, text.ids_T[next_BS].astype(np.int64), -1)),
         sequence_BS=torch.zeros(valid_BS.shape, dtype=torch.int64),
         position_BS=torch.from_numpy(np.where(valid_BS, position_S, 0)),
         valid_BS=torch.from_numpy(valid_BS),
@@ -161,6 +167,6 @@ def _label(text: TokenizedText, domain: str, sizes_V: NDArray[np.int64], windows
     return LabelledBatch(
         batch=batch,
         domain=domain,
-        bytes_BS=torch.from_numpy(np.where(valid_BS, sizes_V[target_BS], 0)),
+        bytes_BS=torch.from_numpy(np.where(fresh_BS, text.sizes_T[next_BS].astype(np.int64), 0)),
         syntax_BS=torch.from_numpy(np.where(valid_BS, text.syntax_T[source_BS], UNKNOWN).astype(np.int64)),
     )

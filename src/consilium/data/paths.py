@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from consilium.data.documents import Text
@@ -13,14 +14,22 @@ from consilium.errors import ConsiliumError, nearest
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
 
-def path_texts(path: Path) -> list[Text]:
+def _silent(_: str) -> None:
+    return
+
+
+def path_texts(path: Path, report: Callable[[str], None] = _silent) -> list[Text]:
     """Read ``path``: a text a file, or a record of a .jsonl file; each is a unit of the split.
 
-    The domain is a record's own ``domain``, else the first folder below ``path``, else the suffix.
-    Raises ConsiliumError for what is missing, empty, binary or malformed.
+    The domain is a record's own ``domain``, else the first folder below ``path``, else the suffix. Linked
+    files and folders are read once, wherever they lie; runs and models below ``path`` are left out and told
+    to ``report``. Raises ConsiliumError for what is missing, empty, binary or malformed.
     """
     texts = [
-        text for found in _files(path) for text in _read(found, _relative(found, path)) if text.text.strip()
+        text
+        for found in _files(path, report)
+        for text in _read(found, _relative(found, path))
+        if text.text.strip()
     ]
     if not texts:
         raise ConsiliumError(
@@ -29,11 +38,11 @@ def path_texts(path: Path) -> list[Text]:
     return texts
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, report: Callable[[str], None]) -> list[Path]:
     if not path.exists():
         raise ConsiliumError(f"data: {path} does not exist; give a {_names()} file or a folder of them.")
     if path.is_dir():
-        found = sorted(_walk(path))
+        found = sorted(_once(_walk(path, report)))
         if not found:
             raise ConsiliumError(f"data: the folder {path} has no {_names()} file; give one that has.")
         return found
@@ -49,20 +58,77 @@ def _names() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the readable files below ``folder``, leaving out hidden ones and Python's caches."""
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__pycache__"))]
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent) / name
+def _walk(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the readable files below ``folder``, leaving out hidden ones, Python's caches, runs and models.
+
+    What is linked comes after what is there, so that a file has its own name where it has one.
+    """
+    waiting, seen = [folder], {_identity(folder)}
+    while waiting:
+        parent = waiting.pop()
+        for entry in sorted(_entries(parent), key=lambda path: (path.is_symlink(), path.name)):
+            if not entry.is_dir():
+                if entry.suffix.lower() in SUFFIXES:
+                    yield entry
+            elif (identity := _identity(entry)) not in seen:
+                seen.add(identity)
+                if (kind := _other_kind(entry)) is None:
+                    waiting.insert(0 if entry.is_symlink() else len(waiting), entry)
+                else:
+                    report(f"{_shown(entry)} is left out of the text: it is {kind}")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith((".", "__pycache__"))]
+    except OSError as error:
+        raise ConsiliumError(
+            f"data: cannot read the folder {_shown(folder)}: {error.strerror}; check its permissions."
+        ) from None
+
+
+def _other_kind(folder: Path) -> str | None:
+    """What a folder of ours, or of somebody's model, is: its files are no text to train on."""
+    if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+        return "a training run"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "a model"
+    return None
+
+
+def _once(paths: Iterable[Path]) -> Iterator[Path]:
+    """Text that is read twice would be trained on and held out at once."""
+    seen: set[tuple[int, int]] = set()
+    for path in paths:
+        identity = _identity(path)
+        if identity not in seen:
+            seen.add(identity)
+            yield path
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConsiliumError(
+            f"data: cannot read {_shown(path)}: {error.strerror}; restore or remove it."
+        ) from None
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ConsiliumError(f"data: {_shown(path)} is neither a file nor a folder; leave it out.")
+    return status.st_dev, status.st_ino
+
+
+def _shown(path: Path) -> str:
+    """A name in any bytes as text."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _relative(found: Path, root: Path) -> Path:
     return found.relative_to(root) if root.is_dir() else Path(found.name)
 
 
-def _read(path: Path, name: Path) -> list[Text]:
+def _read(path: Path, relative: Path) -> list[Text]:
+    name = Path(_shown(relative))
     suffix = path.suffix.lower()
     domain = name.parts[0] if len(name.parts) > 1 else suffix.removeprefix(".")
     content = _decode(path)
@@ -75,13 +141,17 @@ def _decode(path: Path) -> str:
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConsiliumError(f"data: cannot read {path}: {error.strerror}; check its permissions.") from None
+        raise ConsiliumError(
+            f"data: cannot read {_shown(path)}: {error.strerror}; check its permissions."
+        ) from None
     except UnicodeDecodeError as error:
         raise ConsiliumError(
-            f"data: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 or leave it out."
+            f"data: {_shown(path)} is not UTF-8 text (byte {error.start}); convert it or leave it out."
         ) from None
     if "\0" in content:
-        raise ConsiliumError(f"data: {path} has NUL bytes, so it is binary and not text; leave it out.")
+        raise ConsiliumError(
+            f"data: {_shown(path)} has NUL bytes, so it is binary and not text; leave it out."
+        )
     return content.replace("\r\n", "\n")
 
 
@@ -89,11 +159,10 @@ def _records(path: Path, content: str, name: str, domain: str) -> Iterator[Text]
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
-            where = f"data: {path}, line {number}"
+            where = f"data: {_shown(path)}, line {number}"
             record = _record(line, where)
-            text, chosen = _string(record, "text", where), record.get("domain", domain)
-            if not isinstance(chosen, str):
-                raise ConsiliumError(f"{where}: key 'domain' is {chosen!r}, not a string; write a name.")
+            text = _string(record, "text", where)
+            chosen = _string(record, "domain", where) if "domain" in record else domain
             yield Text(text, chosen, f"{name}:{number}", f"{name}:{number}")
 
 

@@ -38,6 +38,8 @@ def label_tokens(source: str, sizes_T: NDArray[np.integer[Any]]) -> NDArray[np.i
     # For every byte the nearest one at or after it that is not blank; N where there is none.
     solid_N = np.where(np.isin(bytes_N, BLANKS), len(bytes_N), np.arange(len(bytes_N)))
     solid_N = np.minimum.accumulate(solid_N[::-1])[::-1]
+    # A token without a byte, such as a blank put in front, has the class of what follows it.
+    starts_T = np.minimum(starts_T, len(bytes_N) - 1)
     solid_T = solid_N[starts_T]
     return labels_N[np.where(solid_T < ends_T, solid_T, starts_T)]
 

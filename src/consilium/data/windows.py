@@ -18,27 +18,43 @@ class Windows:
     first_W: NDArray[np.int64]
     """Index of the first input token among the stored tokens."""
     length_W: NDArray[np.int64]
+    seen_W: NDArray[np.int64]
+    """How many of its targets, from the first one on, are those of the window before: context alone."""
+
+    @property
+    def fresh_W(self) -> NDArray[np.int64]:
+        """Targets that count."""
+        return self.length_W - self.seen_W
+
+    def rows(self, chosen: slice | NDArray[np.int64]) -> Windows:
+        return Windows(self.first_W[chosen], self.length_W[chosen], self.seen_W[chosen])
 
 
-def cut_windows(text: TokenizedText, sequence_length: int) -> Windows:
-    """Cut documents into windows of up to ``sequence_length`` inputs, whose targets are every token once."""
+def cut_windows(text: TokenizedText, sequence_length: int, stride: int | None = None) -> Windows:
+    """Cut documents into windows of up to ``sequence_length`` inputs, in which every token counts once.
+
+    A window begins ``stride`` tokens after the one before, by default as many as it has; with fewer, all but
+    a document's first tokens have at least ``sequence_length - stride`` tokens of context.
+    """
+    step = sequence_length if stride is None else stride
+    assert 0 < step <= sequence_length
     # A document of n tokens is stored as n + 1 and so has n targets.
     targets_N = text.ends_N - text.starts_N - 1
-    count_N = -(-targets_N // sequence_length)
+    count_N = np.where(targets_N > 0, 1 + -(-np.maximum(targets_N - sequence_length, 0) // step), 0)
     offset_W = np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)
-    done_W = offset_W * sequence_length
+    done_W = offset_W * step
     length_W = np.minimum(np.repeat(targets_N, count_N) - done_W, sequence_length)
-    return Windows(np.repeat(text.starts_N, count_N) + done_W, length_W)
+    seen_W = np.where(offset_W > 0, sequence_length - step, 0)
+    return Windows(np.repeat(text.starts_N, count_N) + done_W, length_W, seen_W)
 
 
 def limit_windows(windows: Windows, limit_tokens: int | None) -> Windows:
     """Keep windows spread evenly over all, of at most ``limit_tokens`` targets but at least one window."""
-    total = int(windows.length_W.sum())
+    total = int(windows.fresh_W.sum())
     if limit_tokens is None or total <= limit_tokens:
         return windows
     available = len(windows.first_W)
     wanted = max(1, available * limit_tokens // total)
     chosen = (2 * np.arange(wanted) + 1) * available // (2 * wanted)
-    within = np.cumsum(windows.length_W[chosen]) <= limit_tokens
-    chosen = chosen[: max(1, int(within.sum()))]
-    return Windows(windows.first_W[chosen], windows.length_W[chosen])
+    within = np.cumsum(windows.fresh_W[chosen]) <= limit_tokens
+    return windows.rows(chosen[: max(1, int(within.sum()))])

@@ -13,9 +13,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.data.corpus import Corpus
-from consilium.data.encoding import TokenizedText
-from consilium.data.tokenizer import Tokenizer
+from consilium.data.documents import Document
 from consilium.records.run import BitsPerByte
 
 ALPHABET = 256
@@ -29,13 +27,17 @@ class Baselines:
     """``xz -9`` on each domain's held-out text alone."""
 
 
-def baselines(corpus: Corpus) -> Baselines:
-    """Measure both on all held-out text. Takes seconds, and 256 ** 3 counts of memory."""
-    model = TrigramModel.fit(document_bytes(corpus.tokenizer, text) for text in corpus.train.values())
-    held_out = {d: document_bytes(corpus.tokenizer, t) for d, t in corpus.held_out.items() if t.byte_count}
+def baselines(documents: Iterable[Document]) -> Baselines:
+    """Measure both on the held-out ``documents``. Takes seconds, and 256 ** 3 counts of memory."""
+    train: list[str] = []
+    held_out: dict[str, list[str]] = {}
+    for document in documents:
+        (held_out.setdefault(document.domain, []) if document.held_out else train).append(document.text)
+    model = TrigramModel.fit([document_bytes(train)])
+    measured = {domain: document_bytes(texts) for domain, texts in held_out.items()}
     return Baselines(
-        trigram=BitsPerByte(domains={domain: model.bits_per_byte(text) for domain, text in held_out.items()}),
-        xz=BitsPerByte(domains={domain: xz_bits_per_byte(text.content) for domain, text in held_out.items()}),
+        trigram=BitsPerByte(domains={domain: model.bits_per_byte(text) for domain, text in measured.items()}),
+        xz=BitsPerByte(domains={domain: xz_bits_per_byte(text.content) for domain, text in measured.items()}),
     )
 
 
@@ -62,12 +64,11 @@ class DocumentBytes:
         return np.where(self.place_N >= distance, back_N, 0)
 
 
-def document_bytes(tokenizer: Tokenizer, text: TokenizedText) -> DocumentBytes:
-    data = tokenizer.decode_bytes(text.ids_T.tolist())
-    cumulative_T = np.concatenate([[0], np.cumsum(tokenizer.sizes_V[text.ids_T])])
-    starts_N, ends_N = cumulative_T[text.starts_N], cumulative_T[text.ends_N]
-    place_N = np.arange(len(data)) - np.repeat(starts_N, ends_N - starts_N)
-    return DocumentBytes(data, place_N)
+def document_bytes(texts: Iterable[str]) -> DocumentBytes:
+    """Join texts as they are, before any tokenizer changed them."""
+    encoded = [text.encode() for text in texts]
+    places = [np.arange(len(data), dtype=np.int64) for data in encoded]
+    return DocumentBytes(b"".join(encoded), np.concatenate([np.zeros(0, dtype=np.int64), *places]))
 
 
 @dataclass(frozen=True, slots=True)
