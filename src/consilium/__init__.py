@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
     from consilium.errors import ConsiliumError
-    from consilium.evaluation.bits import evaluate
+    from consilium.evaluation.texts import evaluate
     from consilium.model.build import build
     from consilium.planner.plan import plan
     from consilium.recipes.catalogue import recipe, systems
@@ -57,7 +57,7 @@ _HOME = {
     "Tokenizer": "consilium.data.tokenizer",
     "Training": "consilium.config.training",
     "build": "consilium.model.build",
-    "evaluate": "consilium.evaluation.bits",
+    "evaluate": "consilium.evaluation.texts",
     "load": "consilium.checkpoint.store",
     "plan": "consilium.planner.plan",
     "recipe": "consilium.recipes.catalogue",

@@ -10,7 +10,7 @@ from consilium.config.model import Model
 from consilium.config.training import Bytes, Data, TextPath
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
-from consilium.evaluation.bits import evaluate
+from consilium.evaluation.bits import Reading, measure
 from consilium.model.decoder import Decoder
 from small import KINDS, lively
 
@@ -41,7 +41,7 @@ def spelled_out(model: Decoder, corpus: Corpus, domain: str) -> float:
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_bits_per_byte_are_those_of_each_document_alone(config: Model, corpus: Corpus) -> None:
     model = lively(config).eval()
-    found = evaluate(model, corpus, sequence_length=64, batch=3)
+    found = measure(model, corpus, Reading(64, batch=3))
     assert found.domains.keys() == TEXTS.keys()
     for domain, value in found.domains.items():
         assert value == pytest.approx(spelled_out(model, corpus, domain), rel=1e-5)
@@ -52,14 +52,14 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_a_byte(corpus: Corpus) -> 
     model = lively(KINDS["dense"]).eval()
     with torch.no_grad():
         model.norm.weight.zero_()
-    found = evaluate(model, corpus, sequence_length=16)
+    found = measure(model, corpus, Reading(16))
     assert found.bits_per_byte == pytest.approx(math.log2(300), rel=1e-5)
 
 
 def test_evaluation_changes_no_state(corpus: Corpus) -> None:
     model = lively(KINDS["deepseek"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, corpus, sequence_length=16, limit_tokens=20)
+    measure(model, corpus, Reading(16, limit_tokens=20))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

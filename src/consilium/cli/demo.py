@@ -200,6 +200,7 @@ def _dense(finished: Finished) -> Dense:
 def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -> Summary:
     from consilium.analysis.passes import observe_specialisation
     from consilium.checkpoint import store
+    from consilium.data.corpus import read_documents
     from consilium.engine.engine import Engine
     from consilium.evaluation.baselines import baselines
     from consilium.records.io import write_json
@@ -208,7 +209,7 @@ def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -
     from consilium.training.summary import write_summary
 
     model = store.load(finished.checkpoint).eval()
-    compared = baselines(corpus)
+    compared = baselines(read_documents(demo_config().data))
     write_json(out / SPECIALISATION_FILE, observe_specialisation(model, corpus))
     summary = write_summary(
         out,

@@ -1,23 +1,176 @@
-"""``consilium eval``: bits per byte of a checkpoint on text, by domain."""
+"""``consilium eval``: bits per byte of a model on text, by domain, and what it was measured on."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
+import time
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, final
 
 from consilium.cli.arguments import count, json_flag, path
+from consilium.cli.progress import QUIET_SECONDS, Lines
+from consilium.cli.running import running_arguments, settle
+from consilium.errors import ConsiliumError
+
+if TYPE_CHECKING:
+    from consilium.config.training import Data, Training
+    from consilium.data.documents import Document
+    from consilium.evaluation.bits import Evaluation
+
+BUILT_IN = "builtin"
+_NOT_CAUSAL = (
+    "not comparable: this model is not causal, its experts choose among tokens that come later, so the figure"
+    " is none of prediction"
+)
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run or a checkpoint")
     parser.add_argument(
-        "--data", metavar="PATH", help=".txt, .md, .py, .jsonl or folder; default: built-in held-out text"
+        "folder", type=path, metavar="FOLDER", help="a run, a checkpoint in it or elsewhere, or a .gguf file"
     )
-    parser.add_argument("--seq", type=count, metavar="S", help="tokens a window; default: as in training")
-    parser.add_argument("--limit", type=count, metavar="N", help="read at most N tokens a domain")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help=f".txt, .md, .py, .jsonl or a folder, or {BUILT_IN}; default: what the run held out",
+    )
+    parser.add_argument(
+        "--seq",
+        type=count,
+        metavar="S",
+        help="context: tokens a window; default: as in the run's training, else the model's, at most 2,048",
+    )
+    parser.add_argument(
+        "--stride", type=count, metavar="N", help="tokens between windows; default: S, no overlap"
+    )
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="at most N bytes a domain, the same for every model"
+    )
+    running_arguments(parser)
     json_flag(parser)
 
 
 def run(options: Namespace) -> int:
-    from consilium.cli.actions import eval as action
+    from consilium.checkpoint import store
+    from consilium.checkpoint.folders import checkpoint_in
+    from consilium.data.corpus import measured_corpus
+    from consilium.data.tokenizer import Tokenizer
+    from consilium.evaluation.bits import measure
+    from consilium.evaluation.texts import check_vocabulary, reading_of
 
-    return action.run(options)
+    place = settle(options)
+    checkpoint = checkpoint_in(options.folder)
+    run_folder, stored = _run_of(options.folder)
+    tokenizer, config = Tokenizer.load(checkpoint), store.open_folder(checkpoint).config
+    check_vocabulary(tokenizer, config)
+    trained = None if stored is None else stored.data.sequence_length
+    reading = reading_of(config, options.seq or trained, options.stride)
+    documents, name = _documents(options, run_folder, stored)
+    corpus = measured_corpus(documents, tokenizer, progress=_Late())
+    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device).eval()
+    with Lines("measuring", " tokens") as lines:
+        result = measure(model, corpus, reading, progress=lines)
+    print(_json(result, name) if options.json else _table(result, name))
+    return 0
+
+
+@final
+class _Late:
+    """Says what goes on once it takes over two seconds."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self._begun > QUIET_SECONDS:
+            _note(text)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _run_of(folder: Path) -> tuple[Path | None, Training | None]:
+    """The run that ``folder`` is or lies in."""
+    from consilium.records.run import META_FILE
+    from consilium.training.files import stored_config
+
+    inside = folder.absolute()
+    for place in (inside, *inside.parents[:2]):
+        if (place / META_FILE).is_file() and (stored := stored_config(place)) is not None:
+            return place, stored
+    return None, None
+
+
+def _documents(
+    options: Namespace, run_folder: Path | None, stored: Training | None
+) -> tuple[list[Document], str]:
+    """All of the user's text, or what the run held out: text that it trained on would flatter it."""
+    from consilium.config.training import Data
+    from consilium.data.corpus import read_documents, whole_documents
+    from consilium.data.documents import Text
+    from consilium.data.paths import path_texts
+    from consilium.evaluation.texts import limited
+
+    if options.data is not None and options.data != BUILT_IN:
+        texts, name = path_texts(Path(options.data), _note), options.data
+        return whole_documents(limited(texts, options.limit)), name
+    if options.data is None and stored is None:
+        raise ConsiliumError(
+            f"eval: {options.folder} is no run, so it holds no text out; give --data PATH, or --data"
+            f" {BUILT_IN} for the built-in text."
+        )
+    data = Data() if options.data == BUILT_IN or stored is None else stored.data
+    documents = read_documents(data, _note)
+    if options.data is None and run_folder is not None:
+        _check_same(run_folder, documents)
+    held_out = [Text(d.text, d.domain, d.name, d.name) for d in documents if d.held_out]
+    return whole_documents(limited(held_out, options.limit)), f"held out of {_named(data)}"
+
+
+def _check_same(run_folder: Path, documents: list[Document]) -> None:
+    """What is held out of another text may be what the run was trained on."""
+    from consilium.data.documents import corpus_sha256
+    from consilium.records.run import META_FILE
+
+    meta = json.loads((run_folder / META_FILE).read_text(encoding="utf-8"))
+    if meta.get("corpus_sha256") != corpus_sha256(documents):
+        raise ConsiliumError(
+            f"eval: the text has changed since {run_folder} was trained on it, so what it would hold out now"
+            " may be text that it has seen; restore the text, or give --data PATH with text of its own."
+        )
+
+
+def _named(data: Data) -> str:
+    from consilium.config.training import TextPath
+
+    return ", ".join(s.path if isinstance(s, TextPath) else "the built-in text" for s in data.sources)
+
+
+def _json(result: Evaluation, name: str) -> str:
+    fields = dataclasses.asdict(result) | {"data": name, "loads": _loads(result)}
+    return json.dumps(fields)
+
+
+def _loads(result: Evaluation) -> dict[str, dict[str, object]]:
+    return {
+        str(layer): {
+            "load": list(found.load),
+            "wanted": list(found.wanted),
+            "entropy": found.entropy,
+            "dropped_frac": found.dropped_fraction,
+        }
+        for layer, found in result.loads.items()
+    }
+
+
+def _table(result: Evaluation, name: str) -> str:
+    rows = [*result.domains.items(), ("mean", result.bits_per_byte)]
+    lines = [f"{domain:<14} {value:.4f} bits per byte" for domain, value in rows]
+    measured = (
+        f"{name}: {result.bytes:,} bytes of {result.documents:,} documents, {result.tokens:,} tokens,"
+        f" context {result.context}, stride {result.stride}"
+    )
+    return "\n".join([*lines, measured, *([] if result.causal else [_NOT_CAUSAL])])

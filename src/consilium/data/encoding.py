@@ -88,7 +88,7 @@ def _join_domain(tokenizer: Tokenizer, items: Sequence[Encoded]) -> TokenizedTex
     ids_T = np.concatenate([opening[:0], *(part for item in items for part in (opening, item.ids_T))])
     lengths_N = np.array([len(item.ids_T) + 1 for item in items], dtype=np.int64)
     measured = [item for item in items if item.document.held_out]
-    sizes = [tokenizer.source_sizes(item.document.text, item.ids_T) for item in measured]
+    sizes = [tokenizer.source_sizes(item.document.text, item.ids_T.tolist()) for item in measured]
     labels = [label for item, of in zip(measured, sizes, strict=True) for label in _labels(item, of)]
     opened = [part for of in sizes for part in (np.zeros(1, dtype=np.int64), of)]
     return TokenizedText(

@@ -149,6 +149,12 @@ def held_out_batches(
         yield _label(text, domain, windows.rows(rows))
 
 
+def held_out_tokens(text: TokenizedText, limit_tokens: int | None) -> int:
+    """Return how many targets the windows of ``text`` have at most."""
+    targets = text.token_count - len(text.starts_N)
+    return targets if limit_tokens is None else min(targets, limit_tokens)
+
+
 def _label(text: TokenizedText, domain: str, windows: Windows) -> LabelledBatch:
     first_B, length_B = windows.first_W, windows.length_W
     position_S = np.arange(length_B.max())

@@ -6,47 +6,104 @@ Legend: B rows, S tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from consilium.data.corpus import Corpus
-from consilium.data.loader import held_out_batches
+from consilium.data.loader import LabelledBatch, held_out_batches, held_out_tokens
+from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Losses, Objective, Options
+
+MOST_TOKENS = 4096
+"""Tokens of one pass, beyond a single window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """``bits_per_byte`` is the plain mean over domains, so that an easy domain cannot carry the figure."""
+    """``bits_per_byte`` is the plain mean over domains, so that an easy domain cannot carry the figure.
+
+    Figures of two models compare where text, context and stride are the same and both are causal.
+    """
 
     bits_per_byte: float
     domains: Mapping[str, float]
     tokens: int
+    bytes: int = 0
+    """Bytes of the source text that was predicted."""
+    documents: int = 0
+    """Documents that it was taken from."""
+    context: int = 0
+    """Most tokens that a prediction sees."""
+    stride: int = 0
+    """Tokens from the start of one window to that of the next."""
+    causal: bool = True
+    """Whether no prediction saw later tokens; otherwise the figure is none of prediction."""
+    loads: Mapping[int, ExpertLoad] = field(default_factory=dict)
+    """By layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How text is cut into windows."""
+
+    context: int
+    stride: int | None = None
+    """Tokens from the start of one window to that of the next; by default they do not overlap."""
+    limit_tokens: int | None = None
+    """Of a domain."""
+    batch: int = 8
+
+    @property
+    def rows(self) -> int:
+        return max(1, min(self.batch, MOST_TOKENS // self.context))
+
+    def batches(self, corpus: Corpus, domain: str) -> Iterator[LabelledBatch]:
+        return held_out_batches(
+            corpus, domain, self.context, self.rows, stride=self.stride, limit_tokens=self.limit_tokens
+        )
 
 
 @torch.no_grad()
-def evaluate(
+def measure(
     model: Decoder,
     corpus: Corpus,
+    reading: Reading,
     *,
-    sequence_length: int,
-    batch: int = 8,
-    limit_tokens: int | None = None,
     options: Options = Options(),
+    progress: Callable[[float, float], None] | None = None,
 ) -> Evaluation:
-    """Run the model over each domain's held-out text, at most ``limit_tokens`` a domain. No state changes."""
+    """Run the model over each domain's held-out text. No state changes."""
+    moe = model.config.moe
+    whole = sum(held_out_tokens(text, reading.limit_tokens) for text in corpus.held_out.values())
     domains: dict[str, float] = {}
-    tokens = 0
+    loads, tokens, size = LoadCounter(), 0, 0
+    device = next(model.parameters()).device
     for domain in corpus.domains:
-        nats, size = 0.0, 0
-        for labelled in held_out_batches(corpus, domain, sequence_length, batch, limit_tokens=limit_tokens):
-            objective = Objective(labelled.batch.targets_BS, ahead=False)
-            losses: Losses = model(Inputs.of(labelled.batch), options=options, objective=objective)
+        nats, domain_size = 0.0, 0
+        for labelled in reading.batches(corpus, domain):
+            here = labelled.batch.to(device)
+            objective = Objective(here.targets_BS, ahead=False)
+            losses: Losses = model(Inputs.of(here), options=options, objective=objective)
+            loads.add(losses.reports)
             nats += float(losses.nll)
             tokens += int(losses.targets)
-            size += int(labelled.bytes_BS.sum())
-        if size:
-            domains[domain] = nats / math.log(2) / size
-    return Evaluation(sum(domains.values()) / max(len(domains), 1), domains, tokens)
+            domain_size += int(labelled.bytes_BS.sum())
+            if progress is not None:
+                progress(tokens, whole)
+        if domain_size:
+            domains[domain] = nats / math.log(2) / domain_size
+            size += domain_size
+    return Evaluation(
+        bits_per_byte=sum(domains.values()) / max(len(domains), 1),
+        domains=domains,
+        tokens=tokens,
+        bytes=size,
+        documents=sum(len(corpus.held_out[domain].starts_N) for domain in domains),
+        context=reading.context,
+        stride=reading.stride or reading.context,
+        causal=moe is None or moe.causal,
+        loads=loads.result(),
+    )

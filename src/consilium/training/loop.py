@@ -14,7 +14,7 @@ import torch
 from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import Training, minutes
 from consilium.data.corpus import Corpus, build_corpus
-from consilium.evaluation.bits import Evaluation, evaluate
+from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
@@ -157,11 +157,10 @@ def _save_is_due(config: Training, step: int, seconds: float) -> bool:
 
 def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
     """Validate; on record once, and only where an uninterrupted run does it too."""
-    evaluation = evaluate(
+    evaluation = measure(
         run.model,
         run.corpus,
-        sequence_length=run.config.data.sequence_length,
-        limit_tokens=_limit(run),
+        Reading(run.config.data.sequence_length, limit_tokens=_limit(run)),
         options=Options(dtype=torch_dtype(run.config.dtype)),
     )
     step = run.progress.step
