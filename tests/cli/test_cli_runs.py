@@ -3,18 +3,21 @@ from __future__ import annotations
 import dataclasses
 import io as streams
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from runs import write_config, write_text
 
+import consilium as cs
 from consilium.benchmarking import benchmarks
 from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.model import MTP
 from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.data.corpus import read_documents
 from consilium.records.bench import BenchRecord
 from consilium.records.io import from_json, read_json
 from consilium.records.run import SUMMARY_FILE, Summary
@@ -143,11 +146,23 @@ def test_chat_goes_on_after_a_line_it_cannot_answer(
     assert shown.out.count("\n") >= 2
 
 
+FIELDS = {
+    *("bits_per_byte", "domains", "tokens", "bytes", "documents", "context", "stride", "causal", "loads"),
+    "data",
+}
+
+
 def test_eval_agrees_with_the_last_validation_of_the_run(
     run: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = json.loads(said(capsys, "eval", str(run), "--data", str(text), "--seq", "24", "--json"))
-    assert found.keys() == {"bits_per_byte", "domains", "tokens"}
+    assert found.keys() == FIELDS
+    assert (found["data"], found["context"], found["stride"], found["causal"]) == (str(text), 24, 24, True)
+    assert found["bytes"] == sum(len(path.read_bytes()) for path in text.rglob("*") if path.is_file())
+    for load in found["loads"].values():
+        assert sum(load["load"]) == sum(load["wanted"]) > 0
+        assert load["entropy"] > 0
+        assert load["dropped_frac"] == 0
     assert found["domains"].keys() == {"notes", "code"}
     assert found["bits_per_byte"] == pytest.approx(sum(found["domains"].values()) / 2)
     summary = read_json(Summary, run / SUMMARY_FILE)
@@ -156,9 +171,24 @@ def test_eval_agrees_with_the_last_validation_of_the_run(
 
 
 def test_eval_without_data_reads_what_the_run_held_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(said(capsys, "eval", str(run), "--seq", "24", "--limit", "64", "--json"))
+    found = json.loads(said(capsys, "eval", str(run), "--json"))
     summary = read_json(Summary, run / SUMMARY_FILE)
-    assert found["domains"] == pytest.approx(dict(summary.trained.domains), rel=1e-4)
+    assert found["domains"] == pytest.approx(dict(summary.trained.domains), rel=0.2)
+    inside = next((run / "checkpoints").iterdir())
+    assert json.loads(said(capsys, "eval", str(inside), "--json")) == found
+    data = io.read_yaml(Training, run / "config.yaml").data
+    texts: dict[str, list[str]] = {}
+    for document in read_documents(data):
+        if document.held_out:
+            texts.setdefault(document.domain, []).append(document.text)
+    again = cs.evaluate(cs.load(run), cs.Tokenizer.load(run), texts=texts, context=data.sequence_length)
+    assert found["domains"] == pytest.approx(dict(again.domains), rel=1e-6)
+    assert found["bytes"] == again.bytes == sum(len(t.encode()) for held in texts.values() for t in held)
+
+
+def test_eval_of_a_folder_that_is_no_run_asks_for_text(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(next((run / "checkpoints").iterdir()), tmp_path / "model")
+    assert main(["eval", str(tmp_path / "model")]) == 2
 
 
 def test_doctor_says_ready(capsys: pytest.CaptureFixture[str]) -> None:

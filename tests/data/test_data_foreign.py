@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_tokenizers import ADDED, CONFIG, LIBRARIES, SOURCE, TOKENIZERS, made
 
 from consilium.data import encoder, tokenizer
 from consilium.data.encoder import Confine, InProcess
 from consilium.data.splits import is_familiar
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
+from tokenizer_kinds import ADDED, CONFIG, LIBRARIES, SOURCE, TOKENIZERS, made
 
 DESCRIPTION = json.loads(TOKENIZERS["byte-level"].files()["tokenizer.json"])
 

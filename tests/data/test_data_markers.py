@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from data_tokenizers import ADDED, CONFIG, LIBRARIES, ROLES, TOKENIZERS, byte_level, made, metaspace, pieces
 from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.data.tokenizer import Tokenizer
+from tokenizer_kinds import ADDED, CONFIG, LIBRARIES, ROLES, TOKENIZERS, byte_level, made, metaspace, pieces
 
 UNKNOWN = 0
 every = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)

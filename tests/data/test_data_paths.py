@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from consilium.data.documents import split
 from consilium.data.paths import path_texts
 from consilium.errors import ConsiliumError
 
@@ -92,4 +95,46 @@ def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path: Path) ->
     with pytest.raises(ConsiliumError, match="does not exist"):
         path_texts(tmp_path / "nowhere")
     with pytest.raises(ConsiliumError, match=r"has no \.txt"):
+        path_texts(tmp_path)
+
+
+def test_a_run_and_a_model_inside_are_left_out_and_said(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="one", runs__first__config_yaml="x", runs__first__metrics_jsonl="{}")
+    write(tmp_path, model__config_json="{}", model__merges_txt="a b", model__model_safetensors="")
+    said: list[str] = []
+    assert [text.name for text in path_texts(tmp_path, said.append)] == ["a.txt"]
+    assert any("runs/first" in line and "a training run" in line for line in said)
+    assert any("model" in line and "a model" in line for line in said)
+
+
+def test_links_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    write(tmp_path, data__a_txt="one", data__b__c_txt="two", elsewhere__d_txt="three")
+    data = tmp_path / "data"
+    (data / "a_link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "b" / "loop").symlink_to(data, target_is_directory=True)
+    (data / "again").symlink_to(data / "b", target_is_directory=True)
+    (data / "z.txt").symlink_to(data / "a.txt")
+    assert sorted(t.name for t in path_texts(data)) == ["a.txt", "a_link/d.txt", "b/c.txt"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(ConsiliumError, match=r"cannot read .*a\.txt"):
+        path_texts(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep names in Unicode")
+def test_a_name_in_any_bytes_is_a_name(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (text,) = path_texts(tmp_path)
+    assert (text.domain, text.name) == ("caf\\xe9", "caf\\xe9/a.txt")
+    assert split([text], 0.5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX has pipes by name")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ConsiliumError, match="neither a file nor a folder"):
         path_texts(tmp_path)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -219,3 +222,23 @@ def test_a_byte_fallback_tokenizer_decodes_by_bytes() -> None:
 
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+@given(text=st.text("ab \n", max_size=500))
+def test_pieces_to_train_on_are_bounded_and_join_to_the_text(text: str) -> None:
+    pieces = list(module.bounded(text * 3))
+    assert "".join(pieces) == text * 3
+    assert all(len(run) <= 64 for piece in pieces for run in re.findall(r"\S+|\s+", piece))
+
+
+def test_text_without_a_blank_trains_in_a_time_that_grows_with_it() -> None:
+    letters = "".join(random.Random(0).choices("ACGT", k=60_000))
+    begun = time.process_time()
+    found = Tokenizer.train([Document(letters, "txt", "a", held_out=False)], 600)
+    assert time.process_time() - begun < 5
+    assert found.vocab_size == 600
+
+
+def test_a_folder_may_be_given_as_a_str(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    assert Tokenizer.load(str(tmp_path)).files() == BPE.files()

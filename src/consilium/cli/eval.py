@@ -69,7 +69,7 @@ def run(options: Namespace) -> int:
     reading = reading_of(config, options.seq or trained, options.stride)
     documents, name = _documents(options, run_folder, stored)
     corpus = measured_corpus(documents, tokenizer, progress=_Late())
-    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device).eval()
+    model = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
     with Lines("measuring", " tokens") as lines:
         result = measure(model, corpus, reading, progress=lines)
     print(_json(result, name) if options.json else _table(result, name))
