@@ -200,6 +200,7 @@ def _dense(finished: Finished) -> Dense:
 def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -> Summary:
     from consilium.analysis.passes import observe_specialisation
     from consilium.checkpoint import store
+    from consilium.cli.configure import demo_config
     from consilium.data.corpus import read_documents
     from consilium.engine.engine import Engine
     from consilium.evaluation.baselines import baselines
