@@ -207,17 +207,12 @@ def test_a_small_file_cannot_ask_for_a_huge_model(field: str, value: int, tmp_pa
         store.load(folder)
 
 
-def test_a_folder_that_was_compared_with_its_manifest_is_not_hashed_again(tmp_path: Path) -> None:
+def test_a_training_state_is_hashed_unless_it_was_compared_with_its_manifest(tmp_path: Path) -> None:
     state = store.TrainingState({"moment": torch.ones(3)}, {"step": 12})
     folder = tmp_path / "model"
     store.save(trained(llama()), folder, training_state=state)
-    for name in (store.SCALARS, "config.json"):
-        (folder / name).write_text((folder / name).read_text().replace("12", "13") + " ")
-    model = build(llama(), seed=5)
-    for read in (lambda: store.load_weights(model, folder), lambda: store.load_training_state(folder)):
-        with pytest.raises(
-            ConsiliumError, match=r"state\.json (is|was) changed|config\.json (is|was) changed"
-        ):
-            read()
-    store.load_weights(model, folder)
+    (folder / store.SCALARS).write_text((folder / store.SCALARS).read_text().replace("12", "13"))
+    with pytest.raises(ConsiliumError, match=r"state\.json was changed"):
+        store.load_training_state(folder)
+    store.load_weights(build(llama(), seed=5), folder)
     assert store.load_training_state(folder, verified=True).scalars == {"step": 13}
