@@ -6,6 +6,7 @@ Legend: H heads, R rotated rows of a head, D columns.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,24 @@ def test_the_same_model_gives_the_same_file(tmp_path: Path) -> None:
         written(tmp_path / turn, qwen3(), "q4_0")
     first, second = ((tmp_path / turn / "model.gguf").read_bytes() for turn in ("one", "two"))
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("ends", "found"), [([5], (5, None, None)), ([5, 0, 7], (0, 5, 7)), (None, (0, None, None))]
+)
+def test_every_end_of_an_answer_is_written(
+    ends: list[int] | None, found: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    store.save(trained(mixtral()), tmp_path / "m", tokenizer=Tokenizer.of_bytes())
+    said = {} if ends is None else {"eos_token_id": ends}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(said))
+    export(tmp_path / "m", tmp_path / "m.gguf")
+    told = keys(GGUFReader(tmp_path / "m.gguf"))
+    names = ("eos", "eot", "eom")
+    assert tuple(told.get(f"tokenizer.ggml.{name}_token_id") for name in names) == found
+
+
+def test_float16_stays_float16(tmp_path: Path) -> None:
+    store.save(trained(mixtral()).half(), tmp_path / "m")
+    assert export(tmp_path / "m", tmp_path / "m.gguf").typed > 0.9
+    assert keys(GGUFReader(tmp_path / "m.gguf"))["general.file_type"] == 1

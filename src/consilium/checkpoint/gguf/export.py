@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,9 +36,11 @@ from consilium.errors import ConsiliumError, nearest
 TYPES: Final[Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]]] = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+_ENDS: Final = (GGUFWriter.add_eos_token_id, GGUFWriter.add_eot_token_id, GGUFWriter.add_eom_token_id)
 _FLOAT32: Final = np.dtype(np.float32)
 
 
@@ -100,6 +102,8 @@ def export(
     plan = _plan(source, arch, kind)
     writer = _described(source, arch, folder.resolve().name, file_type)
     _add_vocabulary(writer, vocabulary)
+    if vocabulary is not None:
+        _add_ends(writer, vocabulary.eos, source.generation.ends)
     refuse_full(destination, sum(planned.bytes for group in plan.values() for planned in group), "the file")
     commit_file(
         destination,
@@ -162,7 +166,6 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.unknown is not None:
         writer.add_unk_token_id(vocabulary.unknown)
-    writer.add_eos_token_id(vocabulary.eos)
     writer.add_add_bos_token(vocabulary.opens)
     if vocabulary.bos is not None:
         writer.add_bos_token_id(vocabulary.bos)
@@ -170,6 +173,13 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
         writer.add_pad_token_id(vocabulary.pad)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
+
+
+def _add_ends(writer: GGUFWriter, end: int, ends: Sequence[int]) -> None:
+    """Write what ends an answer: llama.cpp stops at the end of sequence, of turn and of message."""
+    ordered = ends if ends and end not in ends else (end, *(one for one in ends if one != end))
+    for add, token in zip(_ENDS, ordered, strict=False):
+        add(writer, token)
 
 
 def _stream(
@@ -214,4 +224,6 @@ def _report(
             *lost,
             "the tokenizer composes characters first (NFC) and llama.cpp does not: give it composed text.",
         )
+    if len(source.generation.ends) > len(_ENDS):
+        lost = (*lost, f"the model ends an answer at more tokens than the {len(_ENDS)} that a file names.")
     return Exported(typed / sum(planned.values for planned in rows), lost)
