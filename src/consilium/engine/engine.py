@@ -45,7 +45,7 @@ class TextCodec(Protocol):
 
     @property
     def known_ids(self) -> Collection[int]:
-        """Ids that mean something: no others are generated."""
+        """Ids that mean something: no others are drawn."""
         ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -77,7 +77,7 @@ class Engine:
         self._meaningless_V: Tensor | None = None
         if tokenizer is not None:
             self.stop_ids = self.stop_ids or (tokenizer.eos_id,)
-            self._meaningless_V = _meaningless(tokenizer.known_ids, model.config.vocab_size)
+            self._meaningless_V = _meaningless(tokenizer.known_ids, self.stop_ids, model.config.vocab_size)
         self._most_rows = most_rows
         self._batch = Batch(self.model, Options(mode=mode))
         self._waiting: list[Row] = []
@@ -249,15 +249,19 @@ class Engine:
         opening = self.tokenizer.opening_id
         return [*(() if opening is None else (opening,)), *self.tokenizer.encode(prompt)]
 
+    def _drawable(self, logits_V: Tensor, sampling: Sampling) -> Tensor:
+        """Greedy text is what the model says; a draw never gives what its tokenizer has no word for."""
+        if self._meaningless_V is None or sampling.temperature == 0:
+            return logits_V
+        return logits_V.masked_fill(self._meaningless_V, -torch.inf)
+
     def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> list[Piece]:
         """One token for each row; who has finished leaves."""
         # Streams draw on the CPU, so that a seed means the same on every device.
-        logits_BV = logits_BV.cpu()
-        if self._meaningless_V is not None:
-            logits_BV = logits_BV.masked_fill(self._meaningless_V, -torch.inf)
         pieces: list[Piece] = []
-        for row, logits_V in zip(rows, logits_BV, strict=True):
-            token, logprob = sample(logits_V, row.request.sampling, row.generator, row.tokens)
+        for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
+            drawn_V = self._drawable(logits_V, row.request.sampling)
+            token, logprob = sample(drawn_V, row.request.sampling, row.generator, row.tokens)
             row.tokens.append(token)
             pieces.append(_piece(row, token, logprob))
         for row in rows:
@@ -289,15 +293,16 @@ def _check(model: Decoder) -> None:
         )
 
 
-def _meaningless(known: Collection[int], size: int) -> Tensor | None:
-    """Bool [V] of ids that the tokenizer lacks, None without any. On the CPU, where tokens are drawn."""
+def _meaningless(known: Collection[int], ends: Collection[int], size: int) -> Tensor | None:
+    """Bool [V] of ids that neither tokenizer nor ends have, None without any. On the CPU, where tokens are drawn."""
     if max(known) >= size:
         raise ConsiliumError(
             f"the tokenizer has token {max(known)} but the model's vocabulary ends at {size - 1}; give the"
             " tokenizer that the model was trained with."
         )
     meaningless_V = torch.ones(size, dtype=torch.bool, device="cpu")
-    meaningless_V[torch.tensor(sorted(known), device="cpu")] = False
+    named = [token for token in {*known, *ends} if token < size]
+    meaningless_V[torch.tensor(sorted(named), device="cpu")] = False
     return meaningless_V if meaningless_V.any() else None
 
 
