@@ -294,7 +294,7 @@ def _check(model: Decoder) -> None:
 
 
 def _meaningless(known: Collection[int], ends: Collection[int], size: int) -> Tensor | None:
-    """Bool [V] of ids that neither tokenizer nor ends have, None without any. On the CPU, where tokens are drawn."""
+    """Bool [V] of ids that neither tokenizer nor ends have, or None; on the CPU, where tokens are drawn."""
     if max(known) >= size:
         raise ConsiliumError(
             f"the tokenizer has token {max(known)} but the model's vocabulary ends at {size - 1}; give the"
