@@ -45,6 +45,9 @@ def test_help_of_every_verb_imports_nothing_heavy() -> None:
         ["bench", "./nothere"],
         ["doctor", "nothere"],
         ["plan", "./nothere"],
+        ["generate", "nothere", "--prompt", "x"],
+        ["eval", "nothere"],
+        ["chat", "nothere"],
     ],
     ids=lambda words: words[0],
 )

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, final
 
 from consilium.cli.exits import INTERRUPTED
-from consilium.cli.generation import Clock, generation_arguments, load_engine, note, sampling_of
+from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
+from consilium.cli.progress import note
 from consilium.errors import ConsiliumError, nearest
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from consilium.cli.arguments import path
+from consilium.cli.arguments import json_flag, path
 from consilium.cli.exits import INTERRUPTED, command_line
+from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
 
@@ -54,6 +55,7 @@ def arguments(parser: ArgumentParser) -> None:
         help="also train a dense model of the same active parameters on the same tokens",
     )
     running_arguments(parser, dtypes=("float32", "bfloat16"), dtype="float32")
+    json_flag(parser)
 
 
 def run(options: Namespace) -> int:
@@ -66,9 +68,8 @@ def run(options: Namespace) -> int:
     device = settle(options).device
     summary = _finished_before(options)
     if summary is not None:
-        print(conclusion(options, summary))
-        return 0
-    with locked(options.out, print):
+        return _conclude(options, summary)
+    with locked(options.out, teller(json=options.json)):
         return _run(options, device)
 
 
@@ -80,22 +81,32 @@ def _run(options: Namespace, device: str) -> int:
     from consilium.training.files import stored_config
     from consilium.training.interrupt import polite_stop
 
-    fresh = stored_config(options.out) is None
-    with Page(Console()) as page:
+    fresh, tell = stored_config(options.out) is None, teller(json=options.json)
+    console = Console(stderr=options.json)
+    with Page(console) as page:
         config, corpus = _prepare(options, page)
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
-        with Page(Console()) as page:
+        with Page(console) as page:
             summary = _train_and_study(options, config, Job(corpus, page, asked, device))
         if summary is None:
             compare = ["--compare", options.compare] if options.compare else []
             words = ["demo", "--minutes", f"{options.minutes:g}", "--out", options.out, *compare]
-            print(f"stopped; go on with:\n  {command_line(*words)}")
+            tell(f"stopped; go on with:\n  {command_line(*words)}")
             return INTERRUPTED
-        print(conclusion(options, summary))
+        _conclude(options, summary)
         if fresh and (note := missed(Minutes(options.minutes), summary.seconds)) is not None:
-            print(note)
+            tell(note)
         return 0
+
+
+def _conclude(options: Namespace, summary: Summary) -> int:
+    from consilium.records.io import to_json
+
+    teller(json=options.json)(conclusion(options, summary))
+    if options.json:
+        print(to_json(summary, indent=None))
+    return 0
 
 
 def _finished_before(options: Namespace) -> Summary | None:
@@ -107,7 +118,8 @@ def _finished_before(options: Namespace) -> Summary | None:
     summary = read_json_if_present(Summary, options.out / SUMMARY_FILE)
     if summary is None or summary.sample is None or (options.compare == "dense" and summary.dense is None):
         return None
-    print(f"{options.out} is finished and only shown again; choose another --out to train anew")
+    tell = teller(json=options.json)
+    tell(f"{options.out} is finished and only shown again; choose another --out to train anew")
     return summary
 
 

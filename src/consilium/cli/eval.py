@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from consilium.cli.arguments import count, json_flag, path
-from consilium.cli.progress import QUIET_SECONDS, Lines
+from consilium.cli.progress import QUIET_SECONDS, Lines, note
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
 
@@ -53,15 +52,16 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from consilium.checkpoint import store
     from consilium.checkpoint.folders import checkpoint_in
+
+    checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
+    from consilium.checkpoint import store
     from consilium.data.corpus import measured_corpus
     from consilium.data.tokenizer import Tokenizer
     from consilium.evaluation.bits import measure
     from consilium.evaluation.texts import check_vocabulary, reading_of
 
     place = settle(options)
-    checkpoint = checkpoint_in(options.folder)
     run_folder, stored = _run_of(options.folder)
     tokenizer, config = Tokenizer.load(checkpoint), store.open_folder(checkpoint).config
     check_vocabulary(tokenizer, config)
@@ -85,11 +85,7 @@ class _Late:
 
     def __call__(self, text: str) -> None:
         if time.monotonic() - self._begun > QUIET_SECONDS:
-            _note(text)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+            note(text)
 
 
 def _run_of(folder: Path) -> tuple[Path | None, Training | None]:
@@ -115,7 +111,7 @@ def _documents(
     from consilium.evaluation.texts import limited
 
     if options.data is not None and options.data != BUILT_IN:
-        texts, name = path_texts(Path(options.data), _note), options.data
+        texts, name = path_texts(Path(options.data), note), options.data
         return whole_documents(limited(texts, options.limit)), name
     if options.data is None and stored is None:
         raise ConsiliumError(
@@ -123,7 +119,7 @@ def _documents(
             f" {BUILT_IN} for the built-in text."
         )
     data = Data() if options.data == BUILT_IN or stored is None else stored.data
-    documents = read_documents(data, _note)
+    documents = read_documents(data, note)
     if options.data is None and run_folder is not None:
         _check_same(run_folder, documents)
     held_out = [Text(d.text, d.domain, d.name, d.name) for d in documents if d.held_out]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from consilium.cli.arguments import json_flag, path
-from consilium.cli.generation import Clock, generation_arguments, load_engine, note, sampling_of
+from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
+from consilium.cli.progress import note
 from consilium.errors import ConsiliumError
 
 if TYPE_CHECKING:

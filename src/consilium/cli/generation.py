@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from consilium.cli.arguments import path
+from consilium.cli.progress import note
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
 
@@ -119,11 +119,6 @@ def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Samp
 def _given(options: Namespace) -> dict[str, Any]:
     names = (*SETTINGS, "seed")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def note(text: str) -> None:
-    """Tell something beside the text, on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @final

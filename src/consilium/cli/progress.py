@@ -1,4 +1,7 @@
-"""Progress on standard error from two seconds on: one line that is written again, or lines in a log."""
+"""What is told on the way: notes, and from two seconds on progress, both on standard error.
+
+Progress is one line that is written again, or lines in a log.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ from typing import TextIO, final
 QUIET_SECONDS = 2.0
 """What is over by then says nothing on the way."""
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 10.0
+
+
+def note(text: str) -> None:
+    """Say something beside what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def teller(*, json: bool) -> Callable[[str], None]:
+    """What shows a run: on standard output, unless that is for one JSON object alone."""
+    return note if json else print
 
 
 @final

@@ -5,8 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from consilium.cli.arguments import count, path
+from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.exits import INTERRUPTED, command_line
+from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any key, such as model.moe.router.select.k=2 or freeze='*,!*.router.*'",
     )
+    json_flag(parser)
 
 
 def _length_arguments(parser: ArgumentParser) -> None:
@@ -81,6 +83,7 @@ def run(options: Namespace) -> int:
     from consilium.training.files import locked, run_in
     from consilium.training.guard import check_disk, check_memory
 
+    tell = teller(json=options.json)
     keep_memory()
     stored = run_in(options.out, resume=options.resume)
     place = settle(options)
@@ -89,8 +92,8 @@ def run(options: Namespace) -> int:
     check_memory(config.model)
     check_disk(config.model, options.out)
     if options.resume and stored is None:
-        print(f"{options.out} holds no run yet: a new one starts there")
-    with locked(options.out, print):
+        tell(f"{options.out} holds no run yet: a new one starts there")
+    with locked(options.out, tell):
         return _run(config, budget, options, place.device)
 
 
@@ -103,7 +106,8 @@ def _run(config: Training, budget: Budget, options: Namespace, device: str) -> i
     from consilium.training.interrupt import polite_stop
     from consilium.training.loop import train
 
-    with Page(Console()) as page:
+    console = Console(stderr=options.json)
+    with Page(console) as page:
         corpus = build_corpus(
             config.data, config.model.vocab_size, start=config.tokenizer, progress=page.notice
         )
@@ -111,7 +115,7 @@ def _run(config: Training, budget: Budget, options: Namespace, device: str) -> i
     moe = config.model.moe
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
-        with Page(Console()) as page:
+        with Page(console) as page:
             finished = train(
                 config,
                 options.out,
@@ -133,13 +137,14 @@ def _stopped(finished: Finished, options: Namespace) -> int:
     from consilium.training.files import CONFIG_FILE
 
     words = command_line("train", options.out / CONFIG_FILE, "--out", options.out, "--resume")
-    print(f"stopped at step {finished.steps}; go on with:\n  {words}")
-    print(f"report so far: {finished.report}")
+    tell = teller(json=options.json)
+    tell(f"stopped at step {finished.steps}; go on with:\n  {words}")
+    tell(f"report so far: {finished.report}")
     return INTERRUPTED
 
 
 def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: bool) -> int:
-    from consilium.records.io import read_json
+    from consilium.records.io import read_json, to_json
     from consilium.records.run import SUMMARY_FILE, Summary
     from consilium.training.budget import missed
 
@@ -149,7 +154,8 @@ def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: 
         if generates
         else command_line("eval", options.out)
     )
-    print(
+    tell = teller(json=options.json)
+    tell(
         f"done: {finished.steps} steps, {finished.tokens:,} tokens, {summary.tokens_per_second:,.0f} tok/s,"
         f" held-out {summary.trained.macro:.3f} bits per byte\n"
         f"  report      {finished.report}\n"
@@ -157,5 +163,7 @@ def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: 
         f"  next        {more}"
     )
     if (note := missed(budget, summary.seconds)) is not None:
-        print(note)
+        tell(note)
+    if options.json:
+        print(to_json(summary, indent=None))
     return 0
