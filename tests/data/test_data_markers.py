@@ -88,6 +88,20 @@ def test_a_template_encodes_as_the_library_encodes_it(kind: str, text: str) -> N
     assert TOKENIZERS[kind].encode_template(text) == theirs.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("flags", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
+@pytest.mark.parametrize("kind", ["byte-level", "pieces", "metaspace, first"])
+def test_a_marker_takes_blanks_along_where_the_file_says_so(kind: str, flags: tuple[str, ...]) -> None:
+    whole = json.loads(TOKENIZERS[kind].files()["tokenizer.json"])
+    for token in whole["added_tokens"]:
+        token.update(dict.fromkeys(flags, token["content"] in ROLES))
+    found = Tokenizer(json.dumps(whole), CONFIG)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=_library(whole))
+    for text in ("<|user|>\n a fox \n</s>\n[INST] \u3000b", " <s> \t <|tool|> ", "\n \n"):
+        assert found.encode_template(text) == theirs.encode(text, add_special_tokens=False)
+    user = found.markers["<|user|>"]
+    assert found.encode_parts([user, "\n", " a"]) == found.encode_parts([user, "\n a"])
+
+
 def _library(description: dict[str, object]) -> object:
     return type(LIBRARIES["pieces"]).from_str(json.dumps(description))
 

@@ -97,6 +97,8 @@ PHI = (
     "{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n'}}{% endfor %}"
     "<|assistant|>\n"
 )
+TOOLS = "{% if tools is not none or documents is not none %}{{ 'Call a tool.' }}{% endif %}" + CHATML
+"""Guarded as by Llama 3.1 and Mistral: without tools the guard must not hold."""
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -106,6 +108,7 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "deepseek-v3": DEEPSEEK_V3,
     "phi": PHI,
+    "tools": TOOLS,
 }
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|begin_of_text|>"),
@@ -123,6 +126,7 @@ END = {
     "mistral": "</s>",
     "deepseek-v3": "<｜end▁of▁sentence｜>",
     "phi": "<|end|>",
+    "tools": "<|im_end|>",
 }
 SAMPLE = ["hello world, how are you? I am fine.\n\nThe user said: def add(a, b): return a + b  # twice"] * 3
 

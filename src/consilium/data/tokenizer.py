@@ -20,7 +20,7 @@ from consilium.data.bpe import train_bpe
 from consilium.data.documents import Document
 from consilium.data.encoder import damaged, encoder, make_slot, source_sizes
 from consilium.data.gguf import tokenizer_files
-from consilium.data.vocabulary import content_of, marker_ids, template_opening, token_bytes
+from consilium.data.vocabulary import content_of, marker_ids, taken_blanks, template_opening, token_bytes
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 
@@ -86,6 +86,7 @@ class Tokenizer:
             self._slot = make_slot(len(self._bytes_V))
             self._encoder = encoder(data, frozenset(self.markers.values()), self._slot, where)
             self._before = template_opening(data)
+            self._takes = taken_blanks(data)
         except ConsiliumError:
             raise
         except _MALFORMED as error:
@@ -167,11 +168,16 @@ class Tokenizer:
         return self._encoder.ids([_encodable(text) for text in texts])
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Encode text with markers in between, given by id, as one: no text of it becomes a marker."""
+        """Encode text with markers in between, given by id, as one: no text of it becomes a marker.
+
+        A marker takes the blanks along that the file says it does.
+        """
         text = "".join(self._slot.text if isinstance(part, int) else _encodable(part) for part in parts)
-        given = iter([part for part in parts if isinstance(part, int)])
-        (ids,) = self._encoder.ids([text])
-        return [next(given) if token == self._slot.id else token for token in ids]
+        given = [part for part in parts if isinstance(part, int)]
+        between = zip([None, *given], text.split(self._slot.text), [*given, None], strict=True)
+        (ids,) = self._encoder.ids([self._slot.text.join(self._without_taken(*one) for one in between)])
+        markers = iter(given)
+        return [next(markers) if token == self._slot.id else token for token in ids]
 
     def split_markers(self, text: str) -> list[str | int]:
         """Return the parts of a template's own text, in which the text of a marker stands for it."""
@@ -227,6 +233,11 @@ class Tokenizer:
     def stream(self, *, opens: bool = False) -> StreamDecoder:
         """Return a decoder of tokens that go on after other text, or, with ``opens``, that begin one."""
         return StreamDecoder(self._bytes_V, drop=self._blank if opens else b"")
+
+    def _without_taken(self, before: int | None, text: str, after: int | None) -> str:
+        """Text between two markers without the blanks that belong to them."""
+        text = text.lstrip() if before in self._takes.right else text
+        return text.rstrip() if after in self._takes.left else text
 
     def _find_end(self, where: str) -> int:
         found = self.named("eos_token", END)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from consilium.errors import ConsiliumError
@@ -95,6 +96,21 @@ def marker_ids(description: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     known = {**ids, **{token["content"]: token["id"] for token in added}}
     marks = {token["content"] for token in added if token["special"] or not _is_plain(token["content"])}
     return {text: known[text] for text in sorted(marks | _roles(config)) if text in known}
+
+
+@dataclass(frozen=True, slots=True)
+class Blanks:
+    """Added tokens that take the blanks on their left or right along, as Phi-3's roles do the line's end."""
+
+    left: frozenset[int]
+    right: frozenset[int]
+
+
+def taken_blanks(description: Mapping[str, Any]) -> Blanks:
+    """Return which tokens a file says ``lstrip`` and ``rstrip`` of."""
+    added = list(description.get("added_tokens") or ())
+    left, right = (frozenset(t["id"] for t in added if t.get(key)) for key in ("lstrip", "rstrip"))
+    return Blanks(left, right)
 
 
 def _is_plain(text: str) -> bool:

@@ -27,6 +27,8 @@ _THOUGHT: Final = re.compile(r"</?think(ing)?>")
 """What a model may write itself: templates cut earlier thoughts out by it."""
 _TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE: Final = "Probe"
+_ABSENT: Final = {"tools": None, "documents": None}
+"""What transformers always gives a template: ``tools is not none`` holds for what is not defined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Template:
         context = {
             "messages": [_guarded(message, markers, guard) for message in messages],
             "add_generation_prompt": opened,
+            **_ABSENT,
             **_special_texts(tokenizer.config),
         }
         rendered = _render(self, context)

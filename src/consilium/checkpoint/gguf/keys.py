@@ -19,6 +19,15 @@ Keys = Mapping[str, Any]
 _GATING: Final = MappingProxyType({1: "softmax", 2: "sigmoid"})
 """``expert_gating_func``; absent in files of DeepSeek-V2, which are all softmax."""
 _GROUPS: Final = ("expert_group_count", "expert_group_used_count")
+_ATTENTION: Final = tuple(
+    f"attention.{key}"
+    for key in ("sliding_window", "clamp_kqv", "scale", "temperature_length", "temperature_scale")
+)
+"""Keys of attention that llama.cpp reads and we do not compute, unless they are 0."""
+_FACTORS: Final = tuple(
+    f"rope.scaling.{key}" for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+)
+"""Keys of rotary positions that are not computed here, unless they are 1."""
 
 
 def model_of(header: Header) -> Model:
@@ -46,6 +55,11 @@ def _shared(header: Header, keys: Keys) -> dict[str, Any]:
         raise ConsiliumError(f"{header.path} has no tensor token_embd.weight; give a whole model.")
     if "rope_freqs.weight" in tensors or "rope_factors_long.weight" in tensors:
         raise _not_computed(header.path, "frequencies of its own for the rotary positions (rope_freqs)")
+    if not keys.get("attention.causal", True):
+        raise _not_computed(header.path, "attention to later tokens (attention.causal)")
+    for key in _ATTENTION:
+        if keys.get(key):
+            raise _not_computed(header.path, f"{key} {keys[key]}")
     return {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": _needed(header, keys, "embedding_length"),
@@ -68,9 +82,6 @@ def _gqa(header: Header, keys: Keys) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.get(key, width) != width:
             raise _not_computed(header.path, f"{key} {keys[key]} beside keys of {width}")
-    for key in ("attention.sliding_window", "attention.clamp_kqv", "attention.scale"):
-        if keys.get(key):
-            raise _not_computed(header.path, f"{key} {keys[key]}")
     return {"head_dim": width}
 
 
@@ -160,11 +171,16 @@ def _routed(header: Header, keys: Keys) -> dict[str, Any]:
 
 def _rope(path: Path, keys: Keys) -> dict[str, Any]:
     plain = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 1e4)}
-    kind = keys.get("rope.scaling.type", "none")
-    if kind == "none":
+    for key in _FACTORS:
+        if keys.get(key, 1) != 1:
+            raise _not_computed(path, f"{key} {keys[key]}")
+    # Where no type is named, llama.cpp divides positions by the factor, in old files by scale_linear.
+    kind = keys.get("rope.scaling.type", "linear")
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1))
+    if kind == "none" or (kind == "linear" and factor in (0, 1)):
         return plain
     if kind != "yarn":
-        raise _not_computed(path, f"rope.scaling.type {str(kind)[:40]!r}")
+        raise _not_computed(path, f"rope.scaling.type {str(kind)[:40]!r} of factor {str(factor)[:40]}")
     # llama.cpp keeps 0.1 times the multiplier, which DeepSeek puts on both sides.
     multiplier = round(10 * keys.get("rope.scaling.yarn_log_multiplier", 0.0), 6)
     both = {"mscale": multiplier, "mscale_all_dim": multiplier} if multiplier else {}
