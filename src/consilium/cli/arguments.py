@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, final
+from typing import Any, NoReturn, final
 
 from consilium.errors import ConsiliumError, closest
+from consilium.words.say import say
+from consilium.words.width import wrapped
 
 _COUNTS = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12})
 _BYTES = MappingProxyType(
@@ -21,6 +23,26 @@ _BYTES = MappingProxyType(
 
 
 @final
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in the reader's language, its lines as wide as they look."""
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(None if heading is None else say(heading))
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Any,
+        prefix: str | None = None,
+    ) -> None:
+        super().add_usage(usage, actions, groups, say("usage: ") if prefix is None else prefix)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(text, width)
+
+
+@final
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are ConsiliumErrors naming the nearest option."""
 
@@ -28,8 +50,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"{say('example:')}\n  {example}",
+            formatter_class=_Help,
             allow_abbrev=False,
         )
 
@@ -38,12 +60,16 @@ class Parser(argparse.ArgumentParser):
         return tuple(self._actions)
 
     def show_defaults(self) -> None:
-        """Let the help of every option end with its default, where it does not say what holds without it."""
+        """Let the help of every option end with its default, where it does not say what holds without it.
+
+        Here help is put into the reader's language: what declares an option, and what tests it, is English.
+        """
         for action in self._actions:
-            said = action.help or ""
-            if action.nargs != 0 and not action.required and "default" not in said:
-                value = "none" if action.default in (None, []) else "%(default)s"
-                action.help = f"{said}; default: {value}".removeprefix("; ")
+            untold = action.nargs != 0 and not action.required and "default" not in (action.help or "")
+            action.help = say(action.help or "")
+            if untold:
+                value = say("none") if action.default in (None, []) else "%(default)s"
+                action.help = say("{help}; default: {value}", help=action.help, value=value)
 
     def error(self, message: str) -> NoReturn:
         raise ConsiliumError(f"{self.prog}: {message}; {self.prog} --help shows the arguments.")

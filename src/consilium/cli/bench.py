@@ -13,6 +13,7 @@ from consilium.cli.arguments import json_flag, path
 from consilium.cli.progress import Lines
 from consilium.cli.running import Place, running_arguments, settle
 from consilium.errors import ConsiliumError, closest
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.records.bench import BenchRecord, Figure
@@ -93,7 +94,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 
 def _measure(options: Namespace, place: Place) -> tuple[Figure, ...]:
-    with Lines("measuring", " runs") as said:
+    with Lines(say("measuring"), say(" runs")) as said:
         return _figures(options, place, said)
 
 
@@ -115,10 +116,12 @@ def _figures(options: Namespace, place: Place, said: Lines) -> tuple[Figure, ...
 
 
 def _table(record: BenchRecord) -> str:
-    lines = [f"{record.name} on {record.machine}"]
+    lines = [say("{name} on {machine}", name=record.name, machine=record.machine)]
     for figure in record.figures:
-        spread = f"{figure.minimum:,.0f} to {figure.maximum:,.0f}, n = {figure.n}"
+        spread = say(
+            "{low:,.0f} to {high:,.0f}, n = {n}", low=figure.minimum, high=figure.maximum, n=figure.n
+        )
         lines.append(f"  {figure.name:<44}{figure.median:>10,.0f} {figure.unit}   ({spread})")
         if figure.ratio is not None:
-            lines.append(f"    {figure.ratio:.2f} times {figure.against}")
+            lines.append("    " + say("{ratio:.2f} times {rival}", ratio=figure.ratio, rival=figure.against))
     return "\n".join(lines)

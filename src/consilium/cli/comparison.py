@@ -7,6 +7,7 @@ import dataclasses
 from consilium.planner.compare import compare
 from consilium.records.plan import Plan
 from consilium.report.plain import columns
+from consilium.words.say import say
 
 
 def comparison_data(plan: Plan, other: Plan) -> dict[str, object]:
@@ -18,21 +19,24 @@ def comparison_text(name: str, plan: Plan, other_name: str, other: Plan) -> str:
     """Two models in two columns, and how much the first saves."""
     ratio = compare(plan, other)
     rows = [
-        ("", name, other_name, "saved"),
-        _row("parameters", plan.parameters.total, other.parameters.total, ratio.total),
-        _row("active a token", plan.parameters.active, other.parameters.active, ratio.active),
+        ("", name, other_name, say("saved")),
+        _row(say("parameters"), plan.parameters.total, other.parameters.total, ratio.total),
+        _row(say("active a token"), plan.parameters.active, other.parameters.active, ratio.active),
         _row(
-            "forward operations a token",
+            say("forward operations a token"),
             plan.flops_per_token.forward,
             other.flops_per_token.forward,
             ratio.forward,
         ),
-        _row("cached values a token", plan.kv_values_per_token, other.kv_values_per_token, ratio.kv_values),
+        _row(
+            say("cached values a token"), plan.kv_values_per_token, other.kv_values_per_token, ratio.kv_values
+        ),
     ]
     for bits, share in ratio.kv_bytes_by_bits.items():
         ours, theirs = plan.kv_values_per_token * int(bits), other.kv_values_per_token * 16
-        rows.append(_row(f"cached bits a token, {bits} against 16 a value", ours, theirs, share))
-    return "\nside by side\n" + columns(rows, right=range(1, 4), indent="  ")
+        label = say("cached bits a token, {bits} against 16 a value", bits=bits)
+        rows.append(_row(label, ours, theirs, share))
+    return f"\n{say('side by side')}\n" + columns(rows, right=range(1, 4), indent="  ")
 
 
 def _row(label: str, ours: int, theirs: int, ratio: float) -> tuple[str, str, str, str]:

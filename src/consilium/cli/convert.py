@@ -11,6 +11,7 @@ from pathlib import Path
 from consilium.cli.arguments import json_flag, path
 from consilium.cli.progress import Lines
 from consilium.errors import ConsiliumError, nearest
+from consilium.words.say import say
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def run(options: Namespace) -> int:
         )
     writers = {"hf": _to_folder, "gguf": _to_gguf}
     start = time.monotonic()
-    with Lines("converting", " GB") as shown:
+    with Lines(say("converting"), " GB") as shown:
         notes = writers[options.to](source, options.destination, options.dtype, shown)
     size, seconds = _size(options.destination), time.monotonic() - start
     if options.json:
@@ -66,7 +67,7 @@ def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines)
     if destination.suffix == ".gguf":
         raise ConsiliumError(f"convert: {destination} would be a folder; add --to gguf to write a GGUF file.")
     convert(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
-    return (f"opens with consilium.load({str(destination)!r})",)
+    return (say("opens with consilium.load({folder!r})", folder=str(destination)),)
 
 
 def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines) -> tuple[str, ...]:
@@ -77,7 +78,8 @@ def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines) -
     from consilium.checkpoint.gguf.export import export
 
     done = export(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
-    return (f"{done.typed:.1%} of the values are of this type, the others float32", *done.notices)
+    typed = say("{share:.1%} of the values are of this type, the others float32", share=done.typed)
+    return typed, *done.notices
 
 
 def _in_gigabytes(shown: Lines) -> Callable[[int, int], None]:

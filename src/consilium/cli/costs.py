@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from types import MappingProxyType
 
 from consilium.cli.models import full_name
 from consilium.config.model import Model
 from consilium.planner.memory import serving
 from consilium.records.plan import Plan, Serving
 from consilium.report.plain import columns, counted, operations, sized
+from consilium.words.say import say
 
 
 def plan_data(model: Model, planned: Plan, other: Plan | None, options: Namespace) -> dict[str, object]:
@@ -74,47 +74,65 @@ def plan_text(model: Model, planned: Plan, other: Plan | None, options: Namespac
 def _parameters(planned: Plan) -> str:
     counts = planned.parameters
     rows = [
-        ("total", counts.total),
-        ("active a token", counts.active),
-        ("active without input embedding", counts.active_without_input_embedding),
+        (say("total"), counts.total),
+        (say("active a token"), counts.active),
+        (say("active without input embedding"), counts.active_without_input_embedding),
     ]
     if counts.mtp:
-        rows.append(("multi-token prediction, not in the total", counts.mtp))
+        rows.append((say("multi-token prediction, not in the total"), counts.mtp))
     if counts.buffers:
-        rows.append(("selection biases, not parameters", counts.buffers))
+        rows.append((say("selection biases, not parameters"), counts.buffers))
     cells = [(label, f"{value:,}", counted(value)) for label, value in rows]
-    return "\nparameters\n" + columns(cells, right=(1,), indent="  ")
+    return f"\n{say('parameters')}\n" + columns(cells, right=(1,), indent="  ")
 
 
 def _arithmetic(planned: Plan) -> str:
     flops = planned.flops_per_token
-    rows = [("forward", operations(flops.forward)), ("training (3 x forward)", operations(flops.training))]
+    rows = [
+        (say("forward"), operations(flops.forward)),
+        (say("training (3 x forward)"), operations(flops.training)),
+    ]
     if flops.mtp:
-        rows.append(("multi-token prediction, forward, not in these", operations(flops.mtp)))
-    return f"\narithmetic a token, in sequences of {flops.context:,}\n" + columns(rows, indent="  ")
+        rows.append((say("multi-token prediction, forward, not in these"), operations(flops.mtp)))
+    title = say("arithmetic a token, in sequences of {context:,}", context=flops.context)
+    return f"\n{title}\n" + columns(rows, indent="  ")
 
 
 def _memory(planned: Plan) -> str:
-    cache = f"{planned.kv_bytes_per_token:,} B a token ({planned.kv_values_per_token:,} values)"
-    rows = [("KV cache, bfloat16", cache)]
-    rows += [(f"weights, {dtype}", sized(need)) for dtype, need in planned.weight_bytes_by_dtype.items()]
-    rows.append(("training, float32 AdamW", f"{sized(planned.training_bytes)} and activations"))
-    return "\nmemory\n" + columns(rows, indent="  ")
+    cache = say(
+        "{bytes:,} B a token ({values:,} values)",
+        bytes=planned.kv_bytes_per_token,
+        values=planned.kv_values_per_token,
+    )
+    rows = [(say("KV cache, bfloat16"), cache)]
+    rows += [(_weights(dtype), sized(need)) for dtype, need in planned.weight_bytes_by_dtype.items()]
+    training = say("{size} and activations", size=sized(planned.training_bytes))
+    rows.append((say("training, float32 AdamW"), training))
+    return f"\n{say('memory')}\n" + columns(rows, indent="  ")
 
 
-_ANSWER = MappingProxyType({True: "yes", False: "no"})
+def _weights(dtype: str) -> str:
+    return say("weights, {dtype}", dtype=dtype)
+
+
+def _answer(yes: bool) -> str:  # noqa: FBT001 - what is answered
+    return say("yes") if yes else say("no")
+
+
+def _too_much(over: int) -> str:
+    return say("{size} too much", size=sized(over))
 
 
 def _fit(planned: Plan, fit: int) -> str:
     rows: list[tuple[str, str, str]] = []
     for dtype, need in planned.weight_bytes_by_dtype.items():
         left = _cached_tokens(planned, fit, need)
-        room = f"and {left:,} cached tokens" if need <= fit else f"{sized(need - fit)} too much"
-        rows.append((f"weights, {dtype}", _ANSWER[need <= fit], room))
+        room = say("and {tokens:,} cached tokens", tokens=left) if need <= fit else _too_much(need - fit)
+        rows.append((_weights(dtype), _answer(need <= fit), room))
     short = planned.training_bytes - fit
-    room = f"{sized(short)} too much" if short > 0 else f"{sized(-short)} left for activations"
-    rows.append(("training, float32 AdamW", _ANSWER[short <= 0], room))
-    return f"\nfits into {sized(fit)}?\n" + columns(rows, indent="  ")
+    room = _too_much(short) if short > 0 else say("{size} left for activations", size=sized(-short))
+    rows.append((say("training, float32 AdamW"), _answer(short <= 0), room))
+    return f"\n{say('fits into {size}?', size=sized(fit))}\n" + columns(rows, indent="  ")
 
 
 def serving_asked(model: Model, options: Namespace) -> Serving | None:
@@ -128,20 +146,20 @@ def serving_asked(model: Model, options: Namespace) -> Serving | None:
 
 def _serving(asked: Serving, fit: int | None) -> str:
     rows = [
-        (f"weights, {asked.dtype}", sized(asked.weight_bytes)),
-        ("KV cache", sized(asked.cache_bytes)),
-        ("activations of one pass, about", sized(asked.activation_bytes)),
-        ("in all", sized(asked.total_bytes)),
+        (_weights(asked.dtype), sized(asked.weight_bytes)),
+        (say("KV cache"), sized(asked.cache_bytes)),
+        (say("activations of one pass, about"), sized(asked.activation_bytes)),
+        (say("in all"), sized(asked.total_bytes)),
     ]
     if fit is not None:
-        rows.append((f"fits into {sized(fit)}", _ANSWER[asked.total_bytes <= fit]))
-    heading = f"\nserving {asked.batch:,} x {asked.context:,} tokens\n"
-    return heading + columns(rows, indent="  ")
+        rows.append((say("fits into {size}", size=sized(fit)), _answer(asked.total_bytes <= fit)))
+    title = say("serving {batch:,} x {context:,} tokens", batch=asked.batch, context=asked.context)
+    return f"\n{title}\n" + columns(rows, indent="  ")
 
 
 def _training(planned: Plan, tokens: int) -> str:
     flops = planned.flops_per_token
-    rows = [("main model", operations(tokens * flops.training))]
+    rows = [(say("main model"), operations(tokens * flops.training))]
     if flops.mtp:
-        rows.append(("multi-token prediction", operations(tokens * 3 * flops.mtp)))
-    return f"\ntraining on {counted(tokens)} tokens\n" + columns(rows, indent="  ")
+        rows.append((say("multi-token prediction"), operations(tokens * 3 * flops.mtp)))
+    return f"\n{say('training on {tokens} tokens', tokens=counted(tokens))}\n" + columns(rows, indent="  ")

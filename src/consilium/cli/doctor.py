@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from consilium.cli.arguments import json_flag, path
 from consilium.cli.running import Place, running_arguments, settle
 from consilium.errors import ConsiliumError
+from consilium.words.say import Say, plain, say
 
 if TYPE_CHECKING:
     from consilium.conformance.suite import Verdict
@@ -46,20 +47,21 @@ def run(options: Namespace) -> int:
         return _folder(options)
     if options.routers:
         return _routers(options)
-    place = settle(options)
-    ready = "ready: try consilium demo"
-    return _tell(dict(_facts(place)), list(_problems()), ready, json_wanted=options.json)
+    place, words = settle(options), plain if options.json else say
+    facts, problems = dict(_facts(place, words)), list(_problems(words))
+    return _tell(facts, problems, say("ready: try consilium demo"), json_wanted=options.json)
 
 
 def _tell(facts: Mapping[str, str], problems: list[str], well: str, *, json_wanted: bool) -> int:
     """Print facts and problems; 1 when something is wrong."""
+    from consilium.report.plain import columns
+
     if json_wanted:
         print(json.dumps({"facts": facts, "problems": problems}, indent=2))
         return 1 if problems else 0
-    lines = [*facts.items(), *(("problem", problem) for problem in problems)]
-    lines.append(("verdict", "see the problems above" if problems else well))
-    for name, text in lines:
-        print(f"{name:<12} {text}")
+    lines = [*facts.items(), *((say("problem"), problem) for problem in problems)]
+    lines.append((say("verdict"), say("see the problems above") if problems else well))
+    print(columns(lines))
     return 1 if problems else 0
 
 
@@ -70,25 +72,26 @@ def _folder(options: Namespace) -> int:
     checkpoint = checkpoint_in(options.folder)
     inside = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
     sizes = [item.stat().st_size for item in inside if item.is_file()]
-    facts = {"folder": str(checkpoint), "files": f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
+    words = plain if options.json else say
+    facts = {words("folder"): str(checkpoint), words("files"): f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
     problems: list[str] = []
     try:
-        facts["checked"] = _verify(checkpoint)
+        facts[words("checked")] = _verify(checkpoint, words)
     except ConsiliumError as error:
         problems.append(str(error))
-    return _tell(facts, problems, "whole and unchanged", json_wanted=options.json)
+    return _tell(facts, problems, say("whole and unchanged"), json_wanted=options.json)
 
 
-def _verify(checkpoint: Path) -> str:
+def _verify(checkpoint: Path, say: Say) -> str:
     from consilium.disk import manifest
 
     if (checkpoint / manifest.NAME).exists():
         manifest.verify(checkpoint)
-        return f"sizes and SHA-256 of {len(manifest.read_manifest(checkpoint))} files"
+        return say("sizes and SHA-256 of {n} files", n=len(manifest.read_manifest(checkpoint)))
     from consilium.checkpoint import store
 
     store.load(checkpoint, check_finite=True)
-    return "shapes and values of every tensor; nobody stored hashes here"
+    return say("shapes and values of every tensor; nobody stored hashes here")
 
 
 def _routers(options: Namespace) -> int:
@@ -102,14 +105,15 @@ def _routers(options: Namespace) -> int:
         systems = [_data(verdict) for verdict in verdicts]
         print(json.dumps({"passed": not failed, "systems": systems}, indent=2))
         return int(failed)
-    print(columns([_HEADINGS, *(_row(verdict) for verdict in verdicts)], right=(1, 2)))
+    print(columns([_headings(), *(_row(verdict) for verdict in verdicts)], right=(1, 2)))
     for verdict in verdicts:
         for difference in verdict.differences:
-            print(f"differs: {difference}")
+            print(say("differs: {what}", what=difference))
     return int(failed)
 
 
-_HEADINGS = ("system", "cases", "choices", "experts", "max |dw|", "verdict")
+def _headings() -> tuple[str, ...]:
+    return say("system"), say("cases"), say("choices"), say("experts"), "max |dw|", say("verdict")
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:
@@ -119,9 +123,9 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
         verdict.model,
         str(verdict.cases),
         str(verdict.choices),
-        "exact" if exact else "differ",
+        say("exact") if exact else say("differ"),
         f"{verdict.weight_error:.0e}" if exact else "-",
-        "pass" if verdict.passed else "fail",
+        say("pass") if verdict.passed else say("fail"),
     )
 
 
@@ -138,7 +142,7 @@ def _data(verdict: Verdict) -> dict[str, object]:
     }
 
 
-def _facts(place: Place) -> Iterator[tuple[str, str]]:
+def _facts(place: Place, say: Say) -> Iterator[tuple[str, str]]:
     import torch
 
     import consilium
@@ -146,29 +150,33 @@ def _facts(place: Place) -> Iterator[tuple[str, str]]:
     from consilium.machine.memory import memory_limit, physical_memory
     from consilium.machine.processors import affinity, cpu_name
 
+    system = f"{platform.system()} {platform.machine()}"
     yield "consilium", consilium.__version__
-    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "python", say("{version} on {system}", version=platform.python_version(), system=system)
     yield "torch", f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    yield "processor", f"{cpu_name()}, {len(affinity())} of {os.cpu_count()} for this process"
-    memory = memory_limit() or physical_memory()
-    yield "memory", f"{memory / 2**30:.1f} GiB for this process" if memory else "not known here"
-    yield "accelerator", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    yield "disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here"
-    yield "used", f"{device_text(place.device)}, {place.threads} threads, {_dtype(place)} in training"
-    yield "extras", _extras(("transformers", "shtab"))
+    here = {"cpu": cpu_name(), "usable": len(affinity()), "cores": os.cpu_count()}
+    yield say("processor"), say("{cpu}, {usable} of {cores} for this process", **here)
+    memory = (memory_limit() or physical_memory() or 0) / 2**30
+    room = say("{size:.1f} GiB for this process", size=memory) if memory else say("not known here")
+    yield say("memory"), room
+    yield say("accelerator"), torch.cuda.get_device_name() if torch.cuda.is_available() else say("none")
+    yield say("disk"), say("{size:.1f} GiB free here", size=shutil.disk_usage(".").free / 2**30)
+    used = {"device": device_text(place.device), "threads": place.threads, "dtype": _dtype(place, say)}
+    yield say("used"), say("{device}, {threads} threads, {dtype} in training", **used)
+    yield say("extras"), _extras(("transformers", "shtab")) or say("none installed, none needed")
 
 
-def _dtype(place: Place) -> str:
+def _dtype(place: Place, say: Say) -> str:
     from consilium.training.precision import faster_dtype
 
-    return place.dtype or f"{faster_dtype()} (measured)"
+    return place.dtype or say("{dtype} (measured)", dtype=faster_dtype())
 
 
 def _extras(names: Iterable[str]) -> str:
-    return ", ".join(filter(importlib.util.find_spec, names)) or "none installed, none needed"
+    return ", ".join(filter(importlib.util.find_spec, names))
 
 
-def _problems() -> Iterator[str]:
+def _problems(say: Say) -> Iterator[str]:
     import torch
 
     from consilium.data.builtin.domains import available_domains
@@ -176,14 +184,14 @@ def _problems() -> Iterator[str]:
     from consilium.recipes import catalogue
 
     if shutil.disk_usage(".").free < LOW_DISK:
-        yield "less than 2 GiB of disk is free; a run of the demo needs about half of that."
+        yield say("less than 2 GiB of disk is free; a run of the demo needs about half of that.")
     try:
         available_domains()
     except ConsiliumError as error:
         yield str(error)
     with tempfile.TemporaryDirectory() as folder:
         if not os.access(Path(folder), os.W_OK):
-            yield f"the temporary folder {folder} cannot be written; set TMPDIR."
+            yield say("the temporary folder {folder} cannot be written; set TMPDIR.", folder=folder)
     output = build(catalogue.recipe("deepseek-v3", "tiny"))(torch.zeros(1, 8, dtype=torch.long))
     if not bool(torch.isfinite(output.logits).all()):
-        yield "a tiny model gives logits that are not finite: this build of torch is broken."
+        yield say("a tiny model gives logits that are not finite: this build of torch is broken.")

@@ -12,6 +12,7 @@ from consilium.planner.parameters import parameters
 from consilium.planner.shapes import parts
 from consilium.recipes.recipe import LEGEND, Recipe
 from consilium.report.plain import columns, counted
+from consilium.words.say import say
 
 
 def system_data(found: Recipe) -> dict[str, object]:
@@ -57,7 +58,14 @@ def system_details(found: Recipe) -> dict[str, object]:
     }
 
 
-_HEADINGS = ("layers", "hidden", "experts", "top-k", "shared", "total", "active")
+def _headings() -> tuple[str, ...]:
+    names = (say("layers"), say("hidden"), say("experts"), "top-k", say("shared"))
+    return *names, say("total"), say("active")
+
+
+def _causal(model: Model) -> str:
+    words = {"yes": say("yes"), "no": say("no"), "not in training": say("not in training")}
+    return words[causality(model.moe)]
 
 
 def _cells(model: Model) -> tuple[str, ...]:
@@ -68,12 +76,12 @@ def _cells(model: Model) -> tuple[str, ...]:
 
 
 def listing(found: Iterable[Recipe]) -> str:
-    rows: list[tuple[str, ...]] = [("model", "year", "paper", *_HEADINGS, "causal")]
+    rows: list[tuple[str, ...]] = [(say("model"), say("year"), say("paper"), *_headings(), say("causal"))]
     for one in found:
         for size, model in one.sizes.items():
             facts = (f"{one.name}:{size}", str(one.year), one.paper)
-            rows.append((*facts, *_cells(model), causality(model.moe)))
-    return columns(rows, right=range(3, 10)) + "\n\nconsilium systems NAME explains one."
+            rows.append((*facts, *_cells(model), _causal(model)))
+    return columns(rows, right=range(3, 10)) + f"\n\n{say('consilium systems NAME explains one.')}"
 
 
 def explanation(found: Recipe, size: str) -> str:
@@ -81,18 +89,18 @@ def explanation(found: Recipe, size: str) -> str:
     sections = [
         f"{found.title} ({found.year}, {found.paper})",
         _sizes(found),
-        _list("choices", found.choices),
-        _list(f"equations ({LEGEND})", found.equations),
+        _list(say("choices"), found.choices),
+        _list(say("equations ({legend})", legend=LEGEND), found.equations),
         _counts(f"{found.name}:{size}", found.sizes[size]),
         _tensors(f"{found.name}:{size}", found.sizes[size]),
-        _list("published counts", notes),
-        _list("where code or this recipe differs", found.deviations),
+        _list(say("published counts"), notes),
+        _list(say("where code or this recipe differs"), found.deviations),
     ]
     return "\n\n".join(section for section in sections if section)
 
 
 def _sizes(found: Recipe) -> str:
-    rows: list[tuple[str, ...]] = [("size", *_HEADINGS, "published total / active")]
+    rows: list[tuple[str, ...]] = [(say("size"), *_headings(), say("published total / active"))]
     for size, model in found.sizes.items():
         facts = found.published.get(size)
         rows.append((size, *_cells(model), f"{facts.total} / {facts.active or '-'}" if facts else "-"))
@@ -102,16 +110,16 @@ def _sizes(found: Recipe) -> str:
 def _counts(name: str, model: Model) -> str:
     counts, values = parameters(model), values_per_token(model)
     rows = [
-        ("total", f"{counts.total:,}"),
-        ("active a token", f"{counts.active:,}"),
-        ("active without input embedding", f"{counts.active_without_input_embedding:,}"),
-        ("multi-token prediction, not in these", f"{counts.mtp:,}"),
-        ("selection biases and coefficients, not parameters", f"{counts.buffers:,}"),
-        ("KV cache, bytes a token in bfloat16", f"{BF16_BYTES * values:,}"),
+        (say("total"), f"{counts.total:,}"),
+        (say("active a token"), f"{counts.active:,}"),
+        (say("active without input embedding"), f"{counts.active_without_input_embedding:,}"),
+        (say("multi-token prediction, not in these"), f"{counts.mtp:,}"),
+        (say("selection biases and coefficients, not parameters"), f"{counts.buffers:,}"),
+        (say("KV cache, bytes a token in bfloat16"), f"{BF16_BYTES * values:,}"),
     ]
     shown = [row for row in rows if row[1] != "0"]
-    causal = ("routing is causal", causality(model.moe))
-    return f"counts of {name}\n" + columns([*shown, causal], right=(1,), indent="  ")
+    causal = (say("routing is causal"), _causal(model))
+    return say("counts of {name}", name=name) + "\n" + columns([*shown, causal], right=(1,), indent="  ")
 
 
 def _tensors(name: str, model: Model) -> str:
@@ -121,7 +129,7 @@ def _tensors(name: str, model: Model) -> str:
         rows += [
             (here, key, shape_text(shape)) for here, (key, shape) in zip(names, part.tensors, strict=True)
         ]
-    return f"tensors of {name}\n" + columns(rows, indent="  ")
+    return say("tensors of {name}", name=name) + "\n" + columns(rows, indent="  ")
 
 
 def _list(title: str, lines: Iterable[str]) -> str:

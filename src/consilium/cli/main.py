@@ -11,12 +11,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from consilium.cli.arguments import Parser
 from consilium.cli.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 from consilium.cli.failures import failure_text
 from consilium.errors import ConsiliumError, nearest
+from consilium.words.say import check_language, language, say
 
 
 class Verb(NamedTuple):
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     _write_any_character()
     try:
+        check_language()
         code = _dispatch(words)
         if argv is None and code == INTERRUPTED:
             # The process ends now and has said how: one more Ctrl-C in a burst must not end it otherwise.
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConsiliumError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        _tell("interrupted")
+        _tell(say("interrupted"))
         return INTERRUPTED
     except BrokenPipeError:
         _forget_output()  # the reader went away (`| head`)
@@ -74,16 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = failure_text(error)
         if text is None:
-            error.add_note(_REPORT)
+            error.add_note(
+                say(
+                    "This is a fault of Consilium, not yours: please report it with the lines above, the"
+                    " command, and what `consilium doctor` prints."
+                )
+            )
             raise
         return _refuse(f"{text}.")
     return code
-
-
-_REPORT: Final = (
-    "This is a fault of Consilium, not yours: please report it with the lines above, the command, and what"
-    " `consilium doctor` prints."
-)
 
 
 def _refuse(text: str) -> int:
@@ -92,7 +93,7 @@ def _refuse(text: str) -> int:
     except OSError:  # full, which may be what `text` says
         _forget_output()
     plain = text.encode(errors="backslashreplace").decode()  # names of files may hold any bytes
-    _tell(f"error: {' '.join(plain.split())}")
+    _tell(say("error: {sentence}", sentence=" ".join(plain.split())))
     return MISTAKE
 
 
@@ -109,10 +110,28 @@ def _flush() -> None:
 
 
 def _write_any_character() -> None:
-    """A terminal of another encoding shows ``?`` for what it lacks, and that is no reason to stop."""
+    """A terminal of another encoding shows ``?`` for what it lacks, and that is no reason to stop.
+
+    Chinese would be nothing else there: who asks for it where the locale is C has a terminal of UTF-8.
+    """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if (
+            language() == "zh"
+            and isinstance(stream, io.TextIOWrapper)
+            and not _writes_chinese(stream.encoding)
+        ):
+            stream.reconfigure(encoding="utf-8")
+
+
+def _writes_chinese(encoding: str) -> bool:
+    try:
+        "中".encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _forget_output() -> None:
@@ -135,7 +154,7 @@ def _dispatch(words: Sequence[str]) -> int:
         case ["--completion", *rest]:
             from consilium.cli.completion import completion
 
-            helps = {name: verb.help for name, verb in VERBS.items()}
+            helps = {name: say(verb.help) for name, verb in VERBS.items()}
             print(completion("".join(rest[:1]), {name: verb_parser(name) for name in VERBS}, helps))
             return 0
         case [name, *rest] if name in VERBS:
@@ -153,9 +172,9 @@ def _unknown(name: str) -> str:
 def verb_parser(name: str) -> Parser:
     """The parser of a verb, whose module is imported and, being light, nothing else."""
     verb = VERBS[name]
-    parser = Parser(
-        prog=f"consilium {name}", description=f"{verb.help[0].upper()}{verb.help[1:]}.", example=verb.example
-    )
+    does = say(verb.help)
+    sentence = say("{sentence}.", sentence=f"{does[0].upper()}{does[1:]}")
+    parser = Parser(prog=f"consilium {name}", description=sentence, example=verb.example)
     _module(name).arguments(parser)
     parser.show_defaults()
     return parser
@@ -176,12 +195,21 @@ def _module(name: str) -> VerbModule:
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items())
-    return (
-        "Mixture-of-Experts language models: build, train, study and run them.\n\n"
-        f"usage: consilium VERB ...\n\n{verbs}\n\n"
-        "options:\n  --help              this text; consilium VERB --help explains a verb\n"
-        "  --version           the version\n"
-        "  --completion SHELL  what bash or another shell needs to complete verbs and options"
+    wide = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{wide}}  {say(verb.help)}" for name, verb in VERBS.items())
+    return "\n".join(
+        (
+            say("Mixture-of-Experts language models: build, train, study and run them."),
+            "",
+            say("usage: ") + "consilium VERB ...",
+            "",
+            verbs,
+            "",
+            say("options") + ":",
+            "  --help              " + say("this text; consilium VERB --help explains a verb"),
+            "  --version           " + say("the version"),
+            "  --completion SHELL  " + say("what bash or another shell needs to complete verbs and options"),
+            "",
+            say("CONSILIUM_LANG=zh or en chooses the language; without it the locale does."),
+        )
     )

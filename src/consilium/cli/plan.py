@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 
 from consilium.cli.arguments import count, json_flag, size
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 EVERY_LAW = "all"
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -93,7 +94,7 @@ def _run_without_model(options: Namespace) -> int:
         )
     found = predictions.of_point(options)
     if options.params is None and not options.json:
-        print("no MODEL and no --params: the N and E that articles quote")
+        print(say("no MODEL and no --params: the N and E that articles quote"))
     data = {"laws": dataclasses.asdict(found)}
     print(json.dumps(data, indent=2) if options.json else predictions.predictions_text(found).lstrip())
     return 0

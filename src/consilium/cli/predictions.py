@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
@@ -14,11 +13,12 @@ from consilium.planner.predictions import Point, point, predict
 from consilium.recipes.catalogue import names
 from consilium.records.prediction import Prediction, Predictions, Slopes
 from consilium.report.plain import columns, counted
+from consilium.words.say import say
+from consilium.words.width import wrapped
 
 QUOTED = Point(active=21 * 10**9, experts=8.0)
 """The point whose slopes articles quote; docs/laws.md says what is wrong with the second."""
 _WIDTH = 96
-_UNITS = "losses are nats a token of each law's own text: compare within a row, not between laws"
 
 
 def of_model(model: Model, options: Namespace) -> Predictions:
@@ -51,23 +51,26 @@ def _laws(options: Namespace) -> tuple[Law, ...]:
 
 def predictions_text(found: Predictions) -> str:
     """What the laws answered, their slopes, what they count and why others are silent."""
-    parts = [f"\nscaling laws\n{_filled(_question(found))}"]
+    parts = [f"\n{say('scaling laws')}\n{_filled(_question(found))}"]
     parts += [part for part in (_losses(found), _slopes(found), _compute(found)) if part]
-    parts.append("\nhow to read them\n" + _notes(found.predictions))
+    parts.append(f"\n{say('how to read them')}\n" + _notes(found.predictions))
     if found.unanswered:
-        parts.append("\nnot answered\n" + columns(list(found.unanswered.items()), indent="  "))
+        parts.append(f"\n{say('not answered')}\n" + columns(list(found.unanswered.items()), indent="  "))
     return "\n".join(parts)
 
 
 def _question(found: Predictions) -> str:
-    parts = [f"{_amount(found.active)} active", f"{found.experts:.4g} experts for each active one"]
+    parts = [
+        say("{n} active", n=_amount(found.active)),
+        say("{n:.4g} experts for each active one", n=found.experts),
+    ]
     if found.total is not None:
-        parts.insert(1, f"{_amount(found.total)} in all, without embeddings")
+        parts.insert(1, say("{n} in all, without embeddings", n=_amount(found.total)))
     if found.granularity is not None:
-        parts.append(f"{found.granularity:.4g} expert widths active")
+        parts.append(say("{n:.4g} expert widths active", n=found.granularity))
     if found.tokens is not None:
-        parts.append(f"{_amount(found.tokens)} tokens")
-    return ", ".join(parts)
+        parts.append(say("{n} tokens", n=_amount(found.tokens)))
+    return say(", ").join(parts)
 
 
 def _losses(found: Predictions) -> str:
@@ -78,14 +81,15 @@ def _losses(found: Predictions) -> str:
     ]
     if not rows:
         return ""
-    heading = ("law", "N", "loss", "dense, same active", "less by", "equals a dense")
-    return f"\n  {_UNITS}\n" + columns([heading, *rows], right=range(1, 6), indent="  ")
+    heading = (say("law"), "N", say("loss"), say("dense, same active"), say("less by"), say("equals a dense"))
+    units = say("losses are nats a token of each law's own text: compare within a row, not between laws")
+    return f"\n  {units}\n" + columns([heading, *rows], right=range(1, 6), indent="  ")
 
 
 def _gain(loss: float, one: Prediction) -> tuple[str, str, str]:
     if one.dense_loss is None:
         return "-", "-", "-"
-    equals = "none" if one.dense_equivalent is None else _amount(one.dense_equivalent)
+    equals = say("none") if one.dense_equivalent is None else _amount(one.dense_equivalent)
     return f"{one.dense_loss:.3f}", _percent(1 - loss / one.dense_loss), equals
 
 
@@ -93,8 +97,8 @@ def _slopes(found: Predictions) -> str:
     rows = [(one.law, *_pair(one.slopes), *_pair(one.raw_slopes)) for one in found.predictions if one.slopes]
     if not rows:
         return ""
-    heading = ("law", "d log L/d log N", "d log L/d log E", "a + c log E", "b + c log N")
-    text = "slopes: per cent of loss for 1 % more; the last two take E for its saturated form"
+    heading = (say("law"), "d log L/d log N", "d log L/d log E", "a + c log E", "b + c log N")
+    text = say("slopes: per cent of loss for 1 % more; the last two take E for its saturated form")
     return f"\n  {text}\n" + columns([heading, *rows], right=range(1, 5), indent="  ")
 
 
@@ -107,13 +111,23 @@ def _pair(slopes: Slopes | None) -> tuple[str, str]:
 def _compute(found: Predictions) -> str:
     """What laws say of the training compute; a sentence a line."""
     lines = [
-        f"{one.law}: a dense model needs {one.leverage:.2g} times the training compute for the same loss"
+        say(
+            "{law}: a dense model needs {times:.2g} times the training compute for the same loss",
+            law=one.law,
+            times=one.leverage,
+        )
         for one in found.predictions
         if one.leverage is not None
     ]
     lines += [
-        f"{one.law}: the same compute 6 N D is best spent on {_amount(best.parameters)} parameters and"
-        f" {_amount(best.tokens)} tokens (loss {best.loss:.3f})"
+        say(
+            "{law}: the same compute 6 N D is best spent on {parameters} parameters and {tokens} tokens"
+            " (loss {loss:.3f})",
+            law=one.law,
+            parameters=_amount(best.parameters),
+            tokens=_amount(best.tokens),
+            loss=best.loss,
+        )
         for one in found.predictions
         if (best := one.optimum) is not None
     ]
@@ -131,7 +145,7 @@ def _notes(found: Sequence[Prediction]) -> str:
 
 
 def _filled(line: str) -> str:
-    return textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "  " + "\n    ".join(wrapped(line, _WIDTH - 4))
 
 
 def _percent(share: float) -> str:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO, final
 
+from consilium.words.say import say
+
 QUIET_SECONDS = 2.0
 """What is over by then says nothing on the way."""
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 10.0
@@ -55,7 +57,15 @@ class Lines:
             return
         live = _rewrites(self._stream)
         self._next = self._clock() + (_TERMINAL_SECONDS if live else _LOG_SECONDS)
-        text = f"{self._verb}: {done / total:4.0%} of {total:,.3g}{self._unit}" if total else self._verb
+        text = self._verb
+        if total:
+            text = say(
+                "{does}: {share:4.0%} of {total:,.3g}{unit}",
+                does=self._verb,
+                share=done / total,
+                total=total,
+                unit=self._unit,
+            )
         self._write(f"\r{text}" if live else f"{text}\n")
         self._open = live
 

@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from consilium.cli.arguments import json_flag, path
+from consilium.words.say import say
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(options: Namespace) -> int:
     if options.json:
         print(json.dumps({"runs": found, "pages": [str(page) for page in pages]}, indent=2))
         return 0
-    print(columns([compare.HEADINGS, *map(compare.cells, found)], right=range(2, 9)))
+    print(columns([compare.headings(), *map(compare.cells, found)], right=range(2, 9)))
     for page in pages:
-        print(f"wrote {page}")
+        print(say("wrote {path}", path=page))
     return 0

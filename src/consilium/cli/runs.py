@@ -8,6 +8,7 @@ from pathlib import Path
 
 from consilium.cli.arguments import json_flag, path
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -35,9 +36,10 @@ def run(options: Namespace) -> int:
         print(json.dumps({"runs": found, "damaged": damaged}, indent=2))
         return 0
     if not read:
-        print(f"no runs in {options.folder}; make one: consilium train deepseek-v3:tiny --out runs/first")
+        command = "consilium train deepseek-v3:tiny --out runs/first"
+        print(say("no runs in {folder}; make one: {command}", folder=options.folder, command=command))
         return 0
-    print(columns([compare.HEADINGS, *map(compare.cells, found)], right=range(2, 9)))
+    print(columns([compare.headings(), *map(compare.cells, found)], right=range(2, 9)))
     for text in damaged:
-        print(f"damaged: {text}")
+        print(say("damaged: {sentence}", sentence=text))
     return 0

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from consilium.report.svg import Scale, picture, rect, text, text_width
+from consilium.words.say import say
 
 ROW = 30.0
 BAR = 18.0
@@ -31,7 +32,7 @@ def bar_chart(
         y = row * ROW + 4
         finite = math.isfinite(bar.value)
         end = scale(max(bar.value, 0.0)) if finite else left
-        shown = shown_as.format(bar.value) if finite else "n/a"
+        shown = shown_as.format(bar.value) if finite else say("n/a")
         parts += [
             text(left - 8, y + BAR - 5, bar.label, css="legend", anchor="end"),
             rect(left, y, end - left, BAR, css=bar.css, title=f"{bar.label}: {shown} {unit}"),

@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from consilium.records.io import write_text
 from consilium.report import curves, tables, words
-from consilium.report.bars import bar_chart
+from consilium.report.bars import Bar, bar_chart
 from consilium.report.lines import LineChart, line_chart
 from consilium.report.load_map import LoadMap
 from consilium.report.rasters import HOVER_CELLS, affinity, colour_bar, load_strip
 from consilium.report.source import Run, read_run
+from consilium.words.say import language, say
 
 REPORT_FILE = "report.html"
 MOST_STRIPS = 16
@@ -51,11 +52,13 @@ def render(run: Run, beside: Run | None = None) -> str:
     runs = [run] if beside is None else [run, beside]
     bars = tables.bars(run, beside)
     return PAGES.get_template("report.html.j2").render(
+        say=say,
+        language=language(),
         run=run,
         runs=runs,
         facts=[] if run.meta is None else tables.facts(run.meta),
         tiles=tables.tiles(run),
-        bars=bar_chart("held-out bits per byte, lower is better", "bits per byte", bars) if bars else None,
+        bars=_bars(bars),
         scores=tables.scores(run, beside),
         charts=_charts(runs),
         strips=[(other, _strips(other, other.loads, len(runs))) for other in runs if other.loads is not None],
@@ -65,8 +68,8 @@ def render(run: Run, beside: Run | None = None) -> str:
             (r, words.specialisation(r.specialisation)) for r in runs if r.specialisation is not None
         ],
         specialists=_specialists(run),
-        load_bar=colour_bar("load over fair share"),
-        affinity_bar=colour_bar("how much more often an expert is chosen for a label than usual"),
+        load_bar=colour_bar(say("load over fair share")),
+        affinity_bar=colour_bar(say("how much more often an expert is chosen for a label than usual")),
         dropped=any(record.dropped_frac for other in runs for record in other.metrics.records),
         losses=any(record.losses for other in runs for record in other.metrics.records),
         sample=None if run.summary is None or run.summary.sample is None else run.summary.sample,
@@ -74,6 +77,12 @@ def render(run: Run, beside: Run | None = None) -> str:
         commands=tables.commands(run),
         hidden_layers=_hidden(run.loads),
     )
+
+
+def _bars(found: tuple[Bar, ...]) -> str | None:
+    if not found:
+        return None
+    return bar_chart(say("held-out bits per byte, lower is better"), say("bits per byte"), found)
 
 
 def _charts(runs: list[Run]) -> dict[str, str]:
@@ -93,7 +102,11 @@ def _charts(runs: list[Run]) -> dict[str, str]:
 
 def _shown(text: str) -> str:
     """A sample as a page shows it: a long run of empty lines is said, not drawn."""
-    return re.sub(r"\n{4,}", lambda found: f"\n\u2026 {len(found[0]) - 1} empty lines \u2026\n", text)
+    return re.sub(r"\n{4,}", lambda found: f"\n{_gap(len(found[0]) - 1)}\n", text)
+
+
+def _gap(lines: int) -> str:
+    return say("\u2026 {lines} empty lines \u2026", lines=lines)
 
 
 def spaced(count: int, most: int) -> list[int]:
@@ -125,10 +138,16 @@ def _affinities(run: Run) -> list[tuple[int, str, str]]:
         (
             row.layer,
             affinity(
-                f"{run.layer_name(row.layer)}: domain", record.domains, row.domain.counts_EL, hover=hover
+                say("{layer}: domain", layer=run.layer_name(row.layer)),
+                record.domains,
+                row.domain.counts_EL,
+                hover=hover,
             ),
             affinity(
-                f"{run.layer_name(row.layer)}: syntax", record.syntaxes, row.syntax.counts_EL, hover=hover
+                say("{layer}: syntax", layer=run.layer_name(row.layer)),
+                record.syntaxes,
+                row.syntax.counts_EL,
+                hover=hover,
             ),
         )
         for row in rows
@@ -139,6 +158,6 @@ def _specialists(run: Run) -> list[tuple[str, list[tables.Specialist]]]:
     if run.specialisation is None:
         return []
     return [
-        ("domain", tables.specialists(run.specialisation, "domain")),
-        ("syntax", tables.specialists(run.specialisation, "syntax")),
+        (say("domain"), tables.specialists(run.specialisation, "domain")),
+        (say("syntax"), tables.specialists(run.specialisation, "syntax")),
     ]

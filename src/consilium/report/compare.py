@@ -14,20 +14,25 @@ from consilium.report.build import PAGES, save
 from consilium.report.lines import line_chart
 from consilium.report.plain import counted
 from consilium.report.source import Run, read_run
+from consilium.words.say import language, say
 
 COMPARISON_FILE: Final = "comparison.html"
-HEADINGS: Final = (
-    "run",
-    "model",
-    "parameters",
-    "steps",
-    "tokens",
-    "bits per byte",
-    "tokens/s",
-    "max/mean",
-    "dead experts",
-    "state",
-)
+
+
+def headings() -> tuple[str, ...]:
+    """Of the columns of ``cells``."""
+    return (
+        say("run"),
+        say("model"),
+        say("parameters"),
+        say("steps"),
+        say("tokens"),
+        say("bits per byte"),
+        say("tokens/s"),
+        say("max/mean"),
+        say("dead experts"),
+        say("state"),
+    )
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
@@ -58,11 +63,11 @@ def figures(run: Run) -> dict[str, object]:
 
 
 def cells(found: dict[str, object]) -> tuple[str, ...]:
-    """The figures below ``HEADINGS``."""
+    """The figures below ``headings()``."""
     formats = ("{}", "{}", "", "{:,.0f}", "", "{:.3f}", "{:,.0f}", "{:.2f}", "{:.0f}")
     *values, finished = found.values()
     shown = [_cell(value, pattern) for value, pattern in zip(values, formats, strict=True)]
-    return *shown, "finished" if finished else "not finished"
+    return *shown, say("finished") if finished else say("not finished")
 
 
 def build_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -73,7 +78,9 @@ def build_comparison(folders: Sequence[Path], out: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     drawn = (curves.loss_chart, curves.bits_chart, curves.balance_chart, curves.entropy_chart)
     page = PAGES.get_template("comparison.html.j2").render(
-        headings=HEADINGS,
+        say=say,
+        language=language(),
+        headings=headings(),
         rows=[cells(figures(run)) for run in runs],
         charts=[line_chart(chart(runs)) for chart in drawn],
     )

@@ -14,6 +14,7 @@ from consilium.report.load_map import LoadMap
 from consilium.report.series import Point, points, smooth
 from consilium.report.source import Run
 from consilium.report.words import LIMIT
+from consilium.words.say import say
 
 MOST_LINES = 8
 """Layers drawn one by one; beyond it, the spread over layers is drawn."""
@@ -24,12 +25,17 @@ def loss_chart(runs: Sequence[Run]) -> LineChart:
     series: list[Series] = []
     for number, run in enumerate(runs):
         raw = _of(run, lambda record: record.ce if record.ce is not None else record.loss)
-        name = run.name if len(runs) > 1 else "training loss, smoothed"
+        name = run.name if len(runs) > 1 else say("training loss, smoothed")
         series.append(Series("", raw, number, "faint"))
         series.append(Series(name, smooth(raw, len(raw) // 40), number, "line" if number == 0 else "dashed"))
     skipped = tuple(float(r.step) for run in runs for r in run.metrics.records if r.skipped)
     return LineChart(
-        "training loss", "step", "nats per token", tuple(series), crosses=skipped, cross_label="skipped"
+        say("training loss"),
+        say("step"),
+        say("nats per token"),
+        tuple(series),
+        crosses=skipped,
+        cross_label=say("skipped"),
     )
 
 
@@ -37,41 +43,52 @@ def bits_chart(runs: Sequence[Run]) -> LineChart:
     """Held-out bits per byte, domains thin; what needs no training and a dense model as lines to beat."""
     series: list[Series] = []
     for number, run in enumerate(runs):
-        name = "mean over domains" if len(runs) == 1 else f"{run.name}: mean"
+        name = say("mean over domains") if len(runs) == 1 else say("{run}: mean", run=run.name)
         style = "line" if number == 0 else "dashed"
         series.append(Series(name, _of(run, lambda record: record.bits_per_byte), number, style))
     if len(runs) == 1:
         names = {name: None for record in runs[0].metrics.records for name in record.domains}
         for place, name in enumerate(names, start=1):
             series.append(Series(name, _domain(runs[0], name), place, "thin"))
-    return LineChart("held-out bits per byte", "step", "bits per byte", tuple(series), rules=_rivals(runs[0]))
+    return LineChart(
+        say("held-out bits per byte"),
+        say("step"),
+        say("bits per byte"),
+        tuple(series),
+        rules=_rivals(runs[0]),
+    )
 
 
 def entropy_chart(runs: Sequence[Run]) -> LineChart:
     """Entropy of the router's scores, from 0, decided, to that of a router that prefers nobody."""
     experts = {run.loads.experts for run in runs if run.loads is not None}
-    rules = tuple(Rule(math.log(e), f"ln {e} = {math.log(e):.2f}: no preference") for e in sorted(experts))
-    drawn = _measure(runs, "router entropy", "nats, mean over tokens and layers", lambda r: r.router_entropy)
+    rules = tuple(
+        Rule(math.log(e), say("ln {e} = {most:.2f}: no preference", e=e, most=math.log(e)))
+        for e in sorted(experts)
+    )
+    drawn = _measure(
+        runs, say("router entropy"), say("nats, mean over tokens and layers"), lambda r: r.router_entropy
+    )
     return replace(drawn, rules=rules, from_zero=True)
 
 
 def dropped_chart(runs: Sequence[Run]) -> LineChart:
     """Copies that a capacity dropped, as a share of those that routers wanted."""
     return _measure(
-        runs, "dropped tokens", "percent of the copies wanted", lambda r: _percent(r.dropped_frac)
+        runs, say("dropped tokens"), say("percent of the copies wanted"), lambda r: _percent(r.dropped_frac)
     )
 
 
 def speed_chart(runs: Sequence[Run]) -> LineChart:
-    return _measure(runs, "training speed", "tokens/s", lambda r: r.tok_per_sec)
+    return _measure(runs, say("training speed"), say("tokens/s"), lambda r: r.tok_per_sec)
 
 
 def rate_chart(runs: Sequence[Run]) -> LineChart:
-    return _measure(runs, "learning rate", "", lambda r: r.lr)
+    return _measure(runs, say("learning rate"), "", lambda r: r.lr)
 
 
 def norm_chart(runs: Sequence[Run]) -> LineChart:
-    return _measure(runs, "gradient norm", "before clipping", lambda r: r.grad_norm)
+    return _measure(runs, say("gradient norm"), say("before clipping"), lambda r: r.grad_norm)
 
 
 def losses_chart(runs: Sequence[Run]) -> LineChart:
@@ -83,7 +100,7 @@ def losses_chart(runs: Sequence[Run]) -> LineChart:
             label = name if len(runs) == 1 else f"{run.name}: {name}"
             curve = points((r.step, r.losses.get(name)) for r in run.metrics.records)
             series.append(Series(label, curve, place, "line" if number == 0 else "dashed"))
-    return LineChart("losses beside the next token", "step", "nats per token", tuple(series))
+    return LineChart(say("losses beside the next token"), say("step"), say("nats per token"), tuple(series))
 
 
 def _measure(
@@ -99,7 +116,7 @@ def _measure(
         )
         for number, run in enumerate(runs)
     )
-    return LineChart(title, "step", unit or title, series)
+    return LineChart(title, say("step"), unit or title, series)
 
 
 def _percent(share: float | None) -> float | None:
@@ -114,8 +131,14 @@ def balance_chart(runs: Sequence[Run]) -> LineChart:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         style = "line" if number == 0 else "dashed"
         series += [Series(prefix + name, curve, place, style) for place, (name, curve) in enumerate(lines)]
-    rules = (Rule(LIMIT, f"limit {LIMIT}"), Rule(1.0, "fair share"))
-    return LineChart("busiest expert over fair share", "step", "max / mean load", tuple(series), rules=rules)
+    rules = (Rule(LIMIT, say("limit {limit}", limit=LIMIT)), Rule(1.0, say("fair share")))
+    return LineChart(
+        say("busiest expert over fair share"),
+        say("step"),
+        say("max / mean load"),
+        tuple(series),
+        rules=rules,
+    )
 
 
 def _balance(run: Run) -> list[tuple[str, tuple[Point, ...]]]:
@@ -133,7 +156,7 @@ def _from_loads(run: Run, loads: LoadMap) -> list[tuple[str, tuple[Point, ...]]]
     names = [run.layer_name(layer) for layer in loads.layers]
     if len(names) > MOST_LINES:
         values_LS = np.quantile(values_LS, (1.0, 0.5, 0.0), axis=0)
-        names = ["least even layer", "median layer", "most even layer"]
+        names = [say("least even layer"), say("median layer"), say("most even layer")]
     steps = loads.steps_S.tolist()
     return [
         (name, tuple(zip(steps, values_S.tolist(), strict=True)))
@@ -158,8 +181,8 @@ def _rivals(run: Run) -> tuple[Rule, ...]:
         return ()
     summary = run.summary
     found: Iterable[tuple[str, float | None]] = (
-        ("byte trigram", summary.trigram and summary.trigram.macro),
+        (say("byte trigram"), summary.trigram and summary.trigram.macro),
         ("xz", summary.xz and summary.xz.macro),
-        ("dense", summary.dense and summary.dense.bits_per_byte.macro),
+        (say("dense"), summary.dense and summary.dense.bits_per_byte.macro),
     )
     return tuple(Rule(value, f"{name} {value:.3f}") for name, value in found if value is not None)

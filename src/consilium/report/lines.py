@@ -11,6 +11,7 @@ from typing import Literal
 
 from consilium.report.series import Point, thin
 from consilium.report.svg import Scale, cross, line, picture, pixel, short, spread, text, text_width, ticks
+from consilium.words.say import say
 
 LEFT, RIGHT, BOTTOM = 56.0, 12.0, 34.0
 LEGEND_ROW = 16.0
@@ -58,7 +59,7 @@ def line_chart(chart: LineChart) -> str:
     shown = tuple(series for series in chart.series if any(math.isfinite(y) for _, y in series.points))
     legend, top = _legend(shown, chart.width)
     if not shown:
-        middle = text(chart.width / 2, chart.height / 2, "no data yet", css="axis", anchor="middle")
+        middle = text(chart.width / 2, chart.height / 2, say("no data yet"), css="axis", anchor="middle")
         return picture(chart.width, chart.height, chart.title, [middle])
     x_scale, y_scale = _scales(chart, shown, top)
     parts = [*legend, *_axes(chart, x_scale, y_scale)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
+from consilium.words.width import padded, width
+
 _THOUSANDS = ("", " k", " M", " B", " T")
 _FLOPS = (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP", " YFLOP")
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
@@ -38,12 +40,12 @@ def _scaled(value: int, base: int, units: Sequence[str]) -> str:
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "") -> str:
     """Align ``rows`` in columns two spaces apart; those numbered in ``right`` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    widths = [max(map(width, column)) for column in zip_longest(*rows, fillvalue="")]
     lines: list[str] = []
     for row in rows:
         cells = (
-            f"{cell:>{width}}" if i in right else f"{cell:{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+            padded(cell, wide, right=i in right)
+            for i, (cell, wide) in enumerate(zip(row, widths, strict=False))
         )
         lines.append(f"{indent}{'  '.join(cells)}".rstrip())
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from consilium.report.colours import LEVELS, MISSING, NEVER, OCTAVES, PALETTE, i
 from consilium.report.load_map import Floats, LoadMap
 from consilium.report.png import data_uri, indexed_png
 from consilium.report.svg import Scale, cross, line, picture, pixel, rect, short, text, ticks
+from consilium.words.say import say
 
 LEFT, RIGHT, BOTTOM, TOP = 46.0, 22.0, 22.0, 22.0
 SIDE = 36.0
@@ -30,12 +31,12 @@ def load_strip(loads: LoadMap, row: int, name: str, *, width: float = 1088, hove
     share_EC, experts = loads.share_LEC[row], loads.experts
     height = experts * min(max(160 / experts, 1.0), 12.0)
     plot = (LEFT, TOP, width - LEFT - RIGHT, height)
-    title = f"{name}: load of each expert over steps"
+    title = say("{layer}: load of each expert over steps", layer=name)
     parts = [_image(indices(share_EC), plot), _strip_hover(loads, row, plot, hover_cells)]
     parts += [_dead(loads, row, expert, plot) for expert in np.flatnonzero(loads.dead_LE[row]).tolist()]
     parts += _strip_axes(loads, plot)
     parts.append(text(LEFT, 14, name, css="strong"))
-    balance = f"last steps: busiest expert at {loads.final_L[row]:.2f} × fair share"
+    balance = say("last steps: busiest expert at {ratio:.2f} × fair share", ratio=loads.final_L[row])
     parts.append(text(width - RIGHT, 14, balance, css="axis", anchor="end"))
     return picture(width, TOP + height + BOTTOM, title, parts)
 
@@ -70,7 +71,7 @@ def affinity(
             text(SIDE - 4, TOP + (place + 0.5) * row + 4, str(expert), css="axis", anchor="end")
             for place, expert in enumerate(order)
         ]
-    parts.append(text(8, TOP + height / 2, "expert", css="axis", anchor="middle", turn=-90))
+    parts.append(text(8, TOP + height / 2, say("expert"), css="axis", anchor="middle", turn=-90))
     return picture(SIDE + columns * cell_width + 14, TOP + height + 76, title, parts)
 
 
@@ -100,8 +101,8 @@ def colour_bar(meaning: str, *, width: float = 420) -> str:
         (2, "≥ 4 ×", "end"),
     )
     parts += [text(scale(octave), 30, name, css="axis", anchor=anchor) for octave, name, anchor in ends]
-    parts.append(text(318, 14, "no token", css="axis"))
-    return picture(width, 34, f"colours: {meaning}", parts)
+    parts.append(text(318, 14, say("no token"), css="axis"))
+    return picture(width, 34, say("colours: {meaning}", meaning=meaning), parts)
 
 
 Plot = tuple[float, float, float, float]
@@ -141,8 +142,10 @@ def _strip_hover(loads: LoadMap, row: int, plot: Plot, cells: int) -> str:
     def title(expert: int, group: int) -> str:
         part_C = share_EC[expert, edges[group] : edges[group + 1]]
         known_C = part_C[~np.isnan(part_C)]
-        mean = f"{known_C.mean():.2f} × fair share" if known_C.size else "nothing routed"
-        return f"expert {expert}, from step {loads.first_C[edges[group]]:,}: {mean}"
+        where = say("expert {expert}, from step {step:,}", expert=expert, step=loads.first_C[edges[group]])
+        if not known_C.size:
+            return say("{where}: nothing routed", where=where)
+        return say("{where}: {ratio:.2f} × fair share", where=where, ratio=known_C.mean())
 
     return _grid(plot, experts, groups, title)
 
@@ -150,10 +153,12 @@ def _strip_hover(loads: LoadMap, row: int, plot: Plot, cells: int) -> str:
 def _dead(loads: LoadMap, row: int, expert: int, plot: Plot) -> str:
     x, y, width, height = plot
     middle = y + (expert + 0.5) * height / loads.experts
-    layer = loads.layers[row]
-    return cross(
-        x + width + 8, middle, f"expert {expert} of layer {layer} is dead: no token at the end of the run"
+    title = say(
+        "expert {expert} of layer {layer} is dead: no token at the end of the run",
+        expert=expert,
+        layer=loads.layers[row],
     )
+    return cross(x + width + 8, middle, title)
 
 
 def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
@@ -161,7 +166,7 @@ def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
     bottom = y + height
     low, high = float(loads.steps_S[0]), float(loads.steps_S[-1])
     scale = Scale(low, high if high > low else low + 1, x, x + width)
-    parts = [text(14, y + height / 2, "expert", css="axis", anchor="middle", turn=-90)]
+    parts = [text(14, y + height / 2, say("expert"), css="axis", anchor="middle", turn=-90)]
     row = height / loads.experts
     parts += [
         text(x - 6, y + (expert + 0.5) * row + 4, str(expert), css="axis", anchor="end")
@@ -172,7 +177,7 @@ def _strip_axes(loads: LoadMap, plot: Plot) -> list[str]:
             line(scale(step), bottom, scale(step), bottom + 4, "tick"),
             text(scale(step), bottom + 16, short(step), css="axis", anchor="middle"),
         ]
-    return [*parts, text(x - 6, bottom + 16, "step", css="axis", anchor="end")]
+    return [*parts, text(x - 6, bottom + 16, say("step"), css="axis", anchor="end")]
 
 
 def _numbered(experts: int, row: float) -> list[int]:
@@ -192,7 +197,15 @@ def _affinity_hover(
         expert = order[row]
         ratio, copies = lift_EL[expert, column], counts_EL[expert][column]
         share = copies / max(sum(counts_EL[expert]), 1)
-        times = "never used" if np.isnan(ratio) else f"{ratio:.2f} × its usual share"
-        return f"expert {expert}, {labels[column]}: {times}; {share:.0%} of its tokens ({copies:,})"
+        if np.isnan(ratio):
+            return say("expert {expert}, {label}: never used", expert=expert, label=labels[column])
+        return say(
+            "expert {expert}, {label}: {ratio:.2f} × its usual share; {share:.0%} of its tokens ({copies:,})",
+            expert=expert,
+            label=labels[column],
+            ratio=ratio,
+            share=share,
+            copies=copies,
+        )
 
     return _grid(plot, len(order), len(labels), title)

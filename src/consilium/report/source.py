@@ -12,6 +12,7 @@ from consilium.records.metrics import METRICS_FILE, Metrics, read_metrics
 from consilium.records.run import CONFIG_FILE, META_FILE, SUMMARY_FILE, RunMeta, Summary
 from consilium.records.specialisation import SPECIALISATION_FILE, Specialisation
 from consilium.report.load_map import LoadMap, read_load_map
+from consilium.words.say import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class Run:
     def layer_name(self, layer: int) -> str:
         """``layer 3``, or ``prediction module 1`` for what stands behind the last block."""
         if self.layers is None or layer < self.layers:
-            return f"layer {layer}"
-        return f"prediction module {layer - self.layers + 1}"
+            return say("layer {layer}", layer=layer)
+        return say("prediction module {number}", number=layer - self.layers + 1)
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from consilium.report.bars import Bar
 from consilium.report.source import Run
 from consilium.report.svg import short
 from consilium.report.words import LIMIT
+from consilium.words.say import say
 
 SPECIALISTS = 6
 
@@ -48,15 +49,19 @@ class Specialist:
 def facts(meta: RunMeta) -> list[tuple[str, str]]:
     """Name and value of what identifies a run."""
     hardware, versions = meta.hardware, meta.versions
+    total, active = short(meta.parameters_total), short(meta.parameters_active)
     memory = f", {hardware.memory_bytes / 2**30:.0f} GiB" if hardware.memory_bytes else ""
-    where = f"{hardware.cpu}, {hardware.threads} threads{memory}"
+    where = say("{cpu}, {threads} threads", cpu=hardware.cpu, threads=hardware.threads) + memory
     return [
-        ("Parameters", f"{short(meta.parameters_total)}, {short(meta.parameters_active)} active a token"),
-        ("Text", f"{meta.corpus}, SHA-256 {meta.corpus_sha256[:12]}"),
-        ("Machine", where if hardware.accelerator is None else f"{hardware.accelerator}; {where}"),
-        ("Started", f"{meta.started:%Y-%m-%d %H:%M %Z}"),
-        ("Seed", str(meta.seed)),
-        ("Versions", f"consilium {versions.consilium}, torch {versions.torch}, Python {versions.python}"),
+        (say("Parameters"), say("{total}, {active} active a token", total=total, active=active)),
+        (say("Text"), f"{meta.corpus}, SHA-256 {meta.corpus_sha256[:12]}"),
+        (say("Machine"), where if hardware.accelerator is None else f"{hardware.accelerator}; {where}"),
+        (say("Started"), f"{meta.started:%Y-%m-%d %H:%M %Z}"),
+        (say("Seed"), str(meta.seed)),
+        (
+            say("Versions"),
+            f"consilium {versions.consilium}, torch {versions.torch}, Python {versions.python}",
+        ),
     ]
 
 
@@ -68,37 +73,55 @@ def tiles(run: Run) -> list[Tile]:
         measured = [r for r in run.metrics.records if r.bits_per_byte is not None]
         if measured:
             bits, first = measured[-1].bits_per_byte or math.nan, measured[0].bits_per_byte or math.nan
-            note = f"at step {measured[-1].step:,}; {first:.3f} at step {measured[0].step:,}"
-            found.append(Tile("bits per byte", f"{bits:.3f}", note))
+            note = say(
+                "at step {step:,}; {before:.3f} at step {start:,}",
+                step=measured[-1].step,
+                before=first,
+                start=measured[0].step,
+            )
+            found.append(Tile(say("bits per byte"), f"{bits:.3f}", note))
     return found + _speed_tiles(run) + _balance_tiles(run)
 
 
 def _bits_tile(summary: Summary) -> Tile:
     bits, untrained = summary.trained.macro, summary.untrained
     if untrained is None:
-        return Tile("bits per byte", f"{bits:.3f}", "held out, mean over domains")
-    note = f"held out; untrained {untrained.macro:.3f}, so {bits / untrained.macro:.0%} of it"
-    return Tile("bits per byte", f"{bits:.3f}", note, "good" if bits < untrained.macro else "bad")
+        return Tile(say("bits per byte"), f"{bits:.3f}", say("held out, mean over domains"))
+    note = say(
+        "held out; untrained {untrained:.3f}, so {share:.0%} of it",
+        untrained=untrained.macro,
+        share=bits / untrained.macro,
+    )
+    return Tile(say("bits per byte"), f"{bits:.3f}", note, "good" if bits < untrained.macro else "bad")
 
 
 def _rival_tiles(summary: Summary) -> Iterator[Tile]:
     bits = summary.trained.macro
     dense = None if summary.dense is None else summary.dense.bits_per_byte
-    for name, rival in (("byte trigram", summary.trigram), ("dense, same active size", dense)):
+    for name, rival in ((say("byte trigram"), summary.trigram), (say("dense, same active size"), dense)):
         if rival is not None:
-            word = "below" if bits < rival.macro else "not below"
-            yield Tile(name, f"{rival.macro:.3f}", f"bits per byte; this run is {word} it")
+            beaten, not_beaten = (
+                say("bits per byte; this run is below it"),
+                say("bits per byte; this run is not below it"),
+            )
+            yield Tile(name, f"{rival.macro:.3f}", beaten if bits < rival.macro else not_beaten)
 
 
 def _speed_tiles(run: Run) -> list[Tile]:
     if run.summary is not None:
         s = run.summary
-        note = f"{short(s.tokens)} tokens in {s.steps:,} steps, {s.seconds:,.0f} s"
-        return [Tile("training tokens/s", short(s.tokens_per_second), note)]
+        note = say(
+            "{tokens} tokens in {steps:,} steps, {seconds:,.0f} s",
+            tokens=short(s.tokens),
+            steps=s.steps,
+            seconds=s.seconds,
+        )
+        return [Tile(say("training tokens/s"), short(s.tokens_per_second), note)]
     last = next((r for r in reversed(run.metrics.records) if r.tok_per_sec is not None), None)
     if last is None:
         return []
-    return [Tile("training tokens/s", short(last.tok_per_sec or math.nan), f"at step {last.step:,}")]
+    note = say("at step {step:,}", step=last.step)
+    return [Tile(say("training tokens/s"), short(last.tok_per_sec or math.nan), note)]
 
 
 def _balance_tiles(run: Run) -> list[Tile]:
@@ -107,12 +130,17 @@ def _balance_tiles(run: Run) -> list[Tile]:
     worst, dead = float(run.loads.final_L[run.loads.worst]), int(run.loads.dead_LE.sum())
     return [
         Tile(
-            "max / mean load",
+            say("max / mean load"),
             f"{worst:.2f}",
-            "least even layer, last steps; 1.00 = fair share",
+            say("least even layer, last steps; 1.00 = fair share"),
             "good" if worst <= LIMIT else "bad",
         ),
-        Tile("dead experts", str(dead), f"of {run.loads.dead_LE.size}", "good" if dead == 0 else "bad"),
+        Tile(
+            say("dead experts"),
+            str(dead),
+            say("of {experts}", experts=run.loads.dead_LE.size),
+            "good" if dead == 0 else "bad",
+        ),
     ]
 
 
@@ -134,7 +162,7 @@ def scores(run: Run, beside: Run | None) -> Scores | None:
     columns = _columns(run, beside)
     names = list(run.summary.trained.domains)
     rows = [(name, tuple(score.domains.get(name) for _, score in columns)) for name in names]
-    rows.append(("mean", tuple(score.macro for _, score in columns)))
+    rows.append((say("mean"), tuple(score.macro for _, score in columns)))
     return Scores(tuple(name for name, _ in columns), tuple(rows))
 
 
@@ -144,12 +172,12 @@ def _columns(run: Run, beside: Run | None) -> list[tuple[str, BitsPerByte]]:
     dense = None if summary.dense is None else summary.dense.bits_per_byte
     other = None if beside is None or beside.summary is None else beside.summary.trained
     found = [
-        ("this model", summary.trained),
+        (say("this model"), summary.trained),
         (beside.name if beside else "", other),
-        ("dense, same active size", dense),
-        ("byte trigram", summary.trigram),
+        (say("dense, same active size"), dense),
+        (say("byte trigram"), summary.trigram),
         ("xz", summary.xz),
-        ("untrained", summary.untrained),
+        (say("untrained"), summary.untrained),
     ]
     return [(name, score) for name, score in found if score is not None]
 
@@ -179,13 +207,13 @@ def _pairs(layer: int, names: Sequence[str], part: Association) -> Iterator[tupl
 def commands(run: Run) -> list[tuple[str, str]]:
     """What to try next, and what it does."""
     folder = shlex.quote(str(run.folder))
-    found = [(f"consilium train {folder}/config.yaml --out {folder} --resume", "continue, bit for bit")]
+    found = [(f"consilium train {folder}/config.yaml --out {folder} --resume", say("continue, bit for bit"))]
     if run.checkpoint is not None:
         checkpoint = shlex.quote(str(run.checkpoint))
         found = [
-            (f'consilium generate {checkpoint} --prompt "def fibonacci(n):"', "write on from a prompt"),
-            (f"consilium chat {checkpoint}", "talk to it in the terminal"),
-            (f"consilium eval {checkpoint} --data README.md", "bits per byte of your own text"),
+            (f'consilium generate {checkpoint} --prompt "def fibonacci(n):"', say("write on from a prompt")),
+            (f"consilium chat {checkpoint}", say("talk to it in the terminal")),
+            (f"consilium eval {checkpoint} --data README.md", say("bits per byte of your own text")),
             *found,
         ]
     return found

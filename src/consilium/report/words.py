@@ -7,6 +7,7 @@ import math
 from consilium.records.specialisation import Association, Specialisation
 from consilium.report.load_map import WINDOW, LoadMap
 from consilium.report.source import Run
+from consilium.words.say import say
 
 LIMIT = 1.5
 """max/mean load up to which a layer counts as balanced."""
@@ -18,16 +19,33 @@ def balance(run: Run, loads: LoadMap) -> str:
     """How even the loads were at the end."""
     worst, final = loads.worst, float(loads.final_L[loads.worst])
     if math.isnan(final):
-        return "Nothing was routed in the last recorded steps."
+        return say("Nothing was routed in the last recorded steps.")
     window = min(WINDOW, loads.steps_S.shape[0])
     dead = int(loads.dead_LE.sum())
-    verdict = "within" if final <= LIMIT else "above"
-    experts = "No expert is dead" if dead == 0 else f"{dead} of {loads.dead_LE.size} experts are dead"
-    return (
-        f"Over the last {window} recorded steps the busiest expert of the least even layer,"
-        f" {run.layer_name(loads.layers[worst])}, carried {final:.2f} times its fair share,"
-        f" {verdict} the limit of {LIMIT}."
-        f" {experts}{'' if dead == 0 else ': no token in these steps, marked × at the right edge'}."
+    asked = {
+        "steps": window,
+        "layer": run.layer_name(loads.layers[worst]),
+        "ratio": final,
+        "limit": LIMIT,
+    }
+    if final <= LIMIT:
+        told = say(
+            "Over the last {steps} recorded steps the busiest expert of the least even layer, {layer},"
+            " carried {ratio:.2f} times its fair share, within the limit of {limit}.",
+            **asked,
+        )
+    else:
+        told = say(
+            "Over the last {steps} recorded steps the busiest expert of the least even layer, {layer},"
+            " carried {ratio:.2f} times its fair share, above the limit of {limit}.",
+            **asked,
+        )
+    if dead == 0:
+        return f"{told} {say('No expert is dead.')}"
+    return told + say(
+        " {dead} of {experts} experts are dead: no token in these steps, marked × at the right edge.",
+        dead=dead,
+        experts=loads.dead_LE.size,
     )
 
 
@@ -39,30 +57,45 @@ def explained(parts: list[Association]) -> float:
 def specialisation(record: Specialisation) -> str:
     """Which labelling says more about the choice of expert on this run."""
     if not record.layers:
-        return "No layer of this model routes to experts."
-    absent = [
-        name
-        for name, part in (("domain", record.layers[0].domain), ("syntactic class", record.layers[0].syntax))
-        if labels_seen(part) < 2
-    ]
+        return say("No layer of this model routes to experts.")
+    first = record.layers[0]
+    named = ((say("domain"), first.domain), (say("syntactic class"), first.syntax))
+    absent = [name for name, part in named if labels_seen(part) < 2]
     if absent:
-        return (
-            f"The observed text has no two labels of a kind for: {' and '.join(absent)}; nothing to compare."
+        return say(
+            "The observed text has no two labels of a kind for: {kinds}; nothing to compare.",
+            kinds=say(" and ").join(absent),
         )
     domain = explained([layer.domain for layer in record.layers])
     syntax = explained([layer.syntax for layer in record.layers])
-    told = f"domain explains {domain:.1%} of the choice of expert, syntax {syntax:.1%}"
-    told += " (mean over layers, chance subtracted)"
-    if max(domain, syntax) < NEGLIGIBLE:
-        return f"Neither says anything about the experts of this run: {told}."
-    if abs(domain - syntax) < NEGLIGIBLE:
-        return f"Domain and syntax say the same amount about the experts of this run: {told}."
-    larger, other = ("syntax", "domain") if syntax > domain else ("domain", "syntax")
-    agreeing = sum(
-        (layer.syntax.normalised > layer.domain.normalised) == (syntax > domain) for layer in record.layers
+    told = say(
+        "domain explains {domain:.1%} of the choice of expert, syntax {syntax:.1%} (mean over layers, chance"
+        " subtracted)",
+        domain=domain,
+        syntax=syntax,
     )
-    share = f"so in {agreeing} of {len(record.layers)} layers"
-    return f"On this run experts follow {larger} more than {other}: {told}; {share}."
+    if max(domain, syntax) < NEGLIGIBLE:
+        return say("Neither says anything about the experts of this run: {told}.", told=told)
+    if abs(domain - syntax) < NEGLIGIBLE:
+        return say("Domain and syntax say the same amount about the experts of this run: {told}.", told=told)
+    return _preference(record, told, syntax_wins=syntax > domain)
+
+
+def _preference(record: Specialisation, told: str, *, syntax_wins: bool) -> str:
+    agreeing = sum(
+        (layer.syntax.normalised > layer.domain.normalised) == syntax_wins for layer in record.layers
+    )
+    said = {"told": told, "agreeing": agreeing, "layers": len(record.layers)}
+    if syntax_wins:
+        return say(
+            "On this run experts follow syntax more than domain: {told}; so in {agreeing} of"
+            " {layers} layers.",
+            **said,
+        )
+    return say(
+        "On this run experts follow domain more than syntax: {told}; so in {agreeing} of {layers} layers.",
+        **said,
+    )
 
 
 def labels_seen(part: Association) -> int:
