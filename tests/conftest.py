@@ -19,6 +19,7 @@ SHOWN_FROM_SECONDS = 60
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["MKL_NUM_THREADS"] = str(THREADS)
 os.environ["NO_COLOR"] = "1"
+os.environ["CONSILIUM_LANG"] = "en"
 
 # The same examples on every machine: a failure seen once is a failure that can be repeated.
 settings.register_profile("consilium", derandomize=True, deadline=None, database=None, max_examples=50)

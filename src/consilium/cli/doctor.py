@@ -47,8 +47,8 @@ def run(options: Namespace) -> int:
         return _folder(options)
     if options.routers:
         return _routers(options)
-    place, words = settle(options), plain if options.json else say
-    facts, problems = dict(_facts(place, words)), list(_problems(words))
+    place, tell = settle(options), plain if options.json else say
+    facts, problems = dict(_facts(place, tell)), list(_problems(tell))
     return _tell(facts, problems, say("ready: try consilium demo"), json_wanted=options.json)
 
 
@@ -72,11 +72,11 @@ def _folder(options: Namespace) -> int:
     checkpoint = checkpoint_in(options.folder)
     inside = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
     sizes = [item.stat().st_size for item in inside if item.is_file()]
-    words = plain if options.json else say
-    facts = {words("folder"): str(checkpoint), words("files"): f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
+    tell = plain if options.json else say
+    facts = {tell("folder"): str(checkpoint), tell("files"): f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
     problems: list[str] = []
     try:
-        facts[words("checked")] = _verify(checkpoint, words)
+        facts[tell("checked")] = _verify(checkpoint, tell)
     except ConsiliumError as error:
         problems.append(str(error))
     return _tell(facts, problems, say("whole and unchanged"), json_wanted=options.json)
