@@ -36,13 +36,13 @@ def catalogue() -> dict[str, str]:
 
 
 def said() -> set[str]:
-    """First arguments of every call of ``say`` or ``tell`` in the package and its templates."""
+    """First arguments of every call of ``say`` or ``voice`` in the package and its templates."""
     found = set(template_keys())
     for source in sources("src"):
         for node in ast.walk(source.tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
                 continue
-            if node.func.id not in {"say", "tell"}:
+            if node.func.id not in {"say", "voice"}:
                 continue
             key = node.args[0] if node.args else None
             if isinstance(key, ast.Constant) and isinstance(key.value, str):

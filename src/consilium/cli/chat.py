@@ -9,13 +9,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, final
 
 from consilium.cli.exits import INTERRUPTED
 from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError, nearest
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.cli.generation import Loaded
@@ -25,17 +25,7 @@ if TYPE_CHECKING:
 BLOCK: Final = '"""'
 ROOM: Final = 1024
 """Tokens that an answer without a limit finds free, or a quarter of a smaller context."""
-COMMANDS: Final = MappingProxyType(
-    {
-        "/help": "show this",
-        "/reset": "forget the conversation, but not the system message",
-        "/system": "TEXT: tell the model who it is; without TEXT, what its template says",
-        "/save": "FILE: write the conversation",
-        "/load": "FILE: go on with one that was saved",
-        "/stats": "tokens, speed, sampling and the load of the experts so far",
-        "/exit": "end; so do an empty line and Ctrl-D",
-    }
-)
+COMMANDS: Final = ("/help", "/reset", "/system", "/save", "/load", "/stats", "/exit")
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -48,12 +38,15 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     session = Session(load_engine(options), options)
-    note(f"format: {session.form.name}")
+    note(say("format: {name}", name=session.form.name))
     if _terminal():
         with contextlib.suppress(ImportError):  # lines can be edited where Python has it
             import_module("readline")
         note(
-            "/help lists the commands. Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation."
+            say(
+                "/help lists the commands. Ctrl-C ends an answer; an empty line or Ctrl-D ends the"
+                " conversation."
+            )
         )
     interrupted = False
     while True:
@@ -66,12 +59,12 @@ def run(options: Namespace) -> int:
         except EOFError:
             return 0
         except ConsiliumError as error:
-            note(f"error: {error}")
+            note(say("error: {sentence}", sentence=error))
         except KeyboardInterrupt:
             if interrupted or not _terminal():
                 return INTERRUPTED
             interrupted = True
-            note("\nonce more, or Ctrl-D, ends the conversation")
+            note(say("\nonce more, or Ctrl-D, ends the conversation"))
 
 
 def _terminal() -> bool:
@@ -111,10 +104,22 @@ def _block(text: str, line: Callable[[str], str]) -> str:
 
 
 def _help() -> str:
+    does = (
+        say("show this"),
+        say("forget the conversation, but not the system message"),
+        say("TEXT: tell the model who it is; without TEXT, what its template says"),
+        say("FILE: write the conversation"),
+        say("FILE: go on with one that was saved"),
+        say("tokens, speed, sampling and the load of the experts so far"),
+        say("end; so do an empty line and Ctrl-D"),
+    )
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
-    many = f"Several lines are one message where all but the last end in a backslash, or between {BLOCK}."
-    return "\n".join(["commands of the conversation:", *lines, many])
+    lines = [f"  {name:{width}}  {text}" for name, text in zip(COMMANDS, does, strict=True)]
+    many = say(
+        "Several lines are one message where all but the last end in a backslash, or between {quotes}.",
+        quotes=BLOCK,
+    )
+    return "\n".join([say("commands of the conversation:"), *lines, many])
 
 
 @final
@@ -149,13 +154,19 @@ class Session:
         asked = self._conversation.with_message("user", text)
         _, ids, gone = fitted(asked, self.form, length - room)
         if gone > self._left_out:
-            note(f"the context of {length:,} tokens is full: the oldest {gone} exchanges are left out")
+            note(
+                say(
+                    "the context of {length:,} tokens is full: the oldest {gone} exchanges are left out",
+                    length=length,
+                    gone=gone,
+                )
+            )
         self._left_out = gone
         answer, ended = self._stream(ids)
         if answer or ended:
             self._conversation = asked.with_message("assistant", answer)
         if ended == "length" and self._options.max_tokens is None:
-            note(f"the answer ends here, because the context of {length:,} tokens is full")
+            note(say("the answer ends here, because the context of {length:,} tokens is full", length=length))
 
     def _stream(self, ids: list[int]) -> tuple[str, str | None]:
         """Print an answer. Returns its text and how it ended, None by Ctrl-C."""
@@ -176,7 +187,7 @@ class Session:
         except KeyboardInterrupt:
             ended = None
         print(flush=True)
-        note(f"{clock}{'' if ended else '; interrupted'}")
+        note(f"{clock}{'' if ended else say('; interrupted')}")
         self._turns += 1
         self._tokens += clock.tokens
         self._last = clock
@@ -191,18 +202,20 @@ class Session:
                 note(_help())
             case "/reset":
                 self._conversation = Conversation().with_system(self._conversation.system or "")
-                note("the conversation begins anew")
+                note(say("the conversation begins anew"))
             case "/system":
                 self._conversation = self._conversation.with_system(rest)
                 note(
-                    "the system message is set" if rest else "the system message is the template's own again"
+                    say("the system message is set")
+                    if rest
+                    else say("the system message is the template's own again")
                 )
             case "/save":
                 write_conversation(self._conversation, _file(name, rest))
-                note(f"saved {len(self._conversation.messages)} messages to {rest}")
+                note(say("saved {n} messages to {file}", n=len(self._conversation.messages), file=rest))
             case "/load":
                 self._conversation = read_conversation(_file(name, rest))
-                note(f"loaded {len(self._conversation.messages)} messages from {rest}")
+                note(say("loaded {n} messages from {file}", n=len(self._conversation.messages), file=rest))
             case "/stats":
                 note("\n".join(self._stats()))
             case _:
@@ -214,13 +227,20 @@ class Session:
     def _stats(self) -> list[str]:
         sampling, length = self._sampling, self._engine.model.config.max_length
         used = len(self.form.ids(self._conversation.messages)) if self._conversation.messages else 0
-        drawn = f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+        drawn = say(
+            "temperature {temperature:g}, top-k {top_k}, top-p {top_p:g}, seed {seed}",
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        context = {"used": used, "length": length, "messages": len(self._conversation.messages)}
         return [
-            f"format: {self.form.name}",
-            f"sampling: {f'{drawn}, seed {sampling.seed}' if sampling.temperature else 'greedy'}",
-            f"context: {used:,} of {length:,} tokens in {len(self._conversation.messages)} messages",
-            f"generated: {self._tokens:,} tokens in {self._turns} answers",
-            *(() if self._last is None else (f"last answer: {self._last}",)),
+            say("format: {name}", name=self.form.name),
+            say("sampling: {how}", how=drawn if sampling.temperature else say("greedy")),
+            say("context: {used:,} of {length:,} tokens in {messages} messages", **context),
+            say("generated: {n:,} tokens in {answers} answers", n=self._tokens, answers=self._turns),
+            *(() if self._last is None else (say("last answer: {clock}", clock=self._last),)),
             *(_load_line(layer, load_E) for layer, load_E in self._engine.loads.items()),
         ]
 
@@ -228,9 +248,13 @@ class Session:
 def _load_line(layer: int, load_E: Sequence[int]) -> str:
     from consilium.records.loads import max_over_mean
 
-    idle = sum(load == 0 for load in load_E)
-    busiest = f"busiest expert {max_over_mean(load_E):.2f} times its share"
-    return f"layer {layer}: {busiest}, {idle} of {len(load_E)} idle"
+    return say(
+        "layer {layer}: busiest expert {ratio:.2f} times its share, {idle} of {experts} idle",
+        layer=layer,
+        ratio=max_over_mean(load_E),
+        idle=sum(load == 0 for load in load_E),
+        experts=len(load_E),
+    )
 
 
 def _file(command: str, name: str) -> Path:

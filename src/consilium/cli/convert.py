@@ -11,7 +11,7 @@ from pathlib import Path
 from consilium.cli.arguments import json_flag, path
 from consilium.cli.progress import Lines
 from consilium.errors import ConsiliumError, nearest
-from consilium.words.say import say
+from consilium.words.say import Say, plain, say
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -43,9 +43,10 @@ def run(options: Namespace) -> int:
             " choose a place outside."
         )
     writers = {"hf": _to_folder, "gguf": _to_gguf}
+    voice = plain if options.json else say
     start = time.monotonic()
     with Lines(say("converting"), " GB") as shown:
-        notes = writers[options.to](source, options.destination, options.dtype, shown)
+        notes = writers[options.to](source, options.destination, options.dtype, shown, voice)
     size, seconds = _size(options.destination), time.monotonic() - start
     if options.json:
         written = {"written": str(options.destination), "bytes": size, "seconds": seconds, "notes": notes}
@@ -57,7 +58,7 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines) -> tuple[str, ...]:
+def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines, say: Say) -> tuple[str, ...]:
     from consilium.checkpoint.convert import convert
     from consilium.model.build import DTYPES
 
@@ -70,7 +71,7 @@ def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines)
     return (say("opens with consilium.load({folder!r})", folder=str(destination)),)
 
 
-def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines) -> tuple[str, ...]:
+def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines, say: Say) -> tuple[str, ...]:
     if destination.suffix != ".gguf":
         raise ConsiliumError(
             f"convert: {destination} is no name of a GGUF file; give one that ends in .gguf."

@@ -17,6 +17,7 @@ from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.cli.live import Page
@@ -92,7 +93,7 @@ def _run(options: Namespace, device: str) -> int:
         if summary is None:
             compare = ["--compare", options.compare] if options.compare else []
             words = ["demo", "--minutes", f"{options.minutes:g}", "--out", options.out, *compare]
-            tell(f"stopped; go on with:\n  {command_line(*words)}")
+            tell(say("stopped; go on with:\n  {command}", command=command_line(*words)))
             return INTERRUPTED
         _conclude(options, summary)
         if fresh and (note := missed(Minutes(options.minutes), summary.seconds)) is not None:
@@ -118,8 +119,8 @@ def _finished_before(options: Namespace) -> Summary | None:
     summary = read_json_if_present(Summary, options.out / SUMMARY_FILE)
     if summary is None or summary.sample is None or (options.compare == "dense" and summary.dense is None):
         return None
-    tell = teller(json=options.json)
-    tell(f"{options.out} is finished and only shown again; choose another --out to train anew")
+    tell, out = teller(json=options.json), options.out
+    tell(say("{folder} is finished and only shown again; choose another --out to train anew", folder=out))
     return summary
 
 
@@ -177,7 +178,7 @@ def _train_and_study(options: Namespace, config: Training, job: Job) -> Summary 
     if finished.interrupted:
         return None
     job.page.notice(
-        "studying: a trigram model and xz on the same text, and which experts prefer which domain"
+        say("studying: a trigram model and xz on the same text, and which experts prefer which domain")
     )
     return _study(options.out, finished, job.corpus, dense)
 
@@ -248,23 +249,29 @@ def conclusion(options: Namespace, summary: Summary) -> str:
     from consilium.checkpoint.folders import CHECKPOINTS
     from consilium.cli.configure import DEMO_MODEL
     from consilium.report.build import REPORT_FILE
+    from consilium.report.plain import columns
 
     out = options.out
     parts = [
-        (
-            f"\n{DEMO_MODEL}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s"
-            f" ({summary.tokens_per_second:,.0f} tok/s)"
+        say(
+            "\n{model}: {steps} steps, {tokens:,} tokens in {seconds:.0f} s ({speed:,.0f} tok/s)",
+            model=DEMO_MODEL,
+            steps=summary.steps,
+            tokens=summary.tokens,
+            seconds=summary.seconds,
+            speed=summary.tokens_per_second,
         ),
         _figures(summary),
         _balance(out),
     ]
     if summary.sample is not None:
-        parts.append(f"sample\n{readable(summary.sample.prompt + summary.sample.text)}")
-    parts.append(
-        f"report      {out / REPORT_FILE}\n"
-        f"checkpoint  {out / CHECKPOINTS / f'step-{summary.steps}'}   (Hugging Face layout)\n"
-        f"try next\n{_suggestions(out, summary)}"
-    )
+        parts.append(f"{say('sample')}\n{readable(summary.sample.prompt + summary.sample.text)}")
+    checkpoint = out / CHECKPOINTS / f"step-{summary.steps}"
+    places = [
+        (say("report"), str(out / REPORT_FILE)),
+        (say("checkpoint"), say("{folder}   (Hugging Face layout)", folder=checkpoint)),
+    ]
+    parts.append(f"{columns(places)}\n{say('try next')}\n{_suggestions(out, summary)}")
     return "\n\n".join(parts)
 
 
@@ -281,26 +288,33 @@ def _suggestions(out: Path, summary: Summary) -> str:
 
 
 def _figures(summary: Summary) -> str:
+    from consilium.report.plain import columns
+
     rows: list[tuple[str, BitsPerByte | None]] = [
-        ("untrained", summary.untrained),
-        ("trained", summary.trained),
-        ("dense twin", summary.dense and summary.dense.bits_per_byte),
-        ("trigram", summary.trigram),
+        (say("untrained"), summary.untrained),
+        (say("trained"), summary.trained),
+        (say("dense twin"), summary.dense and summary.dense.bits_per_byte),
+        (say("trigram"), summary.trigram),
         ("xz", summary.xz),
     ]
     domains = list(summary.trained.domains)
-    lines = [f"{'bits per byte':<14}{'mean':>8}" + "".join(f"{name:>13}" for name in domains)]
+    table: list[tuple[str, ...]] = [(say("bits per byte"), say("mean"), *domains)]
     for name, figure in rows:
         if figure is not None:
-            cells = "".join(f"{figure.domains.get(domain, float('nan')):>13.3f}" for domain in domains)
-            lines.append(f"{name:<14}{figure.macro:>8.3f}{cells}")
+            found = (figure.macro, *(figure.domains.get(domain, float("nan")) for domain in domains))
+            table.append((name, *map("{:.3f}".format, found)))
+    lines = [columns(table, right=range(1, len(domains) + 2))]
     if summary.untrained is not None:
         share = summary.trained.macro / summary.untrained.macro
-        lines.append(f"the trained model needs {share:.1%} of the untrained one's bits")
+        lines.append(say("the trained model needs {share:.1%} of the untrained one's bits", share=share))
     if summary.dense is not None:
         lines.append(
-            f"dense twin: {summary.dense.parameters:,} parameters,"
-            f" {summary.dense.tokens_per_second:,.0f} tok/s against {summary.tokens_per_second:,.0f}"
+            say(
+                "dense twin: {parameters:,} parameters, {speed:,.0f} tok/s against {ours:,.0f}",
+                parameters=summary.dense.parameters,
+                speed=summary.dense.tokens_per_second,
+                ours=summary.tokens_per_second,
+            )
         )
     return "\n".join(lines)
 
@@ -310,14 +324,21 @@ def _balance(out: Path) -> str:
     from consilium.training.loop import WINDOW
 
     if not (out / LOADS_FILE).exists():
-        return "no experts, nothing to balance"
+        return say("no experts, nothing to balance")
     loads = LoadFile.open(out)
     newest = [load_LE for _, load_LE in loads.read()][-WINDOW:]
-    lines = [f"expert load over the last {len(newest)} steps (1.00 is fair)"]
+    lines = [say("expert load over the last {steps} steps (1.00 is fair)", steps=len(newest))]
     for i, layer in enumerate(loads.header.layers):
         ratios = [max_over_mean(load_LE[i]) for load_LE in newest]
         dead = sum(all(load_LE[i][e] == 0 for load_LE in newest) for e in range(loads.header.experts))
-        lines.append(f"  layer {layer}: max/mean {sum(ratios) / len(ratios):.2f}, {dead} dead experts")
+        lines.append(
+            say(
+                "  layer {layer}: max/mean {ratio:.2f}, {dead} dead experts",
+                layer=layer,
+                ratio=sum(ratios) / len(ratios),
+                dead=dead,
+            )
+        )
     return "\n".join(lines)
 
 
@@ -326,6 +347,6 @@ def readable(text: str) -> str:
     lines: list[str] = []
     for empty, group in itertools.groupby(text.split("\n"), key=lambda line: not line.strip()):
         found = list(group)
-        lines += [f"({len(found)} empty lines)"] if empty and len(found) > 1 else found
+        lines += [say("({n} empty lines)", n=len(found))] if empty and len(found) > 1 else found
     more = ["..."] if len(lines) > MOST_LINES else []
     return "\n".join(f"  | {line}" for line in [*lines[:MOST_LINES], *more])

@@ -47,8 +47,8 @@ def run(options: Namespace) -> int:
         return _folder(options)
     if options.routers:
         return _routers(options)
-    place, tell = settle(options), plain if options.json else say
-    facts, problems = dict(_facts(place, tell)), list(_problems(tell))
+    place, voice = settle(options), plain if options.json else say
+    facts, problems = dict(_facts(place, voice)), list(_problems(voice))
     return _tell(facts, problems, say("ready: try consilium demo"), json_wanted=options.json)
 
 
@@ -72,11 +72,11 @@ def _folder(options: Namespace) -> int:
     checkpoint = checkpoint_in(options.folder)
     inside = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
     sizes = [item.stat().st_size for item in inside if item.is_file()]
-    tell = plain if options.json else say
-    facts = {tell("folder"): str(checkpoint), tell("files"): f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
+    voice = plain if options.json else say
+    facts = {voice("folder"): str(checkpoint), voice("files"): f"{len(sizes)}, {sum(sizes) / 1e9:,.3f} GB"}
     problems: list[str] = []
     try:
-        facts[tell("checked")] = _verify(checkpoint, tell)
+        facts[voice("checked")] = _verify(checkpoint, voice)
     except ConsiliumError as error:
         problems.append(str(error))
     return _tell(facts, problems, say("whole and unchanged"), json_wanted=options.json)

@@ -13,6 +13,7 @@ from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.progress import QUIET_SECONDS, Lines, note
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.training import Data, Training
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from consilium.evaluation.bits import Evaluation
 
 BUILT_IN = "builtin"
-_NOT_CAUSAL = (
-    "not comparable: this model is not causal, its experts choose among tokens that come later, so the figure"
-    " is none of prediction"
-)
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -70,7 +67,7 @@ def run(options: Namespace) -> int:
     documents, name = _documents(options, run_folder, stored)
     corpus = measured_corpus(documents, tokenizer, progress=_Late())
     model = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
-    with Lines("measuring", " tokens") as lines:
+    with Lines(say("measuring"), say(" tokens")) as lines:
         result = measure(model, corpus, reading, progress=lines)
     print(_json(result, name) if options.json else _table(result, name))
     return 0
@@ -163,10 +160,24 @@ def _loads(result: Evaluation) -> dict[str, dict[str, object]]:
 
 
 def _table(result: Evaluation, name: str) -> str:
-    rows = [*result.domains.items(), ("mean", result.bits_per_byte)]
-    lines = [f"{domain:<14} {value:.4f} bits per byte" for domain, value in rows]
-    measured = (
-        f"{name}: {result.bytes:,} bytes of {result.documents:,} documents, {result.tokens:,} tokens,"
-        f" context {result.context}, stride {result.stride}"
+    from consilium.report.plain import columns
+
+    figures = [*result.domains.items(), (say("mean"), result.bits_per_byte)]
+    lines = [columns([(domain, f"{value:.4f}", say("bits per byte")) for domain, value in figures])]
+    counts = dataclasses.asdict(result)
+    lines.append(
+        say(
+            "{name}: {bytes:,} bytes of {documents:,} documents, {tokens:,} tokens, context {context}, stride"
+            " {stride}",
+            name=name,
+            **{key: counts[key] for key in ("bytes", "documents", "tokens", "context", "stride")},
+        )
     )
-    return "\n".join([*lines, measured, *([] if result.causal else [_NOT_CAUSAL])])
+    if not result.causal:
+        lines.append(
+            say(
+                "not comparable: this model is not causal, its experts choose among tokens that come later,"
+                " so the figure is none of prediction"
+            )
+        )
+    return "\n".join(lines)

@@ -13,6 +13,7 @@ from consilium.cli.arguments import json_flag, path
 from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.cli.generation import Loaded
@@ -129,7 +130,7 @@ def _asked(
     from consilium.engine.template import Message
 
     form = chat_format(loaded.path, loaded.tokenizer)
-    note(f"format: {form.name}")
+    note(say("format: {name}", name=form.name))
     ids = [form.ids((Message("user", prompt),)) for prompt in prompts]
     return ids, (*form.stops, *options.stop), (*loaded.engine.stop_ids, *form.stop_ids)
 

@@ -14,6 +14,7 @@ from consilium.cli.arguments import path
 from consilium.cli.progress import note
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.generation import GenerationDefaults
@@ -109,10 +110,15 @@ def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Samp
         del said["top_p"]  # some files write 0 for off
     if not said.get("temperature"):
         for name in (name for name in _DRAW if getattr(options, name) is not None):
-            note(f"--{name.replace('_', '-')} does nothing at temperature 0; add --temperature 0.7 or so.")
+            note(
+                say(
+                    "--{option} does nothing at temperature 0; add --temperature 0.7 or so.",
+                    option=name.replace("_", "-"),
+                )
+            )
     elif options.seed is None:
         said["seed"] = secrets.randbelow(2**31)
-        note(f"seed {said['seed']}; the same text again with --seed {said['seed']}")
+        note(say("seed {seed}; the same text again with --seed {seed}", seed=said["seed"]))
     return Sampling(**said)
 
 
@@ -147,6 +153,7 @@ class Clock:
         return (self.tokens - 1) / (self.seconds - self.first)
 
     def __str__(self) -> str:
-        first = "" if self.first is None else f", the first after {self.first:.2f} s"
-        rate = "" if self.rate is None else f", then {self.rate:,.1f} tokens/s"
-        return f"{self.tokens} token{'s' * (self.tokens != 1)}{first}{rate}"
+        first = "" if self.first is None else say(", the first after {seconds:.2f} s", seconds=self.first)
+        rate = "" if self.rate is None else say(", then {rate:,.1f} tokens/s", rate=self.rate)
+        tokens = say("1 token") if self.tokens == 1 else say("{n} tokens", n=self.tokens)
+        return f"{tokens}{first}{rate}"

@@ -14,6 +14,7 @@ from consilium.planner.plan import plan
 from consilium.records.loads import max_over_mean
 from consilium.training.events import Evaluated, Event, Finished, Notice, Saved, Started, Stepped
 from consilium.training.measures import layer_ratios
+from consilium.words.say import say
 
 BARS = " ▁▂▃▄▅▆▇█"
 FULL = 2.0
@@ -65,17 +66,20 @@ class Page:
         match event:
             case Started():
                 self._started = event
-                self._print(f"model      {_sizes(event)}; run folder {event.out}")
+                self._print(
+                    say("model      {sizes}; run folder {folder}", sizes=_sizes(event), folder=event.out)
+                )
             case Stepped():
                 self._stepped(event)
             case Evaluated(step=step, evaluation=evaluation):
-                self._bits = f"  held-out {evaluation.bits_per_byte:.3f} bits/byte at step {step}"
+                bits = {"bits": evaluation.bits_per_byte, "step": step}
+                self._bits = say("  held-out {bits:.3f} bits/byte at step {step}", **bits)
                 parts = "  ".join(f"{name} {bits:.2f}" for name, bits in evaluation.domains.items())
                 self._print(
-                    f"step {step:>5}  held-out bits per byte {evaluation.bits_per_byte:.3f}   ({parts})"
+                    say("step {step:>5}  held-out bits per byte {bits:.3f}   ({parts})", parts=parts, **bits)
                 )
             case Saved(folder=folder):
-                self._print(f"saved      {folder}")
+                self._print(say("saved      {folder}", folder=folder))
             case Notice(text=text):
                 self.notice(text)
             case Finished():
@@ -100,7 +104,7 @@ class Page:
         elif time.monotonic() - self._printed > QUIET_SECONDS or event.step == self._steps(event):
             self._printed = time.monotonic()
             worst = max(layer_ratios(event.result.loads).values(), default=1.0)
-            self._print(f"{self._line(event)}  max/mean {worst:.2f}")
+            self._print(f"{self._line(event)}  {say('max/mean')} {worst:.2f}")
 
     def _steps(self, event: Stepped) -> int:
         return self._started.config.steps if self._started else event.step
@@ -108,22 +112,30 @@ class Page:
     def _line(self, event: Stepped) -> Text:
         steps = self._steps(event)
         return Text(
-            f"step {event.step:>5}/{steps} {100 * event.step // steps:>3}%"
-            f"  loss {event.result.ce:.3f}{self._bits}"
-            f"  {event.tokens_per_second:,.0f} tok/s  ETA {clock(event.eta_seconds)}"
+            say(
+                "step {step:>5}/{steps} {share:>3}%  loss {loss:.3f}{bits}  {speed:,.0f} tok/s  ETA {eta}",
+                step=event.step,
+                steps=steps,
+                share=100 * event.step // steps,
+                loss=event.result.ce,
+                bits=self._bits,
+                speed=event.tokens_per_second,
+                eta=clock(event.eta_seconds),
+            )
         )
 
 
 def _sizes(event: Started) -> str:
     counts = plan(event.config.model).parameters
-    ahead = f", and {counts.mtp:,} that predict further ahead" if counts.mtp else ""
-    return f"{counts.total:,} parameters, {counts.active:,} active a token{ahead}"
+    sizes = say("{total:,} parameters, {active:,} active a token", total=counts.total, active=counts.active)
+    return sizes + (say(", and {mtp:,} that predict further ahead", mtp=counts.mtp) if counts.mtp else "")
 
 
 def _load_table(event: Stepped) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("expert load", Text("half a bar is a fair share, · is idle", style="dim"), "max/mean")
+    legend = Text(say("half a bar is a fair share, · is idle"), style="dim")
+    table.add_row(say("expert load"), legend, say("max/mean"))
     for layer, load in event.result.loads.items():
         counts = load.counts
-        table.add_row(f"layer {layer}", load_bars(counts), f"{max_over_mean(counts):.2f}")
+        table.add_row(say("layer {layer}", layer=layer), load_bars(counts), f"{max_over_mean(counts):.2f}")
     return table

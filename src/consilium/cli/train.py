@@ -9,6 +9,7 @@ from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
+from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.training import Training
@@ -92,7 +93,7 @@ def run(options: Namespace) -> int:
     check_memory(config.model)
     check_disk(config.model, options.out)
     if options.resume and stored is None:
-        tell(f"{options.out} holds no run yet: a new one starts there")
+        tell(say("{folder} holds no run yet: a new one starts there", folder=options.out))
     with locked(options.out, tell):
         return _run(config, budget, options, place.device)
 
@@ -138,14 +139,15 @@ def _stopped(finished: Finished, options: Namespace) -> int:
 
     words = command_line("train", options.out / CONFIG_FILE, "--out", options.out, "--resume")
     tell = teller(json=options.json)
-    tell(f"stopped at step {finished.steps}; go on with:\n  {words}")
-    tell(f"report so far: {finished.report}")
+    tell(say("stopped at step {step}; go on with:\n  {command}", step=finished.steps, command=words))
+    tell(say("report so far: {path}", path=finished.report))
     return INTERRUPTED
 
 
 def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: bool) -> int:
     from consilium.records.io import read_json, to_json
     from consilium.records.run import SUMMARY_FILE, Summary
+    from consilium.report.plain import columns
     from consilium.training.budget import missed
 
     summary = read_json(Summary, options.out / SUMMARY_FILE)
@@ -156,12 +158,20 @@ def _done(finished: Finished, budget: Budget, options: Namespace, *, generates: 
     )
     tell = teller(json=options.json)
     tell(
-        f"done: {finished.steps} steps, {finished.tokens:,} tokens, {summary.tokens_per_second:,.0f} tok/s,"
-        f" held-out {summary.trained.macro:.3f} bits per byte\n"
-        f"  report      {finished.report}\n"
-        f"  checkpoint  {finished.checkpoint}\n"
-        f"  next        {more}"
+        say(
+            "done: {steps} steps, {tokens:,} tokens, {speed:,.0f} tok/s, held-out {bits:.3f} bits per byte",
+            steps=finished.steps,
+            tokens=finished.tokens,
+            speed=summary.tokens_per_second,
+            bits=summary.trained.macro,
+        )
     )
+    places = [
+        (say("report"), str(finished.report)),
+        (say("checkpoint"), str(finished.checkpoint)),
+        (say("next"), more),
+    ]
+    tell(columns(places, indent="  "))
     if (note := missed(budget, summary.seconds)) is not None:
         tell(note)
     if options.json:

@@ -20,6 +20,7 @@ from consilium.data.paths import path_texts
 from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 FORMAT = 3
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
@@ -58,16 +59,18 @@ def build_corpus(
     sha256 = corpus_sha256(documents)
     folder = cache_folder() / "corpus" / _key(start, tokenizer, vocab_size, sha256)
     if entry_is_whole(folder):
-        report(f"tokenized text from the cache ({folder})")
+        report(say("tokenized text from the cache ({folder})", folder=folder))
         return _read(folder)
     if tokenizer is None:
-        report(f"training a tokenizer of {vocab_size} tokens")
+        report(say("training a tokenizer of {n} tokens", n=vocab_size))
         tokenizer = Tokenizer.train(documents, vocab_size, progress=report)
     corpus = _tokenize(tokenizer, documents, report)
     try:
         write_entry(folder, _files(corpus))
     except ConsiliumError as error:
-        report(f"the cache cannot be written, so the next run tokenizes again: {error}")
+        report(
+            say("the cache cannot be written, so the next run tokenizes again: {sentence}", sentence=error)
+        )
     return corpus
 
 

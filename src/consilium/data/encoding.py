@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from consilium.data.documents import TAIL, Document
 from consilium.data.syntax import UNKNOWN, label_tokens
 from consilium.data.tokenizer import Tokenizer
+from consilium.words.say import say
 
 BATCH_CHARACTERS = 1_000_000
 """Text encoded between two lines of progress."""
@@ -60,7 +61,13 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], report
         found = tokenizer.encode_batch([document.text for document in batch])
         encoded.extend(Encoded(d, np.array(ids, dtype=np.int64)) for d, ids in zip(batch, found, strict=True))
         done += sum(len(document.text) for document in batch)
-        report(f"encoding the text: {done / total:.0%} of {total / 1e6:.1f} M characters")
+        report(
+            say(
+                "encoding the text: {share:.0%} of {size:.1f} M characters",
+                share=done / total,
+                size=total / 1e6,
+            )
+        )
     return encoded
 
 

@@ -21,6 +21,7 @@ from consilium.data.schedule import PERIOD, DomainSchedule
 from consilium.data.syntax import UNKNOWN
 from consilium.data.windows import Windows, cut_windows, limit_windows
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 
 @final
@@ -52,8 +53,13 @@ class Loader:
             )
         self.domains: tuple[str, ...] = tuple(long_enough)
         self.notices: tuple[str, ...] = tuple(
-            f"domain {domain!r} is left out of training: its {count} tokens do not fill a sequence of"
-            f" {sequence_length}"
+            say(
+                "domain {domain!r} is left out of training: its {count} tokens do not fill a sequence of"
+                " {length}",
+                domain=domain,
+                count=count,
+                length=sequence_length,
+            )
             for domain, count in counts.items()
             if domain not in long_enough
         )

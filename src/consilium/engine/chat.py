@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, final
 from consilium.disk.atomic import write_file
 from consilium.engine.template import Message, Template, TemplateCodec, find_template
 from consilium.errors import ConsiliumError
+from consilium.words.say import say
 
 KIND: Final = "consilium-chat"
 ROLES: Final = ("system", "user", "assistant")
@@ -61,7 +62,7 @@ class Templated:
 
     @property
     def name(self) -> str:
-        return f"the model's own chat template ({self.template.where})"
+        return say("the model's own chat template ({where})", where=self.template.where)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         return self.template.ids(messages, self.tokenizer)
@@ -75,7 +76,10 @@ class Questions:
     tokenizer: ChatCodec
     stops: tuple[str, ...] = ("\nQ:",)
     stop_ids: tuple[int, ...] = ()
-    name: str = 'plain text, "Q: ..." and "A: ...", because the model brings no chat template'
+
+    @property
+    def name(self) -> str:
+        return say('plain text, "Q: ..." and "A: ...", because the model brings no chat template')
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         text = "".join(_PLAIN[message.role].format(message.content) for message in messages)

@@ -18,6 +18,7 @@ from consilium.training.freeze import freeze
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
 from consilium.training.step import train_step
+from consilium.words.say import say
 
 CALIBRATION_SECONDS = 6.0
 WARM_UP_STEPS = 2
@@ -59,7 +60,14 @@ def with_budget(
         case Minutes(count=count):
             seconds = step_seconds(config, corpus)
             steps = round(count * 60 / seconds)
-            notice(f"calibrated: {seconds:.3f} s a step, so {count:g} minutes are {steps} steps")
+            notice(
+                say(
+                    "calibrated: {seconds:.3f} s a step, so {minutes:g} minutes are {steps} steps",
+                    seconds=seconds,
+                    minutes=count,
+                    steps=steps,
+                )
+            )
     if steps < 1:
         raise ConsiliumError(f"the budget {budget.count:g} is less than one step; give more.")
     return dataclasses.replace(config, steps=steps)
@@ -92,7 +100,9 @@ def missed(budget: Budget, seconds: float) -> str | None:
     """A sentence where a run took far more or less time than the minutes that it was given."""
     if not isinstance(budget, Minutes) or 1 / FAR_OFF < seconds / (60 * budget.count) < FAR_OFF:
         return None
-    return (
-        f"note: {seconds:.0f} s of training for the {60 * budget.count:.0f} s asked for: steps are counted"
-        " out at the start, and the machine was busier, or freer, while its speed was measured"
+    return say(
+        "note: {seconds:.0f} s of training for the {asked:.0f} s asked for: steps are counted out at the"
+        " start, and the machine was busier, or freer, while its speed was measured",
+        seconds=seconds,
+        asked=60 * budget.count,
     )

@@ -16,6 +16,7 @@ from consilium.records.loads import LOADS_FILE, LoadFile
 from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, sync_metrics, truncate_metrics
 from consilium.records.run import CONFIG_FILE, META_FILE, StepRecord
 from consilium.training.step import StepResult
+from consilium.words.say import say
 
 LOCK_FILE = "run.lock"
 """Stays behind; the system forgets who held it when a process ends, however it ends."""
@@ -106,7 +107,9 @@ class RunFiles:
     def reopen(out: Path, step: int, notice: Callable[[str], None]) -> RunFiles:
         """Open the files of a run that goes on after ``step``."""
         if truncate_metrics(out / METRICS_FILE, step).torn is not None:
-            notice(f"{out / METRICS_FILE} ended in half a record after a crash; it was dropped")
+            notice(
+                say("{file} ended in half a record after a crash; it was dropped", file=out / METRICS_FILE)
+            )
         loads = LoadFile.open(out) if (out / LOADS_FILE).exists() else None
         if loads is not None:
             loads.truncate(step)

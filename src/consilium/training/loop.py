@@ -27,6 +27,7 @@ from consilium.training.measures import evaluation_record, layer_ratios, step_re
 from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
+from consilium.words.say import say
 
 WINDOW = 50
 """Steps over which the final load ratio is averaged."""
@@ -130,7 +131,12 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     if result.skipped:
         emit(
             Notice(
-                f"step {progress.step}: loss {result.loss}, gradient norm {result.norm}: not finite, skipped"
+                say(
+                    "step {step}: loss {loss}, gradient norm {norm}: not finite, skipped",
+                    step=progress.step,
+                    loss=result.loss,
+                    norm=result.norm,
+                )
             )
         )
         check_patience(progress.skipped_in_a_row, progress.step)

@@ -18,6 +18,7 @@ from consilium.records.loads import LOADS_FILE
 from consilium.records.metrics import METRICS_FILE
 from consilium.records.run import META_FILE, SUMMARY_FILE
 from consilium.training.files import CONFIG_FILE
+from consilium.words.say import say
 
 MAY_CHANGE: Final = frozenset(
     {"steps", "batch", "accumulate", "optimizer.learning_rate", "eval_every", "eval_tokens"}
@@ -83,8 +84,11 @@ def newest_checkpoint(out: Path, notice: Callable[[str], None]) -> Path | None:
     steps = [path for _, path in atomic.steps(folder)]
     for path in steps if found is None else steps[steps.index(found) + 1 :]:
         aside = atomic.set_aside(path)
-        on = "begins anew" if found is None else f"goes on from {found}"
-        notice(f"{path} is damaged and kept as {aside and aside.name}; the run {on}")
+        kept = say("{path} is damaged and kept as {aside}", path=path, aside=aside and aside.name)
+        if found is None:
+            notice(say("{kept}; the run begins anew", kept=kept))
+        else:
+            notice(say("{kept}; the run goes on from {found}", kept=kept, found=found))
     return found
 
 

@@ -34,6 +34,7 @@ from consilium.training.guard import check_weights
 from consilium.training.optimizer import build_optimizer, moments, restore_moments
 from consilium.training.resume import changes, newest_checkpoint, put_records_aside
 from consilium.training.start import as_stored, initial, tokenizer_of
+from consilium.words.say import say
 
 
 @dataclass(slots=True)
@@ -93,8 +94,10 @@ def open_run(config: Training, site: Site, *, resume: bool) -> Run:
 
 def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
     aside = put_records_aside(out)
-    kept = "" if aside is None else f"; the records of the steps that ran are kept in {aside}"
-    notice(f"{out} has no checkpoint yet, so the run starts anew from step 0{kept}")
+    kept = (
+        "" if aside is None else say("; the records of the steps that ran are kept in {place}", place=aside)
+    )
+    notice(say("{run} has no checkpoint yet, so the run starts anew from step 0", run=out) + kept)
 
 
 def _begin(config: Training, site: Site) -> Run:
@@ -136,7 +139,15 @@ def _record(changed: list[tuple[str, str, str]], config: Training, step: int, si
     write_json(site.out / META_FILE, dataclasses.replace(meta, changes=meta.changes + changed_now))
     write_text(site.out / CONFIG_FILE, io.to_yaml(config))
     for key, before, after in changed:
-        site.notice(f"from step {step} on {key} is {after} instead of {before}")
+        site.notice(
+            say(
+                "from step {step} on {key} is {after} instead of {before}",
+                step=step,
+                key=key,
+                after=after,
+                before=before,
+            )
+        )
 
 
 def loader_of(config: Training, corpus: Corpus, dealt: tuple[int, int] = (0, 0)) -> Loader:
@@ -182,7 +193,7 @@ def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
         if run.progress.whole and run.progress.step not in (0, run.progress.saved):
             # The error is the news: what fails here, a full disk or the same listener, must not hide it.
             with contextlib.suppress(Exception):
-                notice(f"saved {save_run(run)} before the error ends the run")
+                notice(say("saved {folder} before the error ends the run", folder=save_run(run)))
         raise
 
 
@@ -202,7 +213,12 @@ def _restore(
     for name, now in (("threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
         if scalars[name] != now:
             site.notice(
-                f"resumed with {name} {now} instead of {scalars[name]}: results can differ in the last bits"
+                say(
+                    "resumed with {name} {now} instead of {before}: results can differ in the last bits",
+                    name=name,
+                    now=now,
+                    before=scalars[name],
+                )
             )
     step = int(scalars["step"])
     return Progress(
