@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from consilium.config.balance import Balance, SequenceLoss, SwitchLoss
+from consilium.config.balance import Balance, DeviceLoss, SequenceLoss, SwitchLoss
 from consilium.config.model import Model
 from consilium.config.router import NoNoise
 from consilium.config.training import Training
@@ -19,9 +19,20 @@ from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
-from consilium.training.step import StepResult, train_step
+from consilium.training.step import StepResult, gradients, train_step
 from small import DEEPSEEK, SWITCH, lively, random_batch
 from support import relative_error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fixed:
+    """The same rows at every step, in one micro-batch."""
+
+    batch: Batch
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        assert (index, count, step) == (0, 1, 0)
+        return self.batch
 
 
 class Rows:
@@ -85,6 +96,42 @@ def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate
     assert abs(other.balance["switch"] - result.balance["switch"]) > 1e-4
     for layer, load in result.loads.items():
         assert torch.equal(load.wanted_E, counts[layer].long())
+
+
+@pytest.mark.parametrize("sequence", ["document", "row"])
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_loss_by_sequence_does_not_depend_on_micro_batches(accumulate: int, sequence: str) -> None:
+    """Rows have unequal numbers of documents, some of a single token, which nothing ahead is left of."""
+    assert DEEPSEEK.moe is not None
+    losses = (SequenceLoss(coefficient=1.0), DeviceLoss(coefficient=1.0, devices=4, scope="sequence"))
+    balance = Balance(losses=losses, bias=DEEPSEEK.moe.balance.bias, sequence=sequence)
+    config = dataclasses.replace(DEEPSEEK, moe=dataclasses.replace(DEEPSEEK.moe, balance=balance))
+    (whole, wanted), (parts, found) = (graded(config, count) for count in (1, accumulate))
+    assert parts.balance == pytest.approx(whole.balance, rel=1e-5)
+    assert all(relative_error(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+def graded(config: Model, accumulate: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    model = lively(config)
+    training = dataclasses.replace(Training(model=config, steps=20, batch=4), accumulate=accumulate)
+    result = gradients(model, build_optimizer(model, training.optimizer), Rows(), training, 0)
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_step_of_single_tokens_has_no_loss_ahead_and_is_finite() -> None:
+    batch = random_batch(4, 6)
+    alone = torch.arange(6).expand(4, 6).contiguous()
+    batch = dataclasses.replace(
+        batch,
+        sequence_BS=alone,
+        position_BS=torch.zeros_like(alone),
+        targets_BS=torch.full_like(alone, -1),
+    )
+    model = lively(DEEPSEEK)
+    training = Training(model=DEEPSEEK, steps=20, batch=4)
+    result = gradients(model, build_optimizer(model, training.optimizer), Fixed(batch), training, 0)
+    assert not result.skipped
+    assert result.ahead == 0
 
 
 @kinds

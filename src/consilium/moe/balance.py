@@ -89,7 +89,7 @@ class Balance(nn.Module):
         with no_autocast(admitted.logits_TE):
             if mode.training:
                 for loss in self.config.losses:
-                    value = self._loss(loss, admitted, tokens, mode.earlier_E)
+                    value = self._loss(loss, admitted, tokens, mode)
                     losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
             if not mode.counts_only:
                 disorder = entropy(admitted.scores_TE.detach(), tokens.valid_T)
@@ -97,18 +97,18 @@ class Balance(nn.Module):
         wanted_E = load_E if admitted.keep_TK is admitted.wanted_TK else admitted.wanted_E()
         return Report(self.layer, losses, load_E, wanted_E, tokens.valid_T.sum(), disorder)
 
-    def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
+    def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens, mode: LayerMode) -> Tensor:
         match loss:
             case SwitchLoss(coefficient=coefficient):
-                return coefficient * self._switch(loss, routing, tokens, earlier_E)
+                return coefficient * self._switch(loss, routing, tokens, mode.earlier_E)
             case SequenceLoss(coefficient=coefficient):
-                return coefficient * self._sequence(loss, routing, tokens)
+                return coefficient * self._sequence(loss, routing, tokens, mode)
             case DeviceLoss(coefficient=coefficient, devices=devices, scope=scope):
-                segments = self._segments(tokens, scope)
+                segments = self._segments(tokens, scope, mode)
                 f_SE, p_SE = self._shares(routing, segments)
                 return coefficient * device_loss(f_SE, p_SE, devices, segments)
             case CommunicationLoss(coefficient=coefficient):
-                return coefficient * self._communication(loss, routing, tokens)
+                return coefficient * self._communication(loss, routing, tokens, mode)
             case ImportanceLoss(coefficient=coefficient):
                 return coefficient * importance_loss(routing.experts_TK, routing.weights_TK, self.experts)
             case LoadLoss(coefficient=coefficient):
@@ -122,13 +122,13 @@ class Balance(nn.Module):
                 p_SE = segments.means(normalised(routing.scores_TE))
                 return self.coefficient * uniformity_loss(p_SE, segments)
 
-    def _segments(self, tokens: Tokens, scope: Literal["batch", "sequence"]) -> Segments:
+    def _segments(self, tokens: Tokens, scope: Literal["batch", "sequence"], mode: LayerMode) -> Segments:
         """What losses are averaged over; ``config.sequence`` says what a sequence is."""
         if scope == "batch":
             return whole_batch(tokens)
         match self.config.sequence:
             case "document":
-                return by_sequence(tokens, tokens.sequence_T)
+                return by_sequence(tokens, tokens.sequence_T, mode.documents)
             case "row":
                 return by_sequence(tokens, tokens.sequence_T if tokens.row_T is None else tokens.row_T)
 
@@ -148,8 +148,8 @@ class Balance(nn.Module):
         f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments, also_E)
         return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
 
-    def _sequence(self, loss: SequenceLoss, routing: Routing, tokens: Tokens) -> Tensor:
-        segments = self._segments(tokens, "sequence")
+    def _sequence(self, loss: SequenceLoss, routing: Routing, tokens: Tokens, mode: LayerMode) -> Tensor:
+        segments = self._segments(tokens, "sequence", mode)
         match loss.counts:
             case "routed":
                 experts_TK, wanted_TK = routing.experts_TK, routing.wanted_TK
@@ -160,8 +160,10 @@ class Balance(nn.Module):
         f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments)
         return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
 
-    def _communication(self, loss: CommunicationLoss, routing: Routing, tokens: Tokens) -> Tensor:
-        segments = self._segments(tokens, loss.scope)
+    def _communication(
+        self, loss: CommunicationLoss, routing: Routing, tokens: Tokens, mode: LayerMode
+    ) -> Tensor:
+        segments = self._segments(tokens, loss.scope, mode)
         size = self.experts // loss.devices
         sent_SN = sent_fractions(routing.experts_TK, routing.wanted_TK, size, loss.devices, segments)
         p_SE = segments.means(normalised(routing.scores_TE))

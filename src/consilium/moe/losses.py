@@ -25,6 +25,8 @@ class Segments:
     """int64 in [0, count)."""
     valid_T: Tensor
     count: int
+    usual: float | None = None
+    """Segments of a micro-batch on average over the step: the mean of the step is the mean of its parts."""
 
     @property
     def tokens_S(self) -> Tensor:
@@ -44,17 +46,18 @@ class Segments:
         return self.sums(values_TX) / self.tokens_S.clamp_min(1)[:, None]
 
     def average(self, losses_S: Tensor) -> Tensor:
-        """Mean over segments that have valid tokens."""
+        """Mean over segments that have valid tokens, taken over as many as are usual where that is given."""
         live_S = self.tokens_S > 0
-        return losses_S.masked_fill(~live_S, 0).sum() / live_S.sum().clamp_min(1)
+        total = losses_S.masked_fill(~live_S, 0).sum()
+        return total / live_S.sum().clamp_min(1) if self.usual is None else total / (self.usual or 1)
 
 
 def whole_batch(tokens: Tokens) -> Segments:
     return Segments(torch.zeros_like(tokens.sequence_T), tokens.valid_T, 1)
 
 
-def by_sequence(tokens: Tokens, sequence_T: Tensor) -> Segments:
-    return Segments(sequence_T, tokens.valid_T, tokens.most_sequences)
+def by_sequence(tokens: Tokens, sequence_T: Tensor, usual: float | None = None) -> Segments:
+    return Segments(sequence_T, tokens.valid_T, tokens.most_sequences, usual)
 
 
 def normalised(scores_TE: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ class LayerMode:
     observer: LayerObserver | None = None
     earlier_E: Tensor | None = None
     """int64: copies that the router chose in earlier micro-batches of the optimizer step."""
+    documents: float | None = None
     counts_only: bool = False
 
 
@@ -144,6 +145,9 @@ class Mode:
     observer: Observer | None = None
     earlier: Mapping[int, Tensor] | None = None
     """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""
+    documents: Mapping[int, float] | None = None
+    """How many a micro-batch of the optimizer step has on average, by index of the MoE layer; None for as
+    many as this one has."""
     counts_only: bool = False
     """Reports hold loads alone, as a step of decoding needs them."""
 
@@ -156,6 +160,7 @@ class Mode:
             override=override or Override(),
             observer=None if self.observer is None else LayerObserver(self.observer, layer),
             earlier_E=None if self.earlier is None else self.earlier.get(layer),
+            documents=None if self.documents is None else self.documents.get(layer),
             counts_only=self.counts_only,
         )
 

@@ -6,13 +6,14 @@ Legend: E routed experts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from consilium.config.training import Training
+from consilium.data.batch import Batch
 from consilium.data.loader import Loader
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
@@ -82,9 +83,10 @@ def gradients(
     device = next(model.parameters()).device
     batch = [loader.micro(step, i, config.accumulate).to(device) for i in range(config.accumulate)]
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
+    documents = _documents(model, batch)
     losses: list[Loss] = []
     for i, micro in enumerate(batch):
-        options = _options(config, step, i, _chosen(losses))
+        options = _options(config, step, i, _chosen(losses), documents)
         losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
     norm = guard.clip(model, config.optimizer.clip)
@@ -121,12 +123,30 @@ def _chosen(losses: list[Loss]) -> dict[int, Tensor]:
     return {layer: torch.stack([loss.reports[layer].wanted_E for loss in losses]).sum(0) for layer in layers}
 
 
-def _options(config: Training, step: int, micro: int, earlier: Mapping[int, Tensor]) -> Options:
+def _documents(model: Decoder, batch: Sequence[Batch]) -> dict[int, float]:
+    """Documents of a micro-batch on average, by index of the MoE layer: losses by document weigh all alike.
+
+    The layers behind the last block predict further ahead and see the longer documents alone.
+    """
+    lengths = torch.cat([_lengths(micro) for micro in batch])
+    ahead = {layer: max(layer - model.config.layers + 1, 0) for layer in model.moe_layers()}
+    return {layer: int((lengths > depth).sum()) / len(batch) for layer, depth in ahead.items()}
+
+
+def _lengths(batch: Batch) -> Tensor:
+    """Valid tokens of each document, 0 for those that a row does not have."""
+    count_BS = torch.zeros_like(batch.sequence_BS)
+    return count_BS.scatter_add_(1, batch.sequence_BS, batch.valid_BS.long()).flatten()
+
+
+def _options(
+    config: Training, step: int, micro: int, earlier: Mapping[int, Tensor], documents: Mapping[int, float]
+) -> Options:
     """Noise comes from (seed, step, micro-batch) alone, so that a resume needs no generator state."""
     digest = hashlib.sha256(f"{config.seed}/{step}/{micro}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return Options(
-        mode=Mode(training=True, generator=generator, earlier=earlier),
+        mode=Mode(training=True, generator=generator, earlier=earlier, documents=documents),
         dtype=torch_dtype(config.dtype),
         recompute=config.recompute,
     )
