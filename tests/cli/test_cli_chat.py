@@ -68,7 +68,8 @@ def test_a_conversation_and_its_commands(
         monkeypatch,
         capsys,
         "hello\n/svae c.json\n/save c.json\n/save theirs.txt\n/load theirs.txt\n/save\n/stats\n/reset\n"
-        "/system Be brief.\nand\\\nthen?\n/load c.json\n/help\n /slash as text\n",
+        "/system Be brief.\nand\\\nthen?\n/load c.json\n/save ~no-such-user/c.json\n/save c\0d\n/help\n"
+        " /slash as text\n/exit now\n",
         str(model),
         "--max-tokens",
         "3",
@@ -78,6 +79,8 @@ def test_a_conversation_and_its_commands(
     assert "saved 2 messages to c.json" in said
     assert "theirs.txt exists and is no conversation of ours" in said
     assert "theirs.txt is no conversation; give a file" in said
+    assert said.count("cannot be the name of a file") == 2
+    assert "unknown command '/exit'" not in said
     assert "/save needs the name of a file" in said
     assert "sampling: greedy" in said
     assert "layer 1: busiest expert" in said
@@ -160,6 +163,8 @@ def test_one_turn_and_prompts_from_elsewhere(
         (["--prompt", "-"], b"\xff", "standard input is not UTF-8 at byte 0"),
         (["--prompt-file", "absent"], b"", "cannot read the prompt absent"),
         (["--prompt", "a", "--max-tokens", "0"], b"", "--max-tokens 0 is less than 1"),
+        (["--prompt", "a", "--max-tokens", "9999"], b"", "exceeds the model's length"),
+        (["--prompt", "a\udcff"], b"", "half a surrogate pair"),
         (["--prompt", "a", "--top-p", "0"], b"", "top_p 0.0 is out of range"),
         (["--prompt", "a", "--stop", ""], b"", "a stop text is empty"),
     ],

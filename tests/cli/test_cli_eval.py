@@ -86,6 +86,21 @@ def test_the_limit_takes_the_same_text_for_every_model(
     assert found[0]["documents"] == found[1]["documents"]
 
 
+def test_text_of_several_places_is_measured_whole_and_once(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_text("other words")
+    folder, other = model(tmp_path / "model"), str(tmp_path / "other.txt")
+
+    def measured(*paths: str) -> int:
+        capsys.readouterr()
+        assert main(["eval", folder, *(word for path in paths for word in ("--data", path)), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["bytes"]
+
+    assert measured(str(text), other) == measured(str(text)) + len("other words")
+    assert "name each text once" in complaint(capsys, "eval", folder, "--data", other, "--data", other)
+
+
 def test_a_model_that_is_not_causal_is_marked(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

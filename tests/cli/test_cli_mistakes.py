@@ -281,6 +281,7 @@ def test_wrong_sampling(
         (["demo", "--out", ""], "the path is empty"),
         (["bench", "--out", "/dev/null/record.json"], "cannot write /dev/null/record.json"),
         (["bench", "--out", "."], "--out . is a folder"),
+        (["bench", "--out", __file__], "is no record of ours"),
         (["chat", "", "--temperature", "0"], "the path is empty"),
     ],
 )

@@ -80,6 +80,19 @@ def test_what_is_no_run_is_refused_before_anything_is_written(
     assert not (folder / "a/report.html").exists()
 
 
+def test_somebody_elses_file_is_never_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, runs = folder / "thesis.html", [str(folder / name) for name in ("a", "dense")]
+    theirs.write_text("<!DOCTYPE html> mine")
+    assert main(["report", *runs, "--out", str(theirs)]) == 2
+    assert "is no page of ours" in capsys.readouterr().err
+    assert theirs.read_text() == "<!DOCTYPE html> mine"
+    assert not (folder / "a/report.html").exists()
+    assert main(["report", runs[0], "--out", str(folder / "one.html")]) == 2
+    assert "give another RUN" in capsys.readouterr().err
+    for _ in range(2):
+        said(capsys, "report", *runs, "--out", folder / "ours.html")
+
+
 def test_neither_imports_torch(folder: Path) -> None:
     code = (
         "import sys; from consilium.cli.main import main\n"

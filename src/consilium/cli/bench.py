@@ -16,7 +16,8 @@ from consilium.errors import ConsiliumError, closest
 from consilium.words.say import say
 
 if TYPE_CHECKING:
-    from consilium.records.bench import BenchRecord, Figure
+    from consilium.records.bench import BenchRecord as Record
+    from consilium.records.bench import Figure
 
 NAMES = ("train-tiny", "train-1b", "dense-against-moe", "decode-tiny", "decode-1b")
 
@@ -83,6 +84,10 @@ def _refuse_unwritable(path: Path) -> None:
     """Raise ConsiliumError before minutes of measuring whose record could not be kept."""
     if path.is_dir():
         raise ConsiliumError(f"bench: --out {path} is a folder; give the name of a file.")
+    from consilium.records.bench import BenchRecord
+    from consilium.records.io import from_json, refuse_others
+
+    refuse_others(path, "record", lambda text: from_json(BenchRecord, text, where=str(path)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -115,7 +120,7 @@ def _figures(options: Namespace, place: Place, said: Lines) -> tuple[Figure, ...
     return benchmarks.decoding(model, said)
 
 
-def _table(record: BenchRecord) -> str:
+def _table(record: Record) -> str:
     lines = [say("{name} on {machine}", name=record.name, machine=record.machine)]
     for figure in record.figures:
         spread = say(

@@ -52,7 +52,7 @@ def run(options: Namespace) -> int:
     while True:
         try:
             text = read_message(_line)
-            if not text or text == "/exit":
+            if not text or text.split()[0] == "/exit":
                 return 0
             interrupted = False
             session.take(text)
@@ -260,4 +260,7 @@ def _load_line(layer: int, load_E: Sequence[int]) -> str:
 def _file(command: str, name: str) -> Path:
     if not name:
         raise ConsiliumError(f"{command} needs the name of a file: {command} conversation.json.")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser().resolve()
+    except (RuntimeError, ValueError):  # nobody's home, a NUL
+        raise ConsiliumError(f"{name!r} cannot be the name of a file; choose another name.") from None

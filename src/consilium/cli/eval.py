@@ -29,8 +29,10 @@ def arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
+        action="append",
         metavar="PATH",
-        help=f".txt, .md, .py, .jsonl or a folder, or {BUILT_IN}; default: what the run held out",
+        help=f".txt, .md, .py, .jsonl or a folder, several times too, or {BUILT_IN}; default: what the run"
+        " held out",
     )
     parser.add_argument(
         "--seq",
@@ -102,20 +104,22 @@ def _documents(
 ) -> tuple[list[Document], str]:
     """All of the user's text, or what the run held out: text that it trained on would flatter it."""
     from consilium.config.training import Data
-    from consilium.data.corpus import read_documents, whole_documents
+    from consilium.data.corpus import read_documents, refuse_twice, whole_documents
     from consilium.data.documents import Text
     from consilium.data.paths import path_texts
     from consilium.evaluation.texts import limited
 
-    if options.data is not None and options.data != BUILT_IN:
-        texts, name = path_texts(Path(options.data), note), options.data
-        return whole_documents(limited(texts, options.limit)), name
+    if options.data is not None and options.data != [BUILT_IN]:
+        paths = [Path(path) for path in options.data]
+        refuse_twice(paths)
+        texts = [text for path in paths for text in path_texts(path, note)]
+        return whole_documents(limited(texts, options.limit)), ", ".join(options.data)
     if options.data is None and stored is None:
         raise ConsiliumError(
             f"eval: {options.folder} is no run, so it holds no text out; give --data PATH, or --data"
             f" {BUILT_IN} for the built-in text."
         )
-    data = Data() if options.data == BUILT_IN or stored is None else stored.data
+    data = Data() if options.data is not None or stored is None else stored.data
     documents = read_documents(data, note)
     if options.data is None and run_folder is not None:
         _check_same(run_folder, documents)

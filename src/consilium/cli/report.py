@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from consilium.cli.arguments import json_flag, path
+from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
 
@@ -28,10 +30,10 @@ def run(options: Namespace) -> int:
     from consilium.report.plain import columns
     from consilium.report.source import read_run
 
+    out = _page(options, compare.COMPARISON_FILE)
     found = [compare.figures(read_run(folder)) for folder in options.runs]
     pages = [build_report(folder) for folder in options.runs]
-    if len(pages) > 1:
-        out = options.out or options.runs[0].parent / compare.COMPARISON_FILE
+    if out is not None:
         pages.append(compare.build_comparison(options.runs, out))
     if options.json:
         print(json.dumps({"runs": found, "pages": [str(page) for page in pages]}, indent=2))
@@ -40,3 +42,18 @@ def run(options: Namespace) -> int:
     for page in pages:
         print(say("wrote {path}", path=page))
     return 0
+
+
+def _page(options: Namespace, usual: str) -> Path | None:
+    """Where several runs are compared, None for one alone."""
+    from consilium.records.io import refuse_others
+
+    if len(options.runs) == 1:
+        if options.out is not None:
+            raise ConsiliumError(
+                "report: --out is the page that compares several runs; give another RUN, or drop --out."
+            )
+        return None
+    out: Path = options.out or options.runs[0].parent / usual
+    refuse_others(out, "page", lambda text: '<meta name="generator" content="consilium">' in text)
+    return out

@@ -52,16 +52,21 @@ def sentence(cls: type[Any], error: ValidationError, where: str = "") -> str:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"{prefix}unknown key {'.'.join(path)}.{nearest(path[-1], _fields_at(cls, path[:-1]))}"
         case "value_error":
-            # Its sentence names its own place in the configuration.
-            return f"{prefix if where else ''}{context['error']}"
+            # Its sentence names its own place in the configuration, which may be where it was read.
+            said = str(context["error"])
+            return said if not where or said.startswith(prefix) else f"{prefix}{said}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{prefix}key {'.'.join(path)} is missing; add it."
         case "union_tag_invalid":
             known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
             tag = str(context["tag"])
             return f"{prefix}unknown kind {tag!r} for {'.'.join(path)}.{nearest(tag, known)}"
+        case "model_attributes_type" | "dataclass_type":
+            keys = ", ".join(sorted(set(_fields_at(cls, path))))
+            return f"{prefix}{'.'.join(path)} has keys of its own: {keys}; set those."
         case _:
-            name = ".".join(path) or "value"
+            # Pydantic names what was tried of a union too, as ``constrained-int``.
+            name = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or "value"
             return (
                 f"{prefix}{name} = {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
             )

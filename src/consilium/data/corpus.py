@@ -136,7 +136,7 @@ def _refuse_unmeasured(documents: Sequence[Document]) -> None:
 def read_documents(data: Data, report: Progress | None = None) -> list[Document]:
     """Return the text of ``data`` with its split. Raises ConsiliumError for unusable text."""
     report = report or _silent
-    _refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
+    refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
     beside = len(data.sources) > 1
     found = [d for source in data.sources for d in _of(source, data.held_out, report, prefixed=beside)]
     return sorted(found, key=lambda document: (document.domain, document.name))
@@ -157,8 +157,8 @@ def _of(source: Source, held_out: float, report: Progress, *, prefixed: bool) ->
             assert_never(unknown)
 
 
-def _refuse_twice(paths: Sequence[Path]) -> None:
-    """What is read twice would be trained on and held out at once."""
+def refuse_twice(paths: Sequence[Path]) -> None:
+    """Raise ConsiliumError for text named twice: it would be trained on and held out at once."""
     for i, path in enumerate(paths):
         for other in paths[i + 1 :]:
             one, two = path.resolve(), other.resolve()

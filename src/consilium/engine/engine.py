@@ -169,7 +169,7 @@ class Engine:
         """Stream pieces, step by step, in the order of the prompts; one text is one prompt or one stop.
 
         The same prompt for the n-th time is its n-th sample: other prompts change nothing. ``max_tokens`` of
-        None goes on until the end. Raises ConsiliumError as ``submit`` does, before anything is generated.
+        None goes on until the end. Raises ConsiliumError as ``submit`` does, in the call, before any piece.
         """
         rows, equal = [], Counter[tuple[int, ...] | str]()
         for index, prompt in enumerate(_listed(prompts)):
@@ -184,8 +184,7 @@ class Engine:
             )
             rows.append(self._row(request, f"prompt {index}"))
             equal[given] += 1
-        if max_tokens is None or max_tokens > 0:
-            yield from self._stream(rows)
+        return self._stream(rows if max_tokens is None or max_tokens > 0 else [])
 
     def _stream(self, rows: Sequence[Row]) -> Iterator[Piece]:
         """The pieces of ``rows``, numbered by their place; what belongs to others is kept for them."""

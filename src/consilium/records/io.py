@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -50,6 +51,19 @@ def _sentence(error: ValidationError) -> str:
         return str(first.get("ctx", {})["error"])
     key = ".".join(str(part) for part in first["loc"]) or "content"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def refuse_others(path: Path, what: str, ours: Callable[[str], object]) -> None:
+    """Raise ConsiliumError where ``path`` holds anything that ``ours`` denies: only our own is replaced."""
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else "\0"
+        known = not text or ours(text)
+    except ValueError:  # no UTF-8, or what ``ours`` raises
+        known = False
+    if not known:
+        raise ConsiliumError(f"{path} is there and is no {what} of ours, so it stays; choose another --out.")
 
 
 def write_text(path: Path, text: str, *, files: Filesystem = DISK) -> None:
