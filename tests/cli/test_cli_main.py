@@ -4,9 +4,11 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +149,29 @@ def test_an_interrupt_ends_with_130(
     replace_verb(monkeypatch, "bench", KeyboardInterrupt())
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_verb_from_outside_leaves_no_half_folder(number: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "import sys, time, types, pathlib\n"
+        "from consilium.cli.main import main\n"
+        "from consilium.disk.atomic import commit_folder\n"
+        "def write(folder):\n"
+        "    (folder / 'half').write_text('x'); print('writing', flush=True); time.sleep(60)\n"
+        "def run(_): commit_folder(pathlib.Path('made'), write)\n"
+        "verb = types.SimpleNamespace(arguments=lambda _: None, run=run)\n"
+        "sys.modules['consilium.cli.bench'], sys.argv = verb, ['consilium', 'bench']\n"
+        "sys.exit(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
 from consilium.cli.arguments import Parser
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 after a user's mistake, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     _write_any_character()
+    if argv is None:
+        _stop_in_order()
     try:
         check_language()
         code = _dispatch(words)
@@ -132,6 +134,18 @@ def _writes_chinese(encoding: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _stop_in_order() -> None:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, or half a folder would stay; what is ignored stays so."""
+    for name in {"SIGTERM", "SIGHUP"} & {known.name for known in signal.Signals}:
+        if signal.getsignal(signal.Signals[name]) is signal.SIG_DFL:
+            signal.signal(signal.Signals[name], _stop)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    # Not KeyboardInterrupt: in a chat that ends the answer alone.
+    raise SystemExit(INTERRUPTED)
 
 
 def _forget_output() -> None:
