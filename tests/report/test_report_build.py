@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -9,14 +10,18 @@ from xml.etree import ElementTree as ET
 import pytest
 from run_folders import DOMAINS, Kind, MakeRun, association, specialisation
 
+from consilium.cli.main import verb_parser
+from consilium.config.io import to_yaml
+from consilium.config.training import Training
 from consilium.errors import ConsiliumError
+from consilium.recipes.catalogue import recipe
 from consilium.records.io import read_json, write_json
 from consilium.records.metrics import METRICS_FILE, read_metrics, to_line
 from consilium.records.run import SUMMARY_FILE, Summary
 from consilium.records.specialisation import LayerSpecialisation, Specialisation
 from consilium.report.build import build_report, spaced
 from consilium.report.source import newest_checkpoint, read_run
-from consilium.report.tables import specialists
+from consilium.report.tables import commands, specialists
 from consilium.report.words import balance
 from consilium.report.words import specialisation as sentence
 
@@ -88,7 +93,6 @@ def test_the_page_says_what_was_measured(make_run: MakeRun) -> None:
         "No expert is dead",
         "On this run experts follow syntax more than domain",
         "return x < 3 & 今天",
-        "checkpoints/step-20",
         "steps: 20",
     ):
         assert said in page.text, said
@@ -161,6 +165,41 @@ def test_the_old_page_stays_when_a_record_is_damaged(make_run: MakeRun) -> None:
     with pytest.raises(ConsiliumError, match=r"summary\.json: content"):
         build_report(run)
     assert (run / "report.html").read_bytes() == before
+
+
+def configured(run: Path, model: str) -> Path:
+    found = Training(name=model, model=recipe(model), steps=20)
+    (run / "config.yaml").write_text(to_yaml(found))
+    return run
+
+
+def suggested(run: Path) -> list[list[str]]:
+    """The commands of the page, as a shell splits them; each is one that the command takes."""
+    words = [shlex.split(command) for command, _ in commands(read_run(run))]
+    for program, verb, *rest in words:
+        assert program == "consilium"
+        options = verb_parser(verb).read(rest)
+        assert Path(options.out if verb == "train" else options.folder) == run
+    return [[verb, *rest] for _, verb, *rest in words]
+
+
+def test_a_finished_run_is_not_continued(make_run: MakeRun) -> None:
+    run = configured(make_run("it's a demo", Kind()), "deepseek-v3:tiny")
+    assert [verb for verb, *_ in suggested(run)] == ["generate", "chat", "eval"]
+
+
+def test_a_run_that_has_not_ended_is_continued_and_no_more_than_it_can(make_run: MakeRun) -> None:
+    run = configured(make_run("a run", Kind(ended=False)), "deepseek-v3:tiny")
+    assert suggested(run) == [["train", f"{run}/config.yaml", "--out", str(run), "--resume"]]
+    (run / "checkpoints/step-9").mkdir(parents=True)
+    assert [verb for verb, *_ in suggested(run)] == ["generate", "chat", "eval", "train"]
+
+
+@pytest.mark.parametrize("model", ["expert-choice:tiny", None])
+def test_what_the_engine_refuses_is_not_suggested(model: str | None, make_run: MakeRun) -> None:
+    """A configuration that this version cannot read is of a model that it cannot load."""
+    run = make_run("run", Kind())
+    assert suggested(run if model is None else configured(run, model)) == [["eval", str(run)]]
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from consilium.config.io import from_yaml
+from consilium.config.training import Training
 from consilium.errors import ConsiliumError
 from consilium.records.io import read_json_if_present
 from consilium.records.metrics import METRICS_FILE, Metrics, read_metrics
@@ -30,6 +32,9 @@ class Run:
 
     layers: int | None
     """Blocks of the model; MoE layers beyond them are those of multi-token prediction."""
+
+    generates: bool
+    """Whether the engine takes this model: its experts choose for each token alone."""
 
     def layer_name(self, layer: int) -> str:
         """``layer 3``, or ``prediction module 1`` for what stands behind the last block."""
@@ -60,6 +65,7 @@ def read_run(folder: Path) -> Run:
         config=_text(folder / CONFIG_FILE),
         checkpoint=newest_checkpoint(folder),
         layers=_layers(_text(folder / CONFIG_FILE)),
+        generates=_generates(_text(folder / CONFIG_FILE)),
     )
 
 
@@ -67,6 +73,15 @@ def _layers(config: str) -> int | None:
     """Of the run's own configuration; a page is no place to refuse one of another version."""
     match = re.search(r"^model:\n(?:[ ]+.*\n)*?[ ]+layers: ([0-9]+)$", config, re.MULTILINE)
     return None if match is None else int(match[1])
+
+
+def _generates(config: str) -> bool:
+    """False too where this version cannot read it: it could not load the model either."""
+    try:
+        moe = from_yaml(Training, config, where=CONFIG_FILE).model.moe
+    except ConsiliumError:
+        return False
+    return moe is None or moe.independent
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

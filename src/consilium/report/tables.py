@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from consilium.records.run import BitsPerByte, RunMeta, Summary
+from consilium.records.run import CONFIG_FILE, BitsPerByte, RunMeta, Summary
 from consilium.records.specialisation import Association, Specialisation
 from consilium.report.bars import Bar
 from consilium.report.source import Run
@@ -205,15 +205,16 @@ def _pairs(layer: int, names: Sequence[str], part: Association) -> Iterator[tupl
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
-    """What to try next, and what it does."""
-    folder = shlex.quote(str(run.folder))
-    found = [(f"consilium train {folder}/config.yaml --out {folder} --resume", say("continue, bit for bit"))]
+    """What to try next, and what it does: each runs as it stands where the page was written."""
+    folder, found = shlex.quote(str(run.folder)), list[tuple[str, str]]()
     if run.checkpoint is not None:
-        checkpoint = shlex.quote(str(run.checkpoint))
-        found = [
-            (f'consilium generate {checkpoint} --prompt "def fibonacci(n):"', say("write on from a prompt")),
-            (f"consilium chat {checkpoint}", say("talk to it in the terminal")),
-            (f"consilium eval {checkpoint} --data README.md", say("bits per byte of your own text")),
-            *found,
-        ]
+        if run.generates:
+            found += [
+                (f'consilium generate {folder} --prompt "def fibonacci(n):"', say("write on from a prompt")),
+                (f"consilium chat {folder}", say("talk to it in the terminal")),
+            ]
+        found.append((f"consilium eval {folder}", say("bits per byte of the text that it held out")))
+    if run.summary is None:
+        config = shlex.quote(str(run.folder / CONFIG_FILE))
+        found.append((f"consilium train {config} --out {folder} --resume", say("continue, bit for bit")))
     return found
