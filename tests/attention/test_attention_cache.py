@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from attention.cases import CONFIGS, YARN, built, cached, counted, empty_layer, random_x, uncached
 from consilium.attention.context import build_context
@@ -88,6 +90,27 @@ def test_absorbed_equals_expanded_far_into_a_sequence(position: int, tokens: int
         )
     assert expanded.norm() > 0.01 * x.norm()
     assert relative_error(absorbed, expanded) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["expanded", "absorbed"])
+def test_no_weight_is_read_past_its_module(path: LatentPath) -> None:
+    """As where it is sharded: each weight is whole while its own module runs, and gone otherwise."""
+    module, x, layer = built(REALISTIC), random_x(1, 4), empty_layer(REALISTIC, 1, 4)
+    context = replace(build_context(REALISTIC, counted(1, 4), cached=True), latent_path=path)
+    with torch.no_grad():
+        whole = module(x, context, layer)
+        for part in module.children():
+            kept = {name: p.clone() for name, p in part.named_parameters()}
+            for p in part.parameters():
+                p.fill_(torch.nan)
+            part.register_forward_pre_hook(lambda part, _, kept=kept: _fill(part, kept))
+            part.register_forward_hook(lambda part, _, y, kept=kept: _fill(part, dict.fromkeys(kept)))
+        assert torch.equal(module(x, context, layer), whole)
+
+
+def _fill(part: torch.nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    for name, value in values.items():
+        part.get_parameter(name).copy_(torch.tensor(torch.nan) if value is None else value)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from consilium.kv.build import build_cache
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Objective, Options
-from consilium.moe.types import Mode
+from consilium.moe.transport import Local, LocalTicket, Returning, Sending
+from consilium.moe.types import Mode, Routing
 from consilium.training.objective import Loss, Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from small import DEEPSEEK, DENSE, KINDS, lively, random_batch
@@ -44,6 +46,37 @@ def test_a_pass_without_experts_asks_the_device_for_nothing(config: Model) -> No
     assert (logits.device.type, tuple(logits.shape), logits.dtype) == ("meta", (2, 9, 300), torch.float32)
     losses = model(ids_BS, objective=Objective(ids_BS))
     losses.nll.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+class Even:
+    """A transport that knows on the host how many rows each expert gets, all that a device is asked for."""
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> Sending[LocalTicket]:
+        sending: Any = Local().dispatch(x_TD, routing)
+        experts, copies = routing.logits_TE.shape[1], routing.keep_TK.numel()
+        counts = [copies // experts + (expert < copies % experts) for expert in range(experts)]
+        return dataclasses.replace(sending, counts_E=torch.tensor(counts))
+
+    def combine(self, y_RD: torch.Tensor, ticket: LocalTicket) -> Returning:
+        return Local().combine(y_RD, ticket)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@kinds
+def test_a_pass_asks_the_device_for_nothing_but_the_rows_of_each_expert(
+    config: Model, training: bool
+) -> None:
+    """Prediction modules are left out: what lies beyond a text's end is found by value, once a pass."""
+    config = dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, depth=0))
+    model = build(config, device="meta", transports=lambda layer: Even())
+    ids_BS = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    options = Options(Mode(training=training))
+    output = model(ids_BS, options=options)
+    assert tuple(output.logits.shape) == (2, 9, 300)
+    assert all(report.load_E.is_meta for report in output.reports.values())
+    losses = model(ids_BS, options=options, objective=Objective(ids_BS))
+    (losses.nll + sum(sum(report.losses.values()) for report in losses.reports.values())).backward()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
 
 

@@ -8,6 +8,7 @@ latent, C = Z + R cached values a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -22,6 +23,59 @@ from consilium.ops.documents import attend_documents
 from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
 from consilium.ops.rope import rotate
+from consilium.ops.weights import Dense, Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """Keys without position and values of every head: [B, L, H, N + V]."""
+
+    latent_BLZ: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Absorb:
+    """Queries moved into the latent space: q W_UK, [B, S, H, Z]."""
+
+    nope_BSHN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Averages of latents moved out of it: W_UV c, [B, S, H, V]."""
+
+    latent_BHSZ: Tensor
+
+
+@final
+class LatentUp(nn.Module):
+    """W_UK and W_UV of every head, two views of ``weight`` [H * (N + V), Z].
+
+    Every use goes through ``forward``: there, hooks that gather a sharded matrix fire.
+    """
+
+    def __init__(self, config: MLA) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(
+            torch.empty(config.heads * (config.nope_dim + config.v_dim), config.kv_rank)
+        )
+
+    @property
+    def matrix(self) -> Matrix:
+        return Dense(self.weight)
+
+    def forward(self, question: Expand | Absorb | Release) -> Tensor:
+        heads, nope, v = self.config.heads, self.config.nope_dim, self.config.v_dim
+        match question:
+            case Expand(latent_BLZ=latent_BLZ):
+                return self.matrix.times(latent_BLZ).unflatten(-1, (heads, -1))
+            case Absorb(nope_BSHN=nope_BSHN):
+                key_HNZ = self.weight.to(nope_BSHN.dtype).unflatten(0, (heads, -1))[:, :nope]
+                return torch.einsum("bshn,hnz->bshz", nope_BSHN, key_HNZ)
+            case Release(latent_BHSZ=latent_BHSZ):
+                value_HVZ = self.weight.to(latent_BHSZ.dtype).unflatten(0, (heads, -1))[:, nope : nope + v]
+                return torch.einsum("bhsz,hvz->bshv", latent_BHSZ, value_HVZ)
 
 
 @final
@@ -31,7 +85,7 @@ class LatentAttention(nn.Module):
     A cached row is [latent after its norm | shared key after its rotation]. There are two ways to the same
     values. Expanded: latents become the keys and values of every head (training and prompts). Absorbed:
     (q W_UK) c = q (W_UK c), so queries move into the latent space and attend to the cached rows themselves.
-    W_UK and W_UV stay two views of ``kv_up``; fused into their neighbours they would be larger, not smaller.
+    W_UK and W_UV stay two views of ``kv_up``: fused into their neighbours they would be larger, not smaller.
     """
 
     def __init__(self, config: MLA, hidden_size: int, norm_epsilon: float) -> None:
@@ -46,7 +100,7 @@ class LatentAttention(nn.Module):
             self.q_up = Linear(config.q_rank, queries)
         self.kv_down = Linear(hidden_size, config.kv_rank + config.rope_dim)
         self.kv_norm = RMSNorm(config.kv_rank, norm_epsilon)
-        self.kv_up = Linear(config.kv_rank, config.heads * (config.nope_dim + config.v_dim))
+        self.kv_up = LatentUp(config)
         self.o = Linear(config.heads * config.v_dim, hidden_size)
 
     def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
@@ -107,7 +161,7 @@ class LatentAttention(nn.Module):
         config = self.config
         latent_BLZ, key_BLR = rows_BLC.split((config.kv_rank, config.rope_dim), -1)
         widths = (config.nope_dim, config.v_dim)
-        key_BLHN, v_BLHV = self.kv_up(latent_BLZ).unflatten(-1, (config.heads, -1)).split(widths, -1)
+        key_BLHN, v_BLHV = self.kv_up(Expand(latent_BLZ)).split(widths, -1)
         shared_BLHR = key_BLR[:, :, None].expand(-1, -1, config.heads, -1)
         return torch.cat((key_BLHN, shared_BLHR), -1), v_BLHV
 
@@ -116,13 +170,11 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         assert context.documents is None, "absorbed attention reads a cache, which holds one sequence a row"
         config = self.config
-        up_HXZ = self.kv_up.weight.to(nope_BSHN.dtype).unflatten(0, (config.heads, -1))
-        key_up_HNZ, value_up_HVZ = up_HXZ.split((config.nope_dim, config.v_dim), 1)
-        latent_BSHZ = torch.einsum("bshn,hnz->bshz", nope_BSHN, key_up_HNZ)
-        q_BHSC = torch.cat((latent_BSHZ, rope_BSHR), -1).transpose(1, 2)
+        q_BHSC = torch.cat((self.kv_up(Absorb(nope_BSHN)), rope_BSHR), -1).transpose(1, 2)
         if len(tiles) == 1:
             y_BHSC = attend_latent(q_BHSC, tiles[0], mask_BSL=context.seen_BSL, scale=config.softmax_scale)
         else:
             shared = [(rows_BLC[:, None], rows_BLC[:, None]) for rows_BLC in tiles]
             y_BHSC = attend_tiles(q_BHSC, shared, context, scale=config.softmax_scale)
-        return torch.einsum("bhsz,hvz->bshv", y_BHSC[..., : config.kv_rank], value_up_HVZ)
+        y_BSHV: Tensor = self.kv_up(Release(y_BHSC[..., : config.kv_rank]))
+        return y_BSHV

@@ -126,13 +126,13 @@ class Decoder(nn.Module):
             outputs.append(_hidden(hidden_BSD, {self.config.layers + k: result}, options))
         return tuple(outputs)
 
-    def moe_layers(self) -> Mapping[int, MoELayer]:
+    def moe_modules(self) -> Mapping[int, MoELayer]:
         """Every MoE layer by its index, multi-token prediction modules included."""
         return {m.layer: m for m in self.modules() if isinstance(m, MoELayer)}
 
     def _check_override(self, mode: Mode) -> None:
         if isinstance(mode.override, Mapping):
-            layers = sorted(self.moe_layers())
+            layers = list(self.config.moe_layers)
             wrong = sorted(set(mode.override) - set(layers))
             if wrong:
                 raise ConsiliumError(
