@@ -18,7 +18,7 @@ from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Hidden, Inputs
-from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from consilium.moe.types import Mode, Override, Report, Routing, Rows, Tokens
 from engine.codecs import Bytes
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
@@ -147,6 +147,19 @@ class Loads:
 
     def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
         pass
+
+
+def test_steps_ask_for_counts_alone_and_decoding_goes_through_forward() -> None:
+    model, reports, passes = lively(DEEPSEEK), list[Report](), list[int]()
+    for layer in model.moe_modules().values():
+        layer.balance.register_forward_hook(lambda module, inputs, report: reports.append(report))
+    model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits.shape[1]))
+    engine = Engine(model)
+    engine.complete([[1, 2, 3]], max_tokens=4)
+    assert passes == [1, 1, 1]
+    assert reports
+    assert all(report.entropy is None and not report.losses for report in reports)
+    assert sum(map(sum, engine.loads.values())) == int(sum(report.load_E.sum() for report in reports))
 
 
 def test_a_muted_expert_is_muted_in_every_step() -> None:

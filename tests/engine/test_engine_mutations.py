@@ -61,7 +61,7 @@ def test_padding_and_finished_rows_take_part_in_nothing(config: Model, k: int) -
     alone = [Engine(model).complete([prompt], max_tokens=8)[0] for prompt in prompts]
     end = next(token for token in alone[0] if token not in alone[1])
     cut = [row[: row.index(end) + 1] if end in row else row for row in alone]
-    watcher = Watcher(layer=next(iter(model.moe_layers())))
+    watcher = Watcher(layer=next(iter(model.moe_modules())))
     engine = Engine(model, Ends(end), mode=Mode(observer=watcher))
     assert engine.complete(prompts, max_tokens=8) == cut
     assert len(cut[0]) < len(cut[1]) == 8

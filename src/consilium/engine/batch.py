@@ -9,7 +9,7 @@ Legend: B rows of a pass, S tokens of the longest prompt, V vocabulary, E expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, final
 
@@ -21,7 +21,8 @@ from consilium.engine.stops import StopText
 from consilium.kv.build import build_cache
 from consilium.kv.dense import DenseCache, DensePart
 from consilium.model.decoder import Decoder
-from consilium.model.types import Inputs, Options
+from consilium.model.types import Inputs, Options, Output
+from consilium.moe.types import Report
 
 FEWEST_SLOTS: Final = 256
 
@@ -67,15 +68,19 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> Tensor:
-        """[B, V] logits after the last token of each new row."""
+        """[B, V] logits after the last token of each new row: the head reads no other state."""
         longest = max(len(row.tokens) for row in rows)
         ids_BS = self._tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
         lengths_B = self._tensor([len(row.tokens) for row in rows])
         position_BS = torch.arange(longest, device=self._device).expand_as(ids_BS)
         inputs = Inputs(ids_BS, position_BS=position_BS, valid_BS=position_BS < lengths_B[:, None])
-        final_BSD = self._pass(inputs, first=len(self.rows), keys=longest)
+        part = self._part(len(self.rows), len(rows), longest)
+        hidden = self._model.hidden(inputs, cache=part, options=self._options)
+        self._count(hidden.reports)
         self.rows += rows
-        return self._model.logits(final_BSD[torch.arange(len(rows), device=self._device), lengths_B - 1])
+        return self._model.logits(
+            hidden.final_BSD[torch.arange(len(rows), device=self._device), lengths_B - 1]
+        )
 
     @torch.inference_mode()
     def decode(self) -> Tensor:
@@ -85,7 +90,10 @@ class Batch:
             position_BS=self._tensor([[len(row.tokens) - 1] for row in self.rows]),
         )
         keys = max(len(row.tokens) for row in self.rows)
-        return self._model.logits(self._pass(inputs, first=0, keys=keys)[:, 0])
+        part = self._part(0, len(self.rows), keys)
+        output: Output = self._model(inputs, cache=part, options=self._options)
+        self._count(output.reports.values())
+        return output.logits[:, 0]
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
@@ -98,13 +106,12 @@ class Batch:
         if not self.rows:
             self._cache = None
 
-    def _pass(self, inputs: Inputs, *, first: int, keys: int) -> Tensor:
-        count = inputs.ids_BS.shape[0]
-        part = DensePart(self._reserved(first + count, keys), slice(first, first + count))
-        hidden = self._model.hidden(inputs, cache=part, options=self._options)
-        for report in hidden.reports:
+    def _part(self, first: int, count: int, keys: int) -> DensePart:
+        return DensePart(self._reserved(first + count, keys), slice(first, first + count))
+
+    def _count(self, reports: Iterable[Report]) -> None:
+        for report in reports:
             self.loads[report.layer] = self.loads.get(report.layer, 0) + report.load_E
-        return hidden.final_BSD
 
     def _reserved(self, batch: int, keys: int) -> DenseCache:
         """The cache with room for ``batch`` sequences of ``keys`` slots; it grows by half at least."""

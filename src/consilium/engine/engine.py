@@ -79,7 +79,7 @@ class Engine:
             self.stop_ids = self.stop_ids or (tokenizer.eos_id,)
             self._meaningless_V = _meaningless(tokenizer.known_ids, self.stop_ids, model.config.vocab_size)
         self._most_rows = most_rows
-        self._batch = Batch(self.model, Options(mode=mode))
+        self._batch = Batch(self.model, Options(mode=replace(mode, counts_only=True)))
         self._waiting: list[Row] = []
         self._kept: list[Piece] = []
         self._next_id = 0
