@@ -15,7 +15,7 @@ from pathlib import Path
 from consilium.benchmarking.record import once, record
 from consilium.records.bench import Figure
 from consilium.records.io import read_json, write_json
-from consilium.records.loads import LoadFile, max_over_mean
+from consilium.records.loads import WINDOW, LoadFile, max_over_mean
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
 from consilium.report.curves import balance_chart
 from consilium.report.lines import line_chart
@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
 PICTURE = ROOT / "docs" / "pictures" / "balance.svg"
 STYLE = ROOT / "src" / "consilium" / "report" / "templates" / "report.css"
-WINDOW = 50
 
 
 def bits(summary: Summary) -> list[Figure]:

@@ -91,7 +91,7 @@ def lively(config: Model, seed: int = 0) -> Decoder:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.mul_(6.0)
-        for layer in model.moe_layers().values():
+        for layer in model.moe_modules().values():
             if layer.balance.bias_E is not None:
                 layer.balance.bias_E.copy_(0.2 * torch.randn(layer.balance.bias_E.shape, generator=generator))
     return model

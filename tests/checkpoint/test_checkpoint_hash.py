@@ -16,11 +16,11 @@ from consilium.moe.routing.router import table_of_old
 
 def test_a_table_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     model = build(hashed(), seed=1)
-    tables = [layer.router.table for layer in model.moe_layers().values()]
+    tables = [layer.router.table for layer in model.moe_modules().values()]
     for table in tables:
         table.copy_(table.flip(0))
     save(model, tmp_path / "model")
-    for table, layer in zip(tables, load(tmp_path / "model").moe_layers().values(), strict=True):
+    for table, layer in zip(tables, load(tmp_path / "model").moe_modules().values(), strict=True):
         assert torch.equal(layer.router.table, table)
 
 
@@ -29,14 +29,14 @@ def test_a_folder_of_before_tables_were_saved_gets_the_table_that_it_was_trained
     save(model, folder)
     weights = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith(".table")}
-    assert len(weights) - len(kept) == len(model.moe_layers())
+    assert len(weights) - len(kept) == len(model.moe_modules())
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / manifest.NAME).unlink()
     assert model.config.moe is not None
     old = table_of_old(model.config.moe.router, model.config.moe.experts)
     opened, filled = load(folder), build(hashed(), seed=2)
     load_weights(filled, folder)
-    for layer in (*opened.moe_layers().values(), *filled.moe_layers().values()):
+    for layer in (*opened.moe_modules().values(), *filled.moe_modules().values()):
         assert torch.equal(layer.router.table, old)
     save(opened, tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()

@@ -48,7 +48,7 @@ def assert_same(folder: Path, model: Decoder) -> None:
 def moved(config: Model) -> Decoder:
     """A model whose balance state is no longer what a new one has."""
     model = build(config, seed=1)
-    for layer in model.moe_layers().values():
+    for layer in model.moe_modules().values():
         for buffer in layer.balance.buffers():
             if buffer.is_floating_point():
                 buffer.add_(0.25)

@@ -248,7 +248,7 @@ def lively_model(config: Model, dtype: torch.dtype = torch.float64) -> Decoder:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.1, generator=generator)
-    for layer in model.moe_layers().values():
+    for layer in model.moe_modules().values():
         if layer.balance.bias_E is not None:
             layer.balance.bias_E.normal_(-0.7, 0.1, generator=generator)
             layer.balance.bias_E[5] = 0.1

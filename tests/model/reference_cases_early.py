@@ -109,7 +109,7 @@ def reference_of(model: Decoder, rows: Rows | None = None) -> Reference:
     elif model.config.family == "gshard":
         run = functools.partial(run, drawn=uniform_of(model.config, rows) if rows else {})
     elif model.config.family == "hash":
-        tables = {i: layer.router.table for i, layer in model.moe_layers().items()}
+        tables = {i: layer.router.table for i, layer in model.moe_modules().items()}
         run = functools.partial(run, tables=tables)
     return lambda weights, hyper, rows: run(weights, hyper, documents_of(rows))
 

@@ -179,7 +179,7 @@ def test_meta_models_have_shapes_and_no_memory() -> None:
 def test_bfloat16_weights_keep_balance_state_in_float32() -> None:
     model = build(DEEPSEEK, dtype="bfloat16")
     assert model.embed.weight.dtype == torch.bfloat16
-    for layer in model.moe_layers().values():
+    for layer in model.moe_modules().values():
         assert layer.balance.bias_E is not None
         assert layer.balance.bias_E.dtype == torch.float32
     assert bool(model(torch.arange(20)[None]).logits.isfinite().all())

@@ -76,4 +76,4 @@ def test_every_moe_layer_gets_the_transport_that_the_model_is_built_with() -> No
         return Local()
 
     model = build(DEEPSEEK, transports=transports)
-    assert asked == list(model.moe_layers())
+    assert asked == list(model.moe_modules())

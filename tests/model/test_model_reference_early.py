@@ -106,7 +106,7 @@ def test_fewer_tokens_than_experts_have_the_references_values_and_gradients(syst
 def test_routers_of_zeros_have_the_references_values_and_gradients(system: str) -> None:
     """As Shazeer's start: without noise all scores are equal, and the first expert or token goes first."""
     model = model_of(system)
-    for layer in model.moe_layers().values():
+    for layer in model.moe_modules().values():
         for parameter in layer.router.parameters():
             parameter.data.zero_()
     agree(model, rows_of(LAYOUTS["right padding"]))

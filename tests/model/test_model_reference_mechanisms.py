@@ -81,7 +81,7 @@ def test_experts_are_selected_with_biased_scores_of_both_signs() -> None:
     batch = batch_of(rows_of(LAYOUTS["whole rows"]))
     routings = model(Inputs.of(batch), options=Options(routings=True)).routings
     for layer, routing in routings.items():
-        bias_E = model.moe_layers()[layer].balance.bias_E
+        bias_E = model.moe_modules()[layer].balance.bias_E
         assert bias_E is not None
         selected_TK = (routing.scores_TE + bias_E).gather(1, routing.experts_TK)
         assert bool((selected_TK < 0).any())

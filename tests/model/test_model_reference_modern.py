@@ -206,7 +206,7 @@ def test_latent_moe_selects_with_biased_scores_of_both_signs() -> None:
     model = model_of("latent-moe")
     batch = batch_of(rows_of(LAYOUTS["whole rows"]))
     routings = model(Inputs.of(batch), options=Options(routings=True)).routings
-    for layer, moe in model.moe_layers().items():
+    for layer, moe in model.moe_modules().items():
         routing, bias_E = routings[layer], moe.balance.bias_E
         assert bias_E is not None
         selected_TK = (routing.scores_TE + bias_E).gather(1, routing.experts_TK)

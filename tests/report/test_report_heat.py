@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from consilium.records.loads import LoadFile, max_over_mean
+from consilium.records.loads import WINDOW, LoadFile, max_over_mean
 from consilium.report.colours import LEVELS, MISSING, NEVER, PALETTE, indices
-from consilium.report.load_map import MOST_COLUMNS, WINDOW, LoadMap, read_load_map
+from consilium.report.load_map import MOST_COLUMNS, LoadMap, read_load_map
 from consilium.report.png import SIGNATURE, indexed_png
 from consilium.report.rasters import affinity, colour_bar, lift, load_strip, preferred_order
 

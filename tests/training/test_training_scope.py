@@ -79,7 +79,7 @@ def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate
     config = balanced(kind, "global")
     result, _ = stepped(config, accumulate=accumulate)
     model = lively(config)
-    counts = {layer: torch.zeros(moe.balance.experts) for layer, moe in model.moe_layers().items()}
+    counts = {layer: torch.zeros(moe.balance.experts) for layer, moe in model.moe_modules().items()}
     total = 0.0
     for i in range(accumulate):
         earlier = {layer: count.long() for layer, count in counts.items()}

@@ -106,8 +106,8 @@ def test_gates_alone_train_where_all_else_is_frozen(text: Path, theirs: Path, tm
     moved = {name for name, value in weights(before).items() if not value.equal(weights(after)[name])}
     assert moved
     assert all(".router." in name for name in moved)
-    for layer, moe in before.moe_layers().items():
-        bias_E, same_E = moe.balance.bias_E, after.moe_layers()[layer].balance.bias_E
+    for layer, moe in before.moe_modules().items():
+        bias_E, same_E = moe.balance.bias_E, after.moe_modules()[layer].balance.bias_E
         assert bias_E is not None
         assert bias_E.equal(same_E), "a frozen bias chooses as it did"
     saved = store.load_training_state(finished.checkpoint).tensors

@@ -58,10 +58,10 @@ def test_two_runs_of_one_seed_agree_to_the_last_bit(config: Model) -> None:
 
 def test_the_bias_moves_once_a_step_against_the_load_of_all_micro_batches() -> None:
     model = lively(DEEPSEEK)
-    before = {layer: moe.balance.bias_E.clone() for layer, moe in model.moe_layers().items()}
+    before = {layer: moe.balance.bias_E.clone() for layer, moe in model.moe_modules().items()}
     [result] = run(model, settings(DEEPSEEK, accumulate=2), 1)
     for layer, load in result.loads.items():
-        bias_E = model.moe_layers()[layer].balance.bias_E
+        bias_E = model.moe_modules()[layer].balance.bias_E
         assert bias_E is not None
         excess_E = load.load_E - load.load_E.double().mean()
         assert torch.allclose(bias_E, before[layer] - 1e-2 * excess_E.sign().float(), atol=1e-7)
@@ -85,12 +85,12 @@ def test_balance_moves_by_what_the_router_wanted_and_by_the_share_that_was_dropp
         balance=Balance(losses=(adaptive,), bias=bias),
     )
     model = lively(config)
-    before = {layer: moe.balance.bias_E.double() for layer, moe in model.moe_layers().items()}
+    before = {layer: moe.balance.bias_E.double() for layer, moe in model.moe_modules().items()}
     [result] = run(model, settings(config, accumulate=2), 1)
     for layer, load in result.loads.items():
         kept_E, wanted_E = load.load_E.double(), load.wanted_E.double()
         assert 0 < kept_E.sum() < wanted_E.sum() == 80
-        balance = model.moe_layers()[layer].balance
+        balance = model.moe_modules()[layer].balance
         moved_E = -0.1 * (4 * wanted_E - 80) / 80
         assert relative_error(balance.bias_E.double() - before[layer], moved_E) < 1e-5
         coefficient = 0.75 * 0.5 + 0.25 * 0.3 * (1 - float(kept_E.sum()) / 80)
@@ -111,7 +111,7 @@ def logits_by_micro_batch(config: Training, step: int) -> list[torch.Tensor]:
     def see(_module: torch.nn.Module, _inputs: object, routing: Routing) -> None:
         seen.append(routing.logits_TE.detach())
 
-    next(iter(model.moe_layers().values())).router.register_forward_hook(see)
+    next(iter(model.moe_modules().values())).router.register_forward_hook(see)
     train_step(model, build_optimizer(model, config.optimizer), SameRows(), config, step)
     return seen
 

@@ -320,8 +320,7 @@ def _figures(summary: Summary) -> str:
 
 
 def _balance(out: Path) -> str:
-    from consilium.records.loads import LOADS_FILE, LoadFile, max_over_mean
-    from consilium.training.loop import WINDOW
+    from consilium.records.loads import LOADS_FILE, WINDOW, LoadFile, max_over_mean
 
     if not (out / LOADS_FILE).exists():
         return say("no experts, nothing to balance")

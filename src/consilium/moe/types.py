@@ -141,7 +141,7 @@ class Mode:
     training: bool = False
     generator: torch.Generator | None = None
     override: Override | Mapping[int, Override] | None = None
-    """For every MoE layer, or by the index of its block (``Decoder.moe_layers``); the others stay free."""
+    """For every MoE layer, or by the index of its block (``Model.moe_layers``); the others stay free."""
     observer: Observer | None = None
     earlier: Mapping[int, Tensor] | None = None
     """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""

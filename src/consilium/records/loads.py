@@ -25,6 +25,8 @@ HEADER_FILE = "routing/loads.json"
 LOADS_FILE = "routing/loads.bin"
 STEP_BYTES = 8
 COUNT_BYTES = 4
+WINDOW = 50
+"""Recorded steps at the end of a run over which balance is averaged, and experts without a token are dead."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

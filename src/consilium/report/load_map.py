@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.records.loads import HEADER_FILE, LoadFile
+from consilium.records.loads import HEADER_FILE, WINDOW, LoadFile
 
 MOST_COLUMNS = 600
 MOST_PIXELS = 800_000
-WINDOW = 50
-"""Recorded steps at the end of a run over which experts count as dead, and balance is averaged."""
 
 Floats = NDArray[np.float64]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from consilium.records.loads import WINDOW
 from consilium.records.specialisation import Association, Specialisation
-from consilium.report.load_map import WINDOW, LoadMap
+from consilium.report.load_map import LoadMap
 from consilium.report.source import Run
 from consilium.words.say import say
 

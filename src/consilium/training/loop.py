@@ -18,6 +18,7 @@ from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
+from consilium.records.loads import WINDOW
 from consilium.report.build import REPORT_FILE, build_report
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
@@ -28,9 +29,6 @@ from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
 from consilium.words.say import say
-
-WINDOW = 50
-"""Steps over which the final load ratio is averaged."""
 
 FIRST_EVALUATION = 0.1
 """Tokens that the untrained model is measured on at most, in tokens of the whole run."""
