@@ -7,10 +7,11 @@ shape exchanged there, or a number in a foreign config.json that another model c
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,21 +20,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import damage_folder, damage_weights
+from checkpoint import damage_folder, damage_text, damage_weights
 from checkpoint.damage_weights import FP8, SINGLE, Named, rewrite
-from checkpoint.models import deepseek_v3, saved
+from checkpoint.models import deepseek_v3, saved, trained
 from consilium.checkpoint import safetensors_io, store
 from consilium.checkpoint.verify import verify_folder
+from consilium.config import io
+from consilium.config.training import Training
+from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 
 SECONDS = 2.0
+"""Of the processor, for this process and what it started: a busy machine's clock says nothing."""
+TEXT = "def f(a):\n    return 'für' <|im_start|> 你好 \0"
 
 Damage = Callable[[Path, random.Random], Named]
 
 
 @dataclass(frozen=True)
 class Templates:
-    """Whole folders: as we save it, as a hub has it in three shards, as DeepSeek publishes 8 bits."""
+    """Whole folders: as we save it, as a hub has it in three shards, as DeepSeek publishes 8 bits.
+
+    The last has all that is said of a model in text, and a run, beside its shards.
+    """
 
     folders: Mapping[str, Path]
     states: Mapping[str, dict[str, Tensor]]
@@ -49,7 +58,20 @@ def make_templates(parent: Path) -> Templates:
     size = sum(tensor.nbytes for tensor in tensors.values())
     safetensors_io.write_sharded(sharded, tensors, shard_bytes=size // 2)
     folders = {"sealed": sealed, "sharded": sharded, "eight_bits": eight_bits}
+    folders["described"] = described(parent / "described")
     return Templates(folders, {name: store.load(path).state_dict() for name, path in folders.items()})
+
+
+def described(folder: Path) -> Path:
+    tokenizer = Tokenizer.of_bytes()
+    config = dataclasses.replace(deepseek_v3(), vocab_size=tokenizer.vocab_size)
+    store.save(trained(config), folder, tokenizer=tokenizer)
+    (folder / "manifest.json").unlink()
+    tensors = safetensors_io.read(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    safetensors_io.write_sharded(folder, tensors, shard_bytes=sum(t.nbytes for t in tensors.values()) // 2)
+    (folder / damage_text.YAML).write_text(io.to_yaml(Training(model=config, steps=3)))
+    return folder
 
 
 def in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +114,14 @@ KINDS: Mapping[str, tuple[str, Damage]] = {
             damage_folder.own_key,
         ),
         "eight_bits": (damage_weights.factors, damage_folder.quantization),
+        "described": (
+            damage_text.any_config,
+            damage_text.any_generation,
+            damage_text.any_tokenizer,
+            damage_text.any_tokenizer_config,
+            damage_text.any_index,
+            damage_text.any_yaml,
+        ),
     }.items()
     for damage in damages
 }
@@ -119,9 +149,9 @@ def mutate(templates: Templates, scratch: Path, trials: int) -> Counts:
         kind, (template, damage) = kinds[trial % len(kinds)]
         folder = Path(shutil.copytree(templates.folders[template], scratch / f"{trial}"))
         named = damage(folder, random.Random(f"{kind} {trial}"))
-        start = time.perf_counter()
+        start = sum(os.times()[:4])
         outcome = attempt(folder, named, templates.states[template])
-        seconds = time.perf_counter() - start
+        seconds = sum(os.times()[:4]) - start
         counts.slowest = max(counts.slowest, seconds)
         if outcome not in {"refused", "harmless"} or seconds > SECONDS:
             counts.failures.append(f"{kind} {trial}: {outcome}, {seconds:.2f} s")
@@ -137,6 +167,7 @@ def attempt(folder: Path, named: Named, expected: dict[str, Tensor]) -> str:
         if faults := verify_folder(folder).faults:
             raise ConsiliumError(faults[0])  # noqa: TRY301 - counted as what loading raises
         state = store.load(folder).state_dict()
+        read_texts(folder)
     except ConsiliumError as error:
         text = str(error)
         rest = text.replace(str(folder), "")
@@ -147,3 +178,13 @@ def attempt(folder: Path, named: Named, expected: dict[str, Tensor]) -> str:
         return f"{type(error).__name__}: {error}"
     same = state.keys() == expected.keys() and all(torch.equal(state[n], expected[n]) for n in expected)
     return "harmless" if same else "loaded as another model"
+
+
+def read_texts(folder: Path) -> None:
+    """What a run folder and a tokenizer say, as the verbs read it."""
+    if (folder / damage_text.YAML).exists():
+        io.read_yaml(Training, folder / damage_text.YAML)
+        tokenizer = Tokenizer.load(folder)
+        ids = tokenizer.encode_template(TEXT)
+        tokenizer.decode(ids)
+        tokenizer.source_sizes(TEXT, tokenizer.encode(TEXT))

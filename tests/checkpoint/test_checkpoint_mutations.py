@@ -18,6 +18,12 @@ SOMETIMES_HARMLESS = frozenset(
         "other_size",
         "drop_size",
         "manifest_entry",
+        "any_config",
+        "any_generation",
+        "any_tokenizer",
+        "any_tokenizer_config",
+        "any_index",
+        "any_yaml",
     }
 )
 """They may meet a space, a title, an entry that is not read, a taken name, a default, or what was there."""

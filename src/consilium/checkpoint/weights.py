@@ -109,14 +109,24 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise ConsiliumError(f"{path} is larger than {_LARGEST_INDEX} bytes; download or save it again.")
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        return {str(name): _inside(folder, file, f"{INDEX}: {name!r}") for name, file in weight_map.items()}
+        return _placed(folder, json.loads(path.read_bytes())["weight_map"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         if isinstance(error, ConsiliumError):
             raise
         raise ConsiliumError(
             f"{path} is not a readable index of weights; download or save it again."
         ) from None
+
+
+def _placed(folder: Path, weight_map: Mapping[str, object]) -> dict[str, str]:
+    """Check each file once: an index has thousands of tensors a file."""
+    inside: set[object] = set()
+    placed: dict[str, str] = {}
+    for name, file in weight_map.items():
+        known = isinstance(file, str) and file in inside
+        placed[name] = str(file) if known else _inside(folder, file, f"{INDEX}: {name!r}")
+        inside.add(placed[name])
+    return placed
 
 
 def _inside(folder: Path, file: object, where: str) -> str:
