@@ -81,7 +81,7 @@ def _yaml(text: str, where: str) -> Any:
     try:
         events = cast("Iterable[yaml.Event]", yaml.parse(text, Loader=_LOADER))  # pyright: ignore[reportUnknownMemberType]
         fault = _fault(events)
-        data = None if fault else yaml.load(text, Loader=_LOADER)  # noqa: S506 - the safe one, in C
+        data = None if fault else yaml.safe_load(text)
     # The YAML library lets what Python says of a bad number or date through as it is.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         fault, data = f"is not valid YAML: {' '.join(str(error).split())[:_SAID]}; restore the file", None
