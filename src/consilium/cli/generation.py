@@ -92,8 +92,8 @@ def load_engine(options: Namespace) -> Loaded:
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
 
-    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device)
     tokenizer = Tokenizer.load(checkpoint)
+    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device)
     return Loaded(Engine(model, tokenizer), tokenizer, checkpoint)
 
 
