@@ -1,9 +1,11 @@
-"""Records and a picture from finished runs: the demo, and the same run without balancing.
+"""Records and pictures from finished runs: the demo, and the same run without balancing.
 
 usage: python bench/demo.py runs/demo [runs/no-balance]
+       python bench/demo.py --heat-map runs/heat 1
 
 The runs come from ``consilium demo --compare dense`` and
-``consilium train runs/demo/config.yaml --balance none --out runs/no-balance``.
+``consilium train runs/demo/config.yaml --balance none --out runs/no-balance``, that of the heat map from
+``consilium train deepseek-v3:tiny --params 2M --steps 400 --batch 8 --seq 64 --out runs/heat``.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from consilium.records.loads import WINDOW, LoadFile, max_over_mean
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
 from consilium.report.curves import balance_chart
 from consilium.report.lines import line_chart
+from consilium.report.rasters import load_strip
 from consilium.report.source import read_run
 from consilium.report.svg import standalone
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
 PICTURE = ROOT / "docs" / "pictures" / "balance.svg"
+HEAT_MAP = ROOT / "docs" / "pictures" / "experts.svg"
 STYLE = ROOT / "src" / "consilium" / "report" / "templates" / "report.css"
 
 
@@ -83,7 +87,19 @@ def picture(balanced: Path, unbalanced: Path) -> None:
     PICTURE.write_text(standalone(drawn, STYLE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
 
 
+def heat_map(run: Path, row: int) -> None:
+    """The load of every expert of the ``row``-th MoE layer, for the top of the README."""
+    found = read_run(run)
+    assert found.loads is not None, "a run without experts has no heat map"
+    name = found.layer_name(found.loads.layers[row])
+    drawn = load_strip(found.loads, row, name, width=900, hover_cells=0)
+    HEAT_MAP.write_text(standalone(drawn, STYLE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
 def main(arguments: list[str]) -> None:
+    if arguments[0] == "--heat-map":
+        heat_map(Path(arguments[1]), int(arguments[2]))
+        return
     run = Path(arguments[0])
     summary = read_json(Summary, run / SUMMARY_FILE)
     command = "consilium demo" if summary.dense is None else "consilium demo --compare dense"

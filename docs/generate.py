@@ -36,6 +36,13 @@ class Words:
     source: str
     unmeasured: str
     pending: str
+    figures: tuple[tuple[str, str], ...] = ()
+    """Patterns of names and units, and what stands for them."""
+
+    def named(self, text: str) -> str:
+        for pattern, replacement in self.figures:
+            text = re.sub(pattern, replacement, text)
+        return text
 
 
 ENGLISH = Words(
@@ -53,6 +60,23 @@ CHINESE = Words(
     source="{date} 测于 {machine}：`{command}`。",
     unmeasured="尚未测量；`make bench` 会写入这份记录。",
     pending="尚未运行",
+    figures=(
+        (r"^untrained$", "未训练"),
+        (r"^trained$", "已训练"),
+        (r"^dense twin$", "稠密对照"),
+        (r"^byte trigram model$", "字节三元组模型"),
+        (r"^training speed$", "训练速度"),
+        (r"^training time$", "训练时间"),
+        (r"^tokens$", "词元数"),
+        (
+            r"^layer (\d+): max/mean load, mean of the last (\d+) steps$",
+            r"第 \1 层：最大/平均负载，最后 \2 步的平均",
+        ),
+        (r"^dead experts in the last (\d+) steps$", r"最后 \1 步的失活专家"),
+        (r"^bits per byte$", "比特/字节"),
+        (r"^tokens/s$", "词元/秒"),
+        (r"^s$", "秒"),
+    ),
 )
 
 
@@ -61,18 +85,19 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def figure_cells(figure: Figure, *, repeated: bool) -> tuple[str, ...]:
-    value = f"{number(figure.median)} {figure.unit}".strip()
+def figure_cells(figure: Figure, words: Words, *, repeated: bool) -> tuple[str, ...]:
+    value = f"{number(figure.median)} {words.named(figure.unit)}".strip()
     spread = f"{number(figure.minimum)} to {number(figure.maximum)}" if figure.n > 1 else ""
     ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-    return (figure.name, value, *((spread, str(figure.n)) if repeated else ()), figure.against or "", ratio)
+    measured = (spread, str(figure.n)) if repeated else ()
+    return words.named(figure.name), value, *measured, words.named(figure.against or ""), ratio
 
 
 def record_block(record: BenchRecord | None, words: Words) -> str:
     if record is None:
         return f"{words.unmeasured}\n"
     repeated = any(figure.n > 1 for figure in record.figures)
-    rows = [figure_cells(figure, repeated=repeated) for figure in record.figures]
+    rows = [figure_cells(figure, words, repeated=repeated) for figure in record.figures]
     source = words.source.format(date=record.date.date(), machine=record.machine, command=record.command)
     return f"{markdown(words.repeated if repeated else words.single, rows)}\n{source}\n"
 

@@ -54,9 +54,26 @@ def test_the_readme_shows_every_verb() -> None:
     assert set(VERBS) <= shown
 
 
+def uncommented(page: Path) -> list[tuple[str, list[str]]]:
+    """The blocks of a page by line, without comments, which are in the page's language."""
+    blocks = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [
+        (language, [re.sub(r" *#.*", "", line) for line in body.splitlines()]) for language, body in blocks
+    ]
+
+
 def test_both_readmes_have_the_same_blocks() -> None:
-    english, chinese = (ROOT / name for name in ("README.md", "README.zh.md"))
-    assert FENCE.findall(english.read_text("utf-8")) == FENCE.findall(chinese.read_text("utf-8"))
+    assert uncommented(ROOT / "README.md") == uncommented(ROOT / "README.zh.md")
+
+
+def test_the_chinese_readme_is_chinese_in_its_blocks_and_tables() -> None:
+    text = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    comments = re.findall(r"#(?!#) *(\D.*)", "\n".join(body for _, body in FENCE.findall(text)))
+    rows = re.findall(r"^\| *([^|]+?) *\|", text, re.MULTILINE)
+    english = re.compile(r"^[a-z]+ [a-z]+ [a-z ]+$")
+    assert comments
+    assert not [line for line in comments if not re.search(r"[\u4e00-\u9fff]", line)]
+    assert not [row for row in rows if english.match(row)]
 
 
 def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def test_the_keys_that_scripts_rely_on() -> None:
         dead_experts=11.0,
         router_entropy=12.0,
         dropped_frac=13.0,
+        bias_spread=16.0,
         layers={3: 14.0},
         losses={"sequence": 15.0},
     )
@@ -82,6 +83,7 @@ def test_the_keys_that_scripts_rely_on() -> None:
         "moe/dead_experts": 11.0,
         "moe/router_entropy": 12.0,
         "moe/dropped_frac": 13.0,
+        "moe/bias_spread": 16.0,
         "moe/layer_3/max_over_mean": 14.0,
         "moe/loss/sequence": 15.0,
     }

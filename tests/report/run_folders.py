@@ -45,6 +45,8 @@ class Kind:
     dead: tuple[int, ...] = ()
     """Experts that get nothing, in every layer."""
     ended: bool = True
+    bias: float | None = None
+    """What the selection bias spreads by in a step."""
     prompt: str = "def f(x):"
     model: str = "deepseek-v3:tiny"
 
@@ -100,6 +102,7 @@ def step_record(step: int, kind: Kind) -> StepRecord:
         ce=3 + 5 * fall,
         tok_per_sec=4800.0,
         router_entropy=3.0 - step / kind.steps,
+        bias_spread=kind.bias and kind.bias * step,
         bits_per_byte=measured.macro if step % 5 == 0 else None,
         domains=measured.domains if step % 5 == 0 else {},
         layers=dict.fromkeys(range(1, kind.layers + 1), 1.25),

@@ -99,6 +99,13 @@ def test_the_page_says_what_was_measured(make_run: MakeRun) -> None:
     assert "has not ended" not in page.text
 
 
+def test_the_selection_bias_is_drawn_where_it_is_recorded(make_run: MakeRun) -> None:
+    assert "Selection bias" not in page_of(make_run("none", Kind()))[1].text
+    _, page = page_of(make_run("biased", Kind(bias=0.001)))
+    assert "Selection bias" in page.text
+    assert "highest less lowest, worst layer" in page.text
+
+
 def test_text_from_outside_stays_text(make_run: MakeRun) -> None:
     evil = '</pre><script>alert("x")</script>&amp;'
     html, page = page_of(make_run("demo", Kind(prompt=evil, model=evil)))

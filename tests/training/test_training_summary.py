@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 
 from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.model.build import build
+from consilium.moe.balance import Balance
+from consilium.recipes.variants import dense_twin
 from consilium.records.io import read_json
 from consilium.records.metrics import METRICS_FILE, read_metrics
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Sample, StepRecord, Summary
 from consilium.training.budget import Minutes, Steps, missed
 from consilium.training.events import Event, Stepped
 from consilium.training.loop import train
+from consilium.training.measures import bias_spread
 from consilium.training.summary import spent, write_summary
-from small import DENSE
+from small import DEEPSEEK, DENSE
 
 
 class Killed(BaseException):
@@ -81,6 +85,17 @@ def test_the_untrained_model_is_measured_on_a_tenth_of_the_run_at_most(tmp_path:
     assert finished.first is not None
     assert finished.last is not None
     assert 0 < finished.first.tokens <= 0.1 * finished.tokens < finished.last.tokens
+
+
+def test_the_spread_of_the_bias_is_that_of_the_worst_layer() -> None:
+    model = build(DEEPSEEK, seed=0)
+    biases = [module.bias_E for module in model.modules() if isinstance(module, Balance)]
+    assert len(biases) > 1
+    for layer, bias_E in enumerate(biases):
+        assert bias_E is not None
+        bias_E[0], bias_E[-1] = -0.5 * layer, 0.25
+    assert bias_spread(model) == 0.25 + 0.5 * (len(biases) - 1)
+    assert bias_spread(build(dense_twin(DEEPSEEK), seed=0)) is None
 
 
 def test_a_run_far_from_its_minutes_says_so() -> None:

@@ -41,6 +41,7 @@ KEYS: Mapping[str, str] = {
     "moe/dead_experts": "dead_experts",
     "moe/router_entropy": "router_entropy",
     "moe/dropped_frac": "dropped_frac",
+    "moe/bias_spread": "bias_spread",
 }
 """Key in the file -> field of StepRecord. Scripts rely on the keys: they never change."""
 

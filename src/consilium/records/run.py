@@ -93,6 +93,8 @@ class StepRecord:
     router_entropy: float | None = None
     """Mean over tokens and layers, in nats."""
     dropped_frac: float | None = None
+    bias_spread: float | None = None
+    """Highest less lowest selection bias of a layer, the worst layer."""
     domains: Mapping[str, float] = Field(default_factory=dict[str, float])
     """Held-out bits per byte by domain."""
     layers: Mapping[int, float] = Field(default_factory=dict[int, float])

@@ -79,6 +79,13 @@ def dropped_chart(runs: Sequence[Run]) -> LineChart:
     )
 
 
+def bias_chart(runs: Sequence[Run]) -> LineChart:
+    """How far the selection bias of the worst layer had to spread to balance it."""
+    return _measure(
+        runs, say("bias spread"), say("highest less lowest, worst layer"), lambda r: r.bias_spread
+    )
+
+
 def speed_chart(runs: Sequence[Run]) -> LineChart:
     return _measure(runs, say("training speed"), say("tokens/s"), lambda r: r.tok_per_sec)
 

@@ -34,13 +34,15 @@ def thin(curve: Sequence[Point], most: int = MOST_POINTS) -> tuple[Point, ...]:
 
 
 def smooth(curve: Sequence[Point], span: int) -> tuple[Point, ...]:
-    """Mean of the points up to ``span`` places away on either side, NaN left out. No lag."""
+    """Mean of the points up to ``span`` places away on either side, NaN left out. No lag but at the end.
+
+    At the start, where a curve falls fast, the window shrinks; at the end it does not, lest noise end it.
+    """
     finite = [point for point in curve if math.isfinite(point[1])]
     sums = [0.0, *accumulate(y for _, y in finite)]
     result: list[Point] = []
     for place, (x, _) in enumerate(finite):
-        reach = min(span, place, len(finite) - 1 - place)
-        low, high = place - reach, place + reach + 1
+        low, high = place - min(span, place), min(place + min(span, place) + 1, len(finite))
         result.append((x, (sums[high] - sums[low]) / (high - low)))
     return tuple(result)
 

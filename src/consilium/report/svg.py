@@ -93,7 +93,8 @@ def standalone(drawn: str, css: str) -> str:
     """A picture as a file of its own: with its style, on a ground that is dark where the reader's page is."""
     head, _, rest = drawn.partition(">")
     ground = '<rect width="100%" height="100%" style="fill: var(--card)"/>'
-    return f"{head}><style>{css}</style>{ground}{rest}\n"
+    font = "svg { font-family: system-ui, sans-serif }"
+    return f"{head}><style>{css}{font}</style>{ground}{rest}\n"
 
 
 def text_width(content: str, size: float = 11) -> float:

@@ -24,7 +24,7 @@ from consilium.training.events import Evaluated, Event, Finished, Listener, Noti
 from consilium.training.files import locked
 from consilium.training.guard import check_disk, check_memory, check_patience
 from consilium.training.interrupt import borrowed_signals
-from consilium.training.measures import evaluation_record, layer_ratios, step_record
+from consilium.training.measures import bias_spread, evaluation_record, layer_ratios, step_record
 from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
@@ -122,7 +122,8 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
     speed = result.tokens / meter.recent[-1]
     if progress.step % max(1, run.config.steps // LOGGED) == 0 or result.skipped:
-        run.files.log(step_record(progress.step, progress.tokens, speed, result))
+        spread = bias_spread(run.model)
+        run.files.log(step_record(progress.step, progress.tokens, speed, result, spread))
     run.files.log_loads(progress.step, result)
     left = (run.config.steps - progress.step) * sum(meter.recent) / len(meter.recent)
     emit(Stepped(progress.step, result, progress.tokens, speed, left))

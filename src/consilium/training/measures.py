@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from consilium.evaluation.bits import Evaluation
+from consilium.model.decoder import Decoder
+from consilium.moe.balance import Balance
 from consilium.records.loads import max_over_mean
 from consilium.records.run import StepRecord
 from consilium.training.step import LayerLoad, StepResult
 
 
-def step_record(step: int, tokens: int, tokens_per_second: float, result: StepResult) -> StepRecord:
+def step_record(
+    step: int, tokens: int, tokens_per_second: float, result: StepResult, bias: float | None
+) -> StepRecord:
     return StepRecord(
         step=step,
         tokens=tokens,
@@ -25,9 +29,16 @@ def step_record(step: int, tokens: int, tokens_per_second: float, result: StepRe
         lr=result.rate,
         tok_per_sec=tokens_per_second,
         skipped=float(result.skipped),
+        bias_spread=bias,
         losses=result.balance | ({"mtp": result.ahead} if result.ahead else {}),
         **_routing(result.loads),
     )
+
+
+def bias_spread(model: Decoder) -> float | None:
+    """Highest less lowest selection bias of a layer, the worst layer; None where no bias selects."""
+    biases = [module.bias_E for module in model.modules() if isinstance(module, Balance)]
+    return max((float(bias_E.max() - bias_E.min()) for bias_E in biases if bias_E is not None), default=None)
 
 
 def evaluation_record(step: int, tokens: int, evaluation: Evaluation) -> StepRecord:
