@@ -129,7 +129,7 @@ def _documents(model: Decoder, batch: Sequence[Batch]) -> dict[int, float]:
     The layers behind the last block predict further ahead and see the longer documents alone.
     """
     lengths = torch.cat([_lengths(micro) for micro in batch])
-    ahead = {layer: max(layer - model.config.layers + 1, 0) for layer in model.moe_layers()}
+    ahead = {layer: max(layer - model.config.layers + 1, 0) for layer in model.config.moe_layers}
     return {layer: int((lengths > depth).sum()) / len(batch) for layer, depth in ahead.items()}
 
 
