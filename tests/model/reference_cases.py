@@ -164,7 +164,7 @@ def hyper_of(config: Model) -> dict[str, Any]:
     """The numbers of a configuration under the plain names that the references read."""
     data = to_data(config)
     attention = data["attention"]
-    hyper = data | attention | attention["rope"] | attention["rope"]["scaling"]
+    hyper = attention | attention["rope"] | attention["rope"]["scaling"] | data
     hyper |= {"mtp_depth": config.mtp.depth, "mtp_loss": config.mtp.weight}
     if config.moe is None:
         return hyper
