@@ -43,7 +43,17 @@ def routing(chosen: Choices) -> Routing:
     tokens = chosen.experts_NK.shape[0]
     zeros_TE = torch.zeros(tokens, chosen.experts)
     weights_TK = torch.ones(chosen.experts_NK.shape)
-    return Routing(zeros_TE, zeros_TE, chosen.experts_NK, weights_TK, chosen.keep_NK, zeros_TE)
+    keep_TK = chosen.keep_NK
+    return Routing(
+        logits_TE=zeros_TE,
+        scores_TE=zeros_TE,
+        experts_TK=chosen.experts_NK,
+        weights_TK=weights_TK,
+        considered_TK=keep_TK,
+        wanted_TK=keep_TK,
+        keep_TK=keep_TK,
+        clean_TE=zeros_TE,
+    )
 
 
 def flat(tokens: int) -> Tokens:

@@ -64,7 +64,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "deepseek-v3:tiny", "--steps", "0"], ["'0' is not a positive count"]),
         (["train", "deepseek-v3:tiny", "--steps", "3", "--minutes", "1"], ["not allowed with"]),
         (["train", "deepseek-v3:tiny", "--minutes", "-1"], ["--minutes -1 is not a positive number"]),
-        (["train", "deepseek-v3:tiny", "--batch", "0"], ["batch", "greater than 0"]),
+        (["train", "deepseek-v3:tiny", "--batch", "0"], ["batch", "positive count"]),
         (["train", "deepseek-v3:tiny", "--batch", "100000000"], ["67,108,864 tokens", "lower --batch"]),
         (["train", "deepseek-v3:tiny", "--minutes", "nan"], ["--minutes nan is not a positive number"]),
         (["train", "deepseek-v3:tiny", "--steps", "2", "--lr", "inf"], ["learning_rate", "finite"]),
@@ -116,7 +116,7 @@ def test_a_model_larger_than_memory(
         ("empty.txt", b"", "empty"),
         ("spaces.txt", b" \n\n ", "no text"),
         ("binary.txt", b"PK\x03\x04\x00\x00\xff\xfe" * 40, "not UTF-8"),
-        ("short.txt", b"Short.\n", "too short"),
+        ("short.txt", b"Short.\n", "nothing can be held out of 7 characters"),
         ("keys.jsonl", b'{"text": "fine"}\n{"txt": "wrong"}\n', "line 2"),
         ("picture.png", b"\x89PNG", "png"),
     ],
@@ -128,7 +128,7 @@ def test_unusable_text(
     said = complaint(
         capsys, "train", str(config), "--data", str(tmp_path / name), "--out", str(tmp_path / "run")
     )
-    assert name in said or answer == "too short"
+    assert name in said or name == "short.txt"
     assert answer in said
     assert not (tmp_path / "run").exists()
 
@@ -144,14 +144,14 @@ def test_nan_in_weights_is_named(run: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_older_checkpoint_is_named_beside_a_damaged_one(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(run / "checkpoints/step-3", run / "checkpoints/step-9")
     weights = run / "checkpoints/step-9/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    said = complaint(capsys, "generate", str(run), "--prompt", "a")
-    assert "step-9" in said
-    assert f"{run / 'checkpoints/step-3'} is an older one." in said
+    assert main(["generate", str(run), "--prompt", "a", "--max-tokens", "1"]) == 0
+    assert "step-9" in caplog.text
+    assert "step-3" in caplog.text
 
 
 def test_a_mistyped_path_is_no_name_on_the_hub(
@@ -193,7 +193,7 @@ def test_a_run_folder_under_a_file_cannot_be_made(
 ) -> None:
     (tmp_path / "file").write_text("")
     said = complaint(capsys, "train", str(config), "--out", str(tmp_path / "file/run"))
-    assert "cannot write" in said
+    assert "not a directory" in said
     assert "file/run" in said
 
 
@@ -233,8 +233,8 @@ def test_a_run_is_not_overwritten(run: Path, config: Path, capsys: pytest.Captur
 def test_a_run_resumes_with_its_own_settings_only(
     run: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = complaint(capsys, "train", str(config), "--out", str(run), "--resume", "--batch", "4")
-    assert "started with batch = 2, not 4" in said
+    said = complaint(capsys, "train", str(config), "--out", str(run), "--resume", "--seed", "4")
+    assert "started with seed = 0, not 4" in said
 
 
 @pytest.mark.parametrize(

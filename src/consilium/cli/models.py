@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from consilium.checkpoint.folders import missing
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.recipes.catalogue import names, parse, recipe
@@ -30,6 +29,8 @@ def read_model(text: str) -> Model:
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path)
     if text != path.name:
+        from consilium.checkpoint.folders import missing
+
         raise ConsiliumError(missing(text))
     return recipe(text)
 
