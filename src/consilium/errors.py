@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class ConsiliumError(ValueError):
-    """A user's mistake in one sentence: what, where, why and what to do. The command exits with 2."""
+    """A user's mistake in one sentence: what, where, why and what to do. The command exits with 2.
+
+    It may quote a file of anybody's: what would break the line or steer a terminal is shown escaped.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

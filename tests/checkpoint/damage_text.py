@@ -112,8 +112,9 @@ def any_tokenizer_config(folder: Path, choose: random.Random) -> Named:
 
 
 def any_index(folder: Path, choose: random.Random) -> Named:
+    """It may name a file that is not there."""
     spoil(folder / INDEX, choose)
-    return INDEX
+    return INDEX, ".safetensors"
 
 
 def any_yaml(folder: Path, choose: random.Random) -> Named:

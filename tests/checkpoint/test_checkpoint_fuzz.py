@@ -119,7 +119,7 @@ def outcome(fuzz: Fuzz, folder: Path, choose: random.Random, name: str) -> str:
         fuzz(folder, choose)
     except ConsiliumError as error:
         text = str(error)
-        clear = str(folder / name) in text and "\n" not in text and len(text) < 2000
+        clear = str(folder / name) in text and text.isprintable() and len(text) < 2000
         return "" if clear else f"unclear: {text[:300]!r}"
     except Exception as error:  # noqa: BLE001 - any other type is the failure that is looked for
         return f"{type(error).__name__}: {error}"

@@ -43,6 +43,9 @@ HOSTILE = {
     "surrogate": "a: \ud800",
     "documents": "--- 1\n" * 10_000,
     "tabs": "\t" * 60_000,
+    "long kind": f"attention: {{kind: {'x' * 5000}}}\n",
+    "long key": f"{'x' * 5000}: 1\n",
+    "line breaks": 'attention: {kind: "a\\n\\e[2J"}\n',
     "list": "[1, 2]",
     "empty": "",
     "null": "null",
@@ -62,7 +65,7 @@ def test_hostile_yaml_is_one_sentence(kind: str, tmp_path: Path) -> None:
         with pytest.raises(ConsiliumError) as caught:
             read()
         assert time.perf_counter() - start < SECONDS
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 2000
 
 

@@ -16,6 +16,8 @@ from consilium.errors import ConsiliumError, nearest
 
 C = TypeVar("C")
 
+_SAID = 60
+"""Characters of what is quoted."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Size = Annotated[int, Field(gt=0, lt=2**48)]
@@ -46,7 +48,7 @@ def sentence(cls: type[Any], error: ValidationError, where: str = "") -> str:
     """Tell the first mistake of ``error``, made in ``cls`` and read from ``where`` (a file or an option)."""
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
-    path = [str(part) for part in first["loc"]]
+    path = [str(part)[:_SAID] for part in first["loc"]]
     prefix = f"{where or cls.__name__}: "
     match first["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
@@ -59,7 +61,7 @@ def sentence(cls: type[Any], error: ValidationError, where: str = "") -> str:
             return f"{prefix}key {'.'.join(path)} is missing; add it."
         case "union_tag_invalid":
             known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-            tag = str(context["tag"])
+            tag = str(context["tag"])[:_SAID]
             return f"{prefix}unknown kind {tag!r} for {'.'.join(path)}.{nearest(tag, known)}"
         case "model_attributes_type" | "dataclass_type":
             keys = ", ".join(sorted(set(_fields_at(cls, path))))
@@ -67,9 +69,8 @@ def sentence(cls: type[Any], error: ValidationError, where: str = "") -> str:
         case _:
             # Pydantic names what was tried of a union too, as ``constrained-int``.
             name = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or "value"
-            return (
-                f"{prefix}{name} = {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
-            )
+            given, why = str(first["input"])[:_SAID], f"{first['msg'][0].lower()}{first['msg'][1:]}"
+            return f"{prefix}{name} = {given!r}: {why}."
 
 
 def _fields_at(cls: object, path: list[str]) -> list[str]:

@@ -242,7 +242,7 @@ class Tokenizer:
     def _find_end(self, where: str) -> int:
         found = self.named("eos_token", END)
         if found is None:
-            token = content_of(self._config.get("eos_token", END))
+            token = str(content_of(self._config.get("eos_token", END)))[:60]
             raise ConsiliumError(
                 f"{where}: its end-of-text token {token!r} is not in the vocabulary; name one as eos_token in"
                 f" {CONFIG_FILE}."
