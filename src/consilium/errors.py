@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class ConsiliumError(ValueError):
     """A user's mistake in one sentence: what, where, why and what to do. The command exits with 2.
 
-    It may quote a file of anybody's: what would break the line or steer a terminal is shown escaped.
+    It may quote a file of anybody's, so it is kept in :func:`one_line`.
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
+        super().__init__(one_line(sentence))
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with blanks for its line breaks; what else would steer a terminal is shown escaped."""
+    joined = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -138,9 +138,9 @@ def test_the_exit_code_of_a_verb_is_that_of_the_command(monkeypatch: pytest.Monk
 def test_a_mistake_of_many_lines_is_shown_on_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace_verb(monkeypatch, "bench", ConsiliumError("no room\n  on the disk;\nfree some."))
+    replace_verb(monkeypatch, "bench", ConsiliumError("no room\n  for 'a  b\x1b' on the disk;\r\nfree some."))
     assert main(["bench"]) == 2
-    assert capsys.readouterr().err == "error: no room on the disk; free some.\n"
+    assert capsys.readouterr().err == "error: no room for 'a  b\\x1b' on the disk; free some.\n"
 
 
 def test_an_interrupt_ends_with_130(

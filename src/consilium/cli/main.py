@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, cast
 from consilium.cli.arguments import Parser
 from consilium.cli.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
 from consilium.cli.failures import failure_text
-from consilium.errors import ConsiliumError, nearest
+from consilium.errors import ConsiliumError, nearest, one_line
 from consilium.words.say import check_language, language, say
 
 
@@ -94,8 +94,7 @@ def _refuse(text: str) -> int:
         _flush()
     except OSError:  # full, which may be what `text` says
         _forget_output()
-    plain = text.encode(errors="backslashreplace").decode()  # names of files may hold any bytes
-    _tell(say("error: {sentence}", sentence=" ".join(plain.split())))
+    _tell(say("error: {sentence}", sentence=one_line(text)))
     return MISTAKE
 
 
