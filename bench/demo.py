@@ -11,13 +11,12 @@ The runs come from ``consilium demo --compare dense`` and
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from consilium.benchmarking.record import once, record
 from consilium.records.bench import Figure
 from consilium.records.io import read_json, write_json
-from consilium.records.loads import WINDOW, LoadFile, max_over_mean
+from consilium.records.loads import WINDOW, LoadFile
 from consilium.records.run import SUMMARY_FILE, BitsPerByte, Summary
 from consilium.report.curves import balance_chart
 from consilium.report.lines import line_chart
@@ -57,23 +56,13 @@ def speed(summary: Summary) -> list[Figure]:
 
 def loads(run: Path, label: str = "") -> list[Figure]:
     """max/mean load of each layer, averaged over the last steps, and experts that got nothing in them."""
-    file = LoadFile.open(run)
-    newest = [load_LE for _, load_LE in file.read()][-WINDOW:]
-    by_layer = {layer: [load_LE[i] for load_LE in newest] for i, layer in enumerate(file.header.layers)}
+    final = LoadFile.open(run).final()
     found = [
-        once(f"{label}layer {layer}: max/mean load, mean of the last {WINDOW} steps", "", mean_ratio(load_SE))
-        for layer, load_SE in by_layer.items()
+        once(f"{label}layer {layer}: max/mean load, mean of the last {WINDOW} steps", "", load.ratio)
+        for layer, load in final.items()
     ]
-    dead = sum(dead_experts(load_SE) for load_SE in by_layer.values())
+    dead = sum(len(load.dead) for load in final.values())
     return [*found, once(f"{label}dead experts in the last {WINDOW} steps", "", dead)]
-
-
-def mean_ratio(load_SE: Sequence[Sequence[int]]) -> float:
-    return sum(max_over_mean(load_E) for load_E in load_SE) / len(load_SE)
-
-
-def dead_experts(load_SE: Sequence[Sequence[int]]) -> int:
-    return sum(not any(counts) for counts in zip(*load_SE, strict=True))
 
 
 def write(name: str, command: str, figures: list[Figure]) -> None:

@@ -33,6 +33,7 @@ from consilium.model.build import build
 from consilium.recipes.catalogue import recipe
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
+from consilium.records.run import checkpoint_at
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -74,7 +75,7 @@ def gibibyte() -> Model:
 
 def make(run: Path) -> tuple[int, int]:
     """Write a run's checkpoint; return the bytes of its weights and of all its files."""
-    folder = run / "checkpoints" / "step-1"
+    folder = checkpoint_at(run, 1)
     model = build(gibibyte(), seed=0)
     weights = dict(model.named_parameters())
     tensors = {f"{kind}.{name}": torch.zeros_like(w) for name, w in weights.items() for kind in ("m", "v")}

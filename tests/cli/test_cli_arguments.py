@@ -145,5 +145,5 @@ def test_a_name_on_the_hub_is_answered_with_how_to_get_it() -> None:
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConsiliumError, match=r"cannot read nowhere\.yaml: No such file"):
+    with pytest.raises(ConsiliumError, match=r"cannot read the configuration nowhere\.yaml: no such file"):
         read_model("nowhere.yaml")

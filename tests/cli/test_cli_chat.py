@@ -92,9 +92,10 @@ def test_a_conversation_and_its_commands(
     assert kept[0]["content"] == "hello"
 
 
-def test_a_hostile_template_ends_the_chat_in_one_sentence(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_hostile_template_ends_the_chat_in_one_sentence_before_weights_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("consilium.checkpoint.store.load", None)
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m/chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     assert main(["chat", str(tmp_path / "m")]) == 2

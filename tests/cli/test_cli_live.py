@@ -11,13 +11,14 @@ from consilium.cli.demo import readable
 from consilium.cli.live import Page, clock, load_bars
 from consilium.config.training import Training
 from consilium.evaluation.bits import Evaluation
+from consilium.evaluation.loads import ExpertLoad
 from consilium.training.events import Evaluated, Notice, Saved, Started, Stepped
-from consilium.training.step import LayerLoad, StepResult
+from consilium.training.step import StepResult
 from small import DEEPSEEK
 
 
 def step(number: int) -> Stepped:
-    load = LayerLoad(torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 2, 5]), 1.0)
+    load = ExpertLoad(torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 2, 5]), 1.0)
     result = StepResult(2.5, 2.25, 0.25, {}, 1.0, 1e-3, 48, {1: load}, skipped=False)
     return Stepped(number, result, 48 * number, 1234.5, 61.0)
 

@@ -77,6 +77,8 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "deepseek-v3:tiny", "--seq", "99999"], ["exceed model.max_length"]),
         (["train", "deepseek-v3:tiny", "--set", "model.moe.expert=3"], ["unknown key", "'experts'"]),
         (["train", "deepseek-v3:tiny", "--set", "steps"], ["has no '='"]),
+        (["train", "deepseek-v3:tiny", "--set", "freeze="], ["--set freeze= has no value"]),
+        (["train", "deepseek-v3:tiny", "--tokens", "10"], ["10 is less than one step"]),
         (["train", "deepseek-v3:tiny", "--set", "model.moe.router.select.k=99"], ["top-99 of 32 experts"]),
         (
             [
@@ -230,6 +232,21 @@ def test_a_run_is_not_overwritten(run: Path, config: Path, capsys: pytest.Captur
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_minutes_of_a_finished_run_are_told_to_be_spent(
+    run: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "--out", str(run), "--resume", "--minutes", "1"]) == 0
+    assert "--minutes 1 was counted out as 3 steps when the run began" in capsys.readouterr().out
+
+
+def test_a_budget_below_one_step_is_refused_before_the_text_is_read(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("consilium.data.corpus.build_corpus", None)
+    words = ["train", str(config), "--tokens", "1", "--out", str(tmp_path / "run")]
+    assert "less than one step" in complaint(capsys, *words)
+
+
 def test_a_run_resumes_with_its_own_settings_only(
     run: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +298,11 @@ def test_wrong_sampling(
         (["demo", "--out", ""], "the path is empty"),
         (["bench", "--out", "/dev/null/record.json"], "cannot write /dev/null/record.json"),
         (["bench", "--out", "."], "--out . is a folder"),
+        (["plan", __file__], "is no model; give a recipe, a folder"),
+        (["plan", "."], f"there is no {Path.cwd()}/config.json"),
+        (["generate", "missing.gguf", "--prompt", "a"], "no such file: missing.gguf"),
+        (["doctor", "runs", "--routers"], "not allowed with"),
+        (["--completion"], "--completion needs the name of a shell"),
         (["bench", "--out", __file__], "is no record of ours"),
         (["chat", "", "--temperature", "0"], "the path is empty"),
     ],

@@ -101,8 +101,12 @@ def test_the_dtype_is_measured_when_a_run_begins_and_not_again(
     assert resumed(run, "--dtype", "auto") == 0
 
 
-def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Path) -> None:
-    """Stopped in the middle by three quick Ctrl-C; the command it prints goes on from there.
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_says_how_to_go_on_and_that_works(
+    number: signal.Signals, tmp_path: Path, text: Path
+) -> None:
+    """Stopped in the middle by a burst of three signals; the command it prints goes on from there.
 
     The run is longer than it could be done in before it is stopped, and the rest is cut off by ``--steps``.
     """
@@ -120,7 +124,7 @@ def test_a_stopped_run_says_how_to_go_on_and_that_works(tmp_path: Path, text: Pa
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         for _ in range(3):
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, number)
             time.sleep(0.1)
         printed, errors = process.communicate()
     assert process.returncode == 130, errors

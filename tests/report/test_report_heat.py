@@ -95,9 +95,9 @@ def test_a_load_map_agrees_with_a_loop(
         assert loads.max_over_mean_LS[layer].tolist() == pytest.approx(slow, rel=1e-12, nan_ok=True)
         last = [ratio for ratio in slow[-WINDOW:] if math.isfinite(ratio)]
         final = sum(last) / len(last) if last else math.nan
-        assert float(loads.final_L[layer]) == pytest.approx(final, rel=1e-12, nan_ok=True)
-        dead = [not load_SLE[-WINDOW:, layer, expert].any() for expert in range(load_SLE.shape[2])]
-        assert loads.dead_LE[layer].tolist() == dead
+        assert loads.final[layer].ratio == pytest.approx(final, rel=1e-12, nan_ok=True)
+        dead = [e for e in range(load_SLE.shape[2]) if not load_SLE[-WINDOW:, layer, e].any()]
+        assert loads.final[layer].dead == tuple(dead)
 
 
 def test_columns_are_ratios_of_summed_loads(tmp_path: Path) -> None:

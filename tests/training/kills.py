@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from consilium.checkpoint import store
-from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.model import MTP
 from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.disk import atomic
+from consilium.records.run import CHECKPOINTS
 from consilium.training.loop import train
 from small import DEEPSEEK
 

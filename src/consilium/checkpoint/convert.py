@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.folders import GGUF, newest_of_run
+from consilium.checkpoint.folders import GGUF
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
@@ -24,6 +24,7 @@ from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
+from consilium.records.run import newest_of_run
 
 Progress = Callable[[int, int], None]
 """Hears of bytes done and bytes in all."""
@@ -55,7 +56,7 @@ def convert(
     time. The new folder appears complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do,
     and for NaN or infinity.
     """
-    folder = newest_of_run(folder)
+    folder = newest_of_run(folder, CONFIG)
     folder, destination = Path(folder), Path(destination)
     if folder.resolve() == destination.resolve():
         raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")

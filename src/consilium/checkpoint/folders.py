@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Final
 
 from consilium.checkpoint.hf.config import NAME as CONFIG_FILE
-from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
+from consilium.records.run import newest_of_run
 
 GGUF: Final = ".gguf"
 """Suffix of a file that is a model by itself."""
-CHECKPOINTS: Final = "checkpoints"
-"""The folder of a run that holds its ``step-N``."""
 
 
-def check_vocabulary(tokens: int, size: int, where: Path) -> None:
+def check_vocabulary(tokens: int, size: int, where: Path | str = "the tokenizer") -> None:
     """Raise ConsiliumError where a tokenizer, read from ``where``, has more tokens than a model of ``size``.
 
     Every pairing of a tokenizer and a model passes here: ids that the model lacks have no embedding.
     """
     if tokens > size:
         raise ConsiliumError(
-            f"{where} has {tokens} tokens and the model {size}; use the tokenizer of this model."
+            f"{where} has {tokens:,} tokens and the model {size:,}; use the tokenizer of this model."
         )
-
-
-def newest_of_run(
-    folder: Path | str, *, notice: atomic.Notice = logging.getLogger("consilium").warning
-) -> Path:
-    """Return the newest complete checkpoint of a run, and any other folder as it is.
-
-    One that is incomplete is passed over and told to ``notice``. Nothing is written, and no weights are read.
-    Raises ConsiliumError for a run that has none.
-    """
-    folder = atomic.standing(Path(folder))
-    if (folder / CONFIG_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
-        return folder
-    newest = atomic.latest(folder / CHECKPOINTS, notice=notice)
-    if newest is None:
-        raise ConsiliumError(
-            f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
-        )
-    return newest
 
 
 def checkpoint_in(folder: Path | str) -> Path:
     """Return the checkpoint that ``folder`` is or holds. Raises ConsiliumError that says how to get one."""
     folder = Path(folder)
-    found = newest_of_run(folder)
+    found = newest_of_run(folder, CONFIG_FILE)
     if (found / CONFIG_FILE).exists() or (found.suffix == GGUF and found.is_file()):
         return found
     if not folder.exists():
@@ -75,6 +53,8 @@ def missing(name: str) -> str:
             f"no such folder here: {name}; names on the Hugging Face hub are not fetched: run hf download"
             f" {name} --local-dir {short} and give the folder {short}."
         )
+    if name.endswith(GGUF):
+        return f"no such file: {name}; give a GGUF file that is there."
     return f"no such folder: {name}; give a folder made by consilium train, or a downloaded one."
 
 

@@ -26,7 +26,7 @@ def read_object(path: Path) -> dict[str, Any]:
             text = file.read(LARGEST + 1)
         data = json.loads(text) if len(text) <= LARGEST else None
     except FileNotFoundError:
-        raise ConsiliumError(f"there is no {path}; give the folder of a saved model.") from None
+        raise ConsiliumError(f"there is no {path.absolute()}; give the folder of a saved model.") from None
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.folders import GGUF, newest_of_run
+from consilium.checkpoint.folders import GGUF
 from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.gguf.source import open_file
 from consilium.checkpoint.hf.config import NAME as CONFIG
@@ -28,6 +28,7 @@ from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
+from consilium.records.run import newest_of_run
 
 STATE: Final = "training_state"
 TENSORS: Final = f"{STATE}/state.safetensors"
@@ -108,7 +109,7 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
 
     Arguments and errors are those of ``load``.
     """
-    folder = newest_of_run(Path(folder))
+    folder = newest_of_run(folder, CONFIG)
     if folder.suffix == GGUF:
         return open_file(folder, dtype=dtype, check_finite=check_finite)
     config, found = _open(folder)

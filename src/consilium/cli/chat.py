@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
 from consilium.cli.exits import INTERRUPTED
-from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
+from consilium.cli.generation import Clock, generation_arguments, open_model, sampling_of
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError, nearest
 from consilium.words.say import say
 
 if TYPE_CHECKING:
-    from consilium.cli.generation import Loaded
     from consilium.engine.chat import Conversation, Format
+    from consilium.engine.engine import Engine
     from consilium.engine.request import Sampling
 
 BLOCK: Final = '"""'
@@ -37,7 +37,9 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    session = Session(load_engine(options), options)
+    opened = open_model(options)
+    form = opened.form()
+    session = Session(opened.engine(), form, options)
     note(say("format: {name}", name=session.form.name))
     if _terminal():
         with contextlib.suppress(ImportError):  # lines can be edited where Python has it
@@ -126,18 +128,18 @@ def _help() -> str:
 class Session:
     """One conversation with one model."""
 
-    def __init__(self, loaded: Loaded, options: Namespace) -> None:
-        from consilium.engine.chat import Conversation, chat_format
+    def __init__(self, engine: Engine, form: Format, options: Namespace) -> None:
+        from consilium.engine.chat import Conversation
 
-        self._engine = loaded.engine
+        self._engine = engine
         self._options = options
-        self._sampling: Sampling = sampling_of(options, loaded.engine.model.generation)
+        self._sampling: Sampling = sampling_of(options, engine.model.generation)
         self._conversation: Conversation = Conversation().with_system(options.system or "")
         self._left_out = 0
         self._turns = 0
         self._tokens = 0
         self._last: Clock | None = None
-        self.form: Format = chat_format(loaded.path, loaded.tokenizer)
+        self.form: Format = form
 
     def take(self, text: str) -> None:
         """Answer a message or do what a command says. Raises ConsiliumError in one sentence."""

@@ -177,6 +177,8 @@ def _assignment(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConsiliumError(f"--set {text!r} has no '='; write --set key.path=value.")
+    if not value:
+        raise ConsiliumError(f"--set {text} has no value; write one, or null where none is meant.")
     return key.removeprefix("train."), value
 
 

@@ -246,8 +246,8 @@ def _sample(engine: Engine) -> Sample:
 
 def conclusion(options: Namespace, summary: Summary) -> str:
     """The end of the demo: figures, balance, a sample and what to try next."""
-    from consilium.checkpoint.folders import CHECKPOINTS
     from consilium.cli.configure import DEMO_MODEL
+    from consilium.records.run import checkpoint_at
     from consilium.report.build import REPORT_FILE
     from consilium.report.plain import columns
 
@@ -266,7 +266,7 @@ def conclusion(options: Namespace, summary: Summary) -> str:
     ]
     if summary.sample is not None:
         parts.append(f"{say('sample')}\n{readable(summary.sample.prompt + summary.sample.text)}")
-    checkpoint = out / CHECKPOINTS / f"step-{summary.steps}"
+    checkpoint = checkpoint_at(out, summary.steps)
     places = [
         (say("report"), str(out / REPORT_FILE)),
         (say("checkpoint"), say("{folder}   (Hugging Face layout)", folder=checkpoint)),
@@ -320,21 +320,20 @@ def _figures(summary: Summary) -> str:
 
 
 def _balance(out: Path) -> str:
-    from consilium.records.loads import LOADS_FILE, WINDOW, LoadFile, max_over_mean
+    from consilium.records.loads import LOADS_FILE, WINDOW, LoadFile
 
     if not (out / LOADS_FILE).exists():
         return say("no experts, nothing to balance")
     loads = LoadFile.open(out)
-    newest = [load_LE for _, load_LE in loads.read()][-WINDOW:]
-    lines = [say("expert load over the last {steps} steps (1.00 is fair)", steps=len(newest))]
-    for i, layer in enumerate(loads.header.layers):
-        ratios = [max_over_mean(load_LE[i]) for load_LE in newest]
-        dead = sum(all(load_LE[i][e] == 0 for load_LE in newest) for e in range(loads.header.experts))
+    steps = min(len(loads), WINDOW)
+    lines = [say("expert load over the last {steps} steps (1.00 is fair)", steps=steps)]
+    for layer, load in loads.final().items():
+        dead = len(load.dead)
         lines.append(
             say(
                 "  layer {layer}: max/mean {ratio:.2f}, {dead} dead experts",
                 layer=layer,
-                ratio=sum(ratios) / len(ratios),
+                ratio=load.ratio,
                 dead=dead,
             )
         )

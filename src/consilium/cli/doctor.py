@@ -26,14 +26,15 @@ LOW_DISK = 2 * 2**30
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "folder",
         nargs="?",
         type=path,
         metavar="FOLDER",
         help="compare each file of this run or checkpoint with its hash; default: check the machine",
     )
-    parser.add_argument(
+    what.add_argument(
         "--routers",
         action="store_true",
         help="check every published router against its golden vectors instead",

@@ -51,19 +51,19 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from consilium.checkpoint.folders import checkpoint_in
+    from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
 
     checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
     from consilium.checkpoint import store
     from consilium.data.corpus import measured_corpus
     from consilium.data.tokenizer import Tokenizer
     from consilium.evaluation.bits import measure
-    from consilium.evaluation.texts import check_vocabulary, reading_of
+    from consilium.evaluation.texts import reading_of
 
     place = settle(options)
     run_folder, stored = _run_of(options.folder)
     tokenizer, config = Tokenizer.load(checkpoint), store.open_folder(checkpoint).config
-    check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer.vocab_size, config.vocab_size)
     trained = None if stored is None else stored.data.sequence_length
     reading = reading_of(config, options.seq or trained, options.stride)
     documents, name = _documents(options, run_folder, stored)
@@ -154,8 +154,8 @@ def _json(result: Evaluation, name: str) -> str:
 def _loads(result: Evaluation) -> dict[str, dict[str, object]]:
     return {
         str(layer): {
-            "load": list(found.load),
-            "wanted": list(found.wanted),
+            "load": found.counts,
+            "wanted": found.wanted,
             "entropy": found.entropy,
             "dropped_frac": found.dropped_fraction,
         }

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from consilium.cli.arguments import json_flag, path
-from consilium.cli.generation import Clock, generation_arguments, load_engine, sampling_of
+from consilium.cli.generation import Clock, generation_arguments, open_model, sampling_of
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
 if TYPE_CHECKING:
-    from consilium.cli.generation import Loaded
+    from consilium.engine.chat import Format
+    from consilium.engine.engine import Engine
     from consilium.engine.request import Piece
 
 TOKENS: Final = 64
@@ -51,11 +52,12 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     prompts = _prompts(options)
-    loaded = load_engine(options)
-    engine = loaded.engine
+    opened = open_model(options)
+    form = opened.form() if options.chat else None
+    engine = opened.engine()
     clock = Clock()
     sampling = sampling_of(options, engine.model.generation if options.chat else None)
-    ids, stops, stop_ids = _asked(loaded, prompts, options)
+    ids, stops, stop_ids = _asked(prompts, form, engine, options)
     limit = options.max_tokens or (None if options.chat else TOKENS)
     stream = engine.generate(ids, max_tokens=limit, sampling=sampling, stop=stops, stop_ids=stop_ids)
     if options.json:
@@ -121,18 +123,16 @@ def _line(text: str) -> str:
 
 
 def _asked(
-    loaded: Loaded, prompts: Sequence[str], options: Namespace
+    prompts: Sequence[str], form: Format | None, engine: Engine, options: Namespace
 ) -> tuple[Sequence[str] | Sequence[Sequence[int]], tuple[str, ...], tuple[int, ...] | None]:
     """Prompts as the engine takes them, and what ends them."""
-    if not options.chat:
+    if form is None:
         return prompts, tuple(options.stop), None
-    from consilium.engine.chat import chat_format
     from consilium.engine.template import Message
 
-    form = chat_format(loaded.path, loaded.tokenizer)
     note(say("format: {name}", name=form.name))
     ids = [form.ids((Message("user", prompt),)) for prompt in prompts]
-    return ids, (*form.stops, *options.stop), (*loaded.engine.stop_ids, *form.stop_ids)
+    return ids, (*form.stops, *options.stop), (*engine.stop_ids, *form.stop_ids)
 
 
 def _gather(prompts: Sequence[str], pieces: Sequence[Piece]) -> list[dict[str, object]]:

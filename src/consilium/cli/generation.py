@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from consilium.cli.arguments import path
 from consilium.cli.progress import note
-from consilium.cli.running import running_arguments, settle
+from consilium.cli.running import Place, running_arguments, settle
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.generation import GenerationDefaults
     from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.chat import Format
     from consilium.engine.engine import Engine
     from consilium.engine.request import Piece, Sampling
 
@@ -69,32 +70,45 @@ def check_settings(options: Namespace) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to generate."""
+class Opened:
+    """A model whose weights are still to be read."""
 
-    engine: Engine
-    tokenizer: Tokenizer
     path: Path
     """The checkpoint or GGUF file that it is in."""
+    tokenizer: Tokenizer
+    place: Place
+
+    def form(self) -> Format:
+        """How the model reads a conversation."""
+        from consilium.engine.chat import chat_format
+
+        return chat_format(self.path, self.tokenizer)
+
+    def engine(self) -> Engine:
+        """Read the weights, which may take minutes."""
+        from consilium.checkpoint import store
+        from consilium.engine.engine import Engine
+
+        model = store.load(self.path, dtype=self.place.dtype, check_finite=True).to(self.place.device)
+        return Engine(model, self.tokenizer)
 
 
-def load_engine(options: Namespace) -> Loaded:
-    """The engine of a run's newest checkpoint, of a checkpoint or of a GGUF file.
+def open_model(options: Namespace) -> Opened:
+    """A run's newest checkpoint, a checkpoint or a GGUF file.
 
-    Raises ConsiliumError for any other path.
+    Raises ConsiliumError for any other path, and for a tokenizer of another model.
     """
-    from consilium.checkpoint.folders import checkpoint_in
+    from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
 
     checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
     check_settings(options)
     place = settle(options)
     from consilium.checkpoint import store
     from consilium.data.tokenizer import Tokenizer
-    from consilium.engine.engine import Engine
 
     tokenizer = Tokenizer.load(checkpoint)
-    model = store.load(checkpoint, dtype=place.dtype, check_finite=True).to(place.device)
-    return Loaded(Engine(model, tokenizer), tokenizer, checkpoint)
+    check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint).config.vocab_size)
+    return Opened(checkpoint, tokenizer, place)
 
 
 def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Sampling:

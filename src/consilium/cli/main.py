@@ -164,12 +164,14 @@ def _dispatch(words: Sequence[str]) -> int:
 
             print(f"consilium {version('consilium-moe')}")
             return 0
-        case ["--completion", *rest]:
+        case ["--completion", shell, *_]:
             from consilium.cli.completion import completion
 
             helps = {name: say(verb.help) for name, verb in VERBS.items()}
-            print(completion("".join(rest[:1]), {name: verb_parser(name) for name in VERBS}, helps))
+            print(completion(shell, {name: verb_parser(name) for name in VERBS}, helps))
             return 0
+        case ["--completion"]:
+            raise ConsiliumError("--completion needs the name of a shell, such as bash, zsh or fish.")
         case [name, *rest] if name in VERBS:
             return _run(name, rest)
         case _:

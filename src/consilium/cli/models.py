@@ -28,6 +28,8 @@ def read_model(text: str) -> Model:
         return model_of(read_header(path))
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path)
+    if path.is_file():
+        raise ConsiliumError(f"{text} is no model; give a recipe, a folder, a .yaml or a .gguf file.")
     if text != path.name:
         from consilium.checkpoint.folders import missing
 
@@ -45,10 +47,10 @@ def full_name(text: str) -> str:
 
 def _read_yaml(path: Path) -> Model:
     """Read a model, or the model of a complete training run."""
-    from consilium.config.io import from_yaml
+    from consilium.config.io import from_yaml, read_text
     from consilium.config.training import Training
 
-    text = _read(path)
+    text = read_text(path)
     if re.search(r"^model:", text, re.MULTILINE):
         return from_yaml(Training, text, where=str(path)).model
     return from_yaml(Model, text, where=str(path))
@@ -57,18 +59,8 @@ def _read_yaml(path: Path) -> Model:
 def _read_folder(folder: Path) -> Model:
     """Read a run folder's config.yaml, or the config.json of a checkpoint, ours or Hugging Face's."""
     from consilium.checkpoint.hf.config import config_from_folder
+    from consilium.records.run import CONFIG_FILE
 
-    if (folder / "config.yaml").is_file():
-        return _read_yaml(folder / "config.yaml")
+    if (folder / CONFIG_FILE).is_file():
+        return _read_yaml(folder / CONFIG_FILE)
     return config_from_folder(folder)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConsiliumError(
-            f"cannot read {path}: {error.strerror}; give a recipe, a folder or a .yaml file."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConsiliumError(f"{path} is not UTF-8 text; give the configuration of a model.") from None

@@ -81,6 +81,8 @@ def _model_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     from consilium.cli.configure import budget_of, training_config
     from consilium.machine.allocator import keep_memory
+    from consilium.records.run import SUMMARY_FILE
+    from consilium.training.budget import Minutes, steps_of
     from consilium.training.files import locked, run_in
     from consilium.training.guard import check_disk, check_memory
 
@@ -90,8 +92,19 @@ def run(options: Namespace) -> int:
     place = settle(options)
     config = training_config(options, stored)
     budget = budget_of(options, config, stored)
+    if not isinstance(budget, Minutes):
+        steps_of(budget, config)
     check_memory(config.model)
     check_disk(config.model, options.out)
+    if options.minutes and (options.out / SUMMARY_FILE).exists():
+        tell(
+            say(
+                "--minutes {minutes:g} was counted out as {steps} steps when the run began, and all are done;"
+                " --steps N trains on",
+                minutes=options.minutes,
+                steps=config.steps,
+            )
+        )
     if options.resume and stored is None:
         tell(say("{folder} holds no run yet: a new one starts there", folder=options.out))
     with locked(options.out, tell):

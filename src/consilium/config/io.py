@@ -64,11 +64,19 @@ def from_yaml(cls: type[C], text: str, *, where: str = "") -> C:
 
 
 def read_yaml(cls: type[C], path: Path | str) -> C:
+    return from_yaml(cls, read_text(path), where=str(path))
+
+
+def read_text(path: Path | str) -> str:
+    """Return what is in ``path``, or enough to be refused. Raises ConsiliumError where it is no text."""
     try:
         with Path(path).open(encoding="utf-8") as file:
-            return from_yaml(cls, file.read(_LARGEST + 1), where=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConsiliumError(f"cannot read the configuration {path}: {error}; give a YAML file.") from None
+            return file.read(_LARGEST + 1)
+    except UnicodeDecodeError:
+        raise ConsiliumError(f"{path} is not UTF-8 text; give the YAML file of a configuration.") from None
+    except OSError as error:
+        why = (error.strerror or "error").lower()
+        raise ConsiliumError(f"cannot read the configuration {path}: {why}; give a YAML file.") from None
 
 
 def _yaml(text: str, where: str) -> Any:

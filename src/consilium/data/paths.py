@@ -10,6 +10,8 @@ from pathlib import Path
 
 from consilium.data.documents import Text
 from consilium.errors import ConsiliumError, nearest
+from consilium.records.metrics import METRICS_FILE
+from consilium.records.run import CONFIG_FILE
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
@@ -89,7 +91,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def _other_kind(folder: Path) -> str | None:
     """What a folder of ours, or of somebody's model, is: its files are no text to train on."""
-    if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+    if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file():
         return "a training run"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return "a model"

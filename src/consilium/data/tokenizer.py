@@ -21,15 +21,14 @@ from consilium.data.documents import Document
 from consilium.data.encoder import damaged, encoder, make_slot, source_sizes
 from consilium.data.gguf import tokenizer_files
 from consilium.data.vocabulary import content_of, marker_ids, taken_blanks, template_opening, token_bytes
-from consilium.disk import atomic
 from consilium.errors import ConsiliumError
+from consilium.records.run import newest_of_run
 
 END = "<|endoftext|>"
 SPECIALS = (END, "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
 LARGEST_FILE: Final = 64 * 2**20
 """Bytes of a tokenizer.json: twice the largest that is published."""
-_STEPS: Final = "checkpoints"
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 """What reading JSON of another shape than expected ends in."""
 
@@ -124,7 +123,7 @@ class Tokenizer:
 
         Raises ConsiliumError naming the file that is wrong.
         """
-        folder = _home(Path(folder))
+        folder = newest_of_run(folder, TOKENIZER_FILE)
         if folder.suffix == ".gguf":
             return cls(*tokenizer_files(folder), where=str(folder))
         description = _read(folder / TOKENIZER_FILE)
@@ -274,14 +273,6 @@ def _own_config() -> dict[str, Any]:
         "pad_token": END,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _home(folder: Path) -> Path:
-    """A run stands for its newest checkpoint."""
-    steps = folder / _STEPS
-    if (folder / TOKENIZER_FILE).exists() or not steps.is_dir():
-        return folder
-    return atomic.latest(steps) or folder
 
 
 def _read(path: Path) -> str:

@@ -4,12 +4,12 @@ Sequences that join are right-padded and computed in one pass; then all decode o
 own position. Sequence i of the cache is that of row i: the last row moves into the place of one that leaves,
 so that a pass reads a slice of the cache and computes nothing for rows that have finished.
 
-Legend: B rows of a pass, S tokens of the longest prompt, V vocabulary, E experts.
+Legend: B rows of a pass, S tokens of the longest prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, final
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from consilium.engine.request import Finish, Request
 from consilium.engine.stops import StopText
+from consilium.evaluation.loads import LoadCounter
 from consilium.kv.build import build_cache
 from consilium.kv.dense import DenseCache, DensePart
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Options, Output
-from consilium.moe.types import Report
 
 FEWEST_SLOTS: Final = 256
 
@@ -63,8 +63,8 @@ class Batch:
         self._device = model.embed.weight.device
         self._cache: DenseCache | None = None
         self.rows: list[Row] = []
-        self.loads: dict[int, Tensor] = {}
-        """int64 [E] copies an expert computed since the beginning, by MoE layer."""
+        self.loads = LoadCounter()
+        """Of all passes since the beginning."""
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> Tensor:
@@ -76,7 +76,7 @@ class Batch:
         inputs = Inputs(ids_BS, position_BS=position_BS, valid_BS=position_BS < lengths_B[:, None])
         part = self._part(len(self.rows), len(rows), longest)
         hidden = self._model.hidden(inputs, cache=part, options=self._options)
-        self._count(hidden.reports)
+        self.loads.add(hidden.reports)
         self.rows += rows
         return self._model.logits(
             hidden.final_BSD[torch.arange(len(rows), device=self._device), lengths_B - 1]
@@ -92,7 +92,7 @@ class Batch:
         keys = max(len(row.tokens) for row in self.rows)
         part = self._part(0, len(self.rows), keys)
         output: Output = self._model(inputs, cache=part, options=self._options)
-        self._count(output.reports.values())
+        self.loads.add(output.reports.values())
         return output.logits[:, 0]
 
     @torch.inference_mode()
@@ -108,10 +108,6 @@ class Batch:
 
     def _part(self, first: int, count: int, keys: int) -> DensePart:
         return DensePart(self._reserved(first + count, keys), slice(first, first + count))
-
-    def _count(self, reports: Iterable[Report]) -> None:
-        for report in reports:
-            self.loads[report.layer] = self.loads.get(report.layer, 0) + report.load_E
 
     def _reserved(self, batch: int, keys: int) -> DenseCache:
         """The cache with room for ``batch`` sequences of ``keys`` slots; it grows by half at least."""

@@ -87,7 +87,7 @@ class Engine:
     @property
     def loads(self) -> Mapping[int, tuple[int, ...]]:
         """How many tokens each of the E experts of each MoE layer computed since the engine began."""
-        return {layer: tuple(load_E.tolist()) for layer, load_E in self._batch.loads.items()}
+        return {layer: tuple(load.counts) for layer, load in self._batch.loads.result().items()}
 
     def submit(self, request: Request) -> int:
         """Let ``request`` wait for its turn and return its id.

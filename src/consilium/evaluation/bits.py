@@ -87,7 +87,7 @@ def measure(
             here = labelled.batch.to(device)
             objective = Objective(here.targets_BS, ahead=False)
             losses: Losses = model(Inputs.of(here), options=options, objective=objective)
-            loads.add(losses.reports)
+            loads.add(losses.reports.values())
             nats += float(losses.nll)
             tokens += int(losses.targets)
             domain_size += int(labelled.bytes_BS.sum())

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from consilium.checkpoint.folders import check_vocabulary
 from consilium.config.model import Model
 from consilium.data.corpus import measured_corpus, whole_documents
 from consilium.data.documents import Text, stable_fraction
@@ -37,7 +38,7 @@ def evaluate(
     if (data is None) == (texts is None):
         raise ConsiliumError("evaluate: give either data, a path, or texts.")
     found = _given(texts) if texts is not None else path_texts(Path(data or ""))
-    check_vocabulary(tokenizer, model.config)
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     reading = reading_of(model.config, context, stride)
     return measure(model.eval(), measured_corpus(whole_documents(found), tokenizer), reading)
 
@@ -57,15 +58,6 @@ def reading_of(config: Model, context: int | None, stride: int | None) -> Readin
             f" {length} or less."
         )
     return Reading(length, step)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: Model) -> None:
-    """Raise ConsiliumError for a tokenizer of another model."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConsiliumError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {config.vocab_size:,}; use the"
-            " tokenizer of this model."
-        )
 
 
 def limited(texts: Sequence[Text], limit: int | None) -> list[Text]:

@@ -4,13 +4,15 @@ One record a step, little-endian, no padding: int64 step, then int32 [layers, ex
 have one size and rising steps: a file torn by a crash, or filled with NULs by a power cut, is read up to its
 last whole record, and a resume cuts it at a step.
 
-Legend: L MoE layers, E experts.
+Legend: S recorded steps, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, final
 
@@ -48,6 +50,27 @@ def max_over_mean(load_E: Sequence[float]) -> float:
     """Load of the busiest expert over its fair share; 1.0 is balance, NaN where nothing was routed."""
     total = sum(load_E)
     return max(load_E) * len(load_E) / total if total else float("nan")
+
+
+@plain_dataclass(frozen=True, slots=True)
+class FinalLoad:
+    """How evenly the experts of one layer were used in the last WINDOW recorded steps."""
+
+    ratio: float
+    """max/mean of a step, mean over the steps that routed something; NaN where none did."""
+    dead: tuple[int, ...]
+    """Experts that no token reached in any of them."""
+
+
+def final_load(load_SE: Sequence[Sequence[int]]) -> FinalLoad:
+    """What one layer's steps came to, of which the last WINDOW count."""
+    last_SE = load_SE[-WINDOW:]
+    ratios = [ratio for ratio in map(max_over_mean, last_SE) if not math.isnan(ratio)]
+    experts = zip(*last_SE, strict=True)
+    return FinalLoad(
+        ratio=sum(ratios) / len(ratios) if ratios else math.nan,
+        dead=tuple(expert for expert, load_S in enumerate(experts) if not any(load_S)),
+    )
 
 
 @final
@@ -95,14 +118,23 @@ class LoadFile:
         except OSError as error:
             raise write_failure(error, self._path) from error
 
-    def read(self) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:
-        """Yield (step, load_LE) in file order; a record cut by a crash is left out."""
+    def read(self, first: int = 0) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:
+        """Yield (step, load_LE) in file order from record ``first``; one cut by a crash is left out."""
         experts = self._header.experts
         unpack = struct.Struct(f"<q{len(self._header.layers) * experts}i")
         with self._path.open("rb") as file:
-            for _ in range(len(self)):
+            file.seek(first * unpack.size)
+            for _ in range(first, len(self)):
                 step, *counts = unpack.unpack(file.read(unpack.size))
                 yield step, tuple(tuple(counts[i : i + experts]) for i in range(0, len(counts), experts))
+
+    def final(self) -> dict[int, FinalLoad]:
+        """How each MoE layer, by its block index, was used at the end."""
+        newest_SLE = [load_LE for _, load_LE in self.read(max(len(self) - WINDOW, 0))]
+        return {
+            layer: final_load([load_LE[row] for load_LE in newest_SLE])
+            for row, layer in enumerate(self._header.layers)
+        }
 
     def truncate(self, step: int) -> None:
         """Drop records after ``step`` and any torn tail, as a resume from that step's checkpoint needs."""

@@ -6,18 +6,48 @@ whose keys are in ``records.metrics``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from consilium.disk import atomic
+from consilium.errors import ConsiliumError
 from consilium.records.io import STRICT, Measured
 
 CONFIG_FILE = "config.yaml"
 """What the run was started with, complete: training it anew gives the same run."""
 META_FILE = "meta.json"
 SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its ``step-N``."""
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """Where a run keeps what it had reached after ``step``."""
+    return run / CHECKPOINTS / f"step-{step}"
+
+
+def newest_of_run(
+    folder: Path | str, own: str, *, notice: atomic.Notice = logging.getLogger("consilium").warning
+) -> Path:
+    """Return the newest complete checkpoint of a run, and any other folder, or one with ``own``, as it is.
+
+    One that is incomplete is passed over and told to ``notice``. Nothing is written, and no weights are read.
+    Raises ConsiliumError for a run that has none.
+    """
+    folder = atomic.standing(Path(folder))
+    if (folder / own).exists() or not (folder / CHECKPOINTS).is_dir():
+        return folder
+    newest = atomic.latest(folder / CHECKPOINTS, notice=notice)
+    if newest is None:
+        raise ConsiliumError(
+            f"{folder} has no complete checkpoint yet; continue it with consilium train ... --resume."
+        )
+    return newest
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

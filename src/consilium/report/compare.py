@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from consilium.errors import ConsiliumError
-from consilium.records.run import StepRecord
+from consilium.records.metrics import METRICS_FILE
+from consilium.records.run import CONFIG_FILE, StepRecord
 from consilium.report import curves
 from consilium.report.build import PAGES, save
 from consilium.report.lines import line_chart
@@ -38,7 +39,7 @@ def headings() -> tuple[str, ...]:
 def runs_in(folder: Path) -> Iterator[Path]:
     """Run folders in ``folder`` and its subfolders, by name; nothing inside a run is one."""
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
-        if (inner / "config.yaml").exists() or (inner / "metrics.jsonl").exists():
+        if (inner / CONFIG_FILE).exists() or (inner / METRICS_FILE).exists():
             yield inner
         elif not inner.name.startswith("."):
             yield from runs_in(inner)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.records.loads import HEADER_FILE, WINDOW, LoadFile
+from consilium.records.loads import HEADER_FILE, FinalLoad, LoadFile
 
 MOST_COLUMNS = 600
 MOST_PIXELS = 800_000
@@ -30,25 +30,22 @@ class LoadMap:
     """Load over the fair share in each column; NaN where nothing was routed."""
     max_over_mean_LS: Floats
     """Of each step by itself."""
-    dead_LE: NDArray[np.bool_]
-    """No token in any of the last WINDOW recorded steps."""
+    final: tuple[FinalLoad, ...]
+    """Of each layer."""
 
     @property
     def experts(self) -> int:
         return self.share_LEC.shape[1]
 
     @property
-    def final_L(self) -> Floats:
-        """max/mean of each step, mean over the last WINDOW recorded steps; NaN where nothing was routed."""
-        last_LS = self.max_over_mean_LS[:, -WINDOW:]
-        known_LS = np.isfinite(last_LS)
-        with np.errstate(invalid="ignore"):
-            return np.where(known_LS, last_LS, 0.0).sum(axis=1) / known_LS.sum(axis=1)
+    def dead(self) -> int:
+        """Experts of all layers that were dead at the end."""
+        return sum(len(load.dead) for load in self.final)
 
     @property
     def worst(self) -> int:
         """Row of the least even layer at the end."""
-        return int(np.nan_to_num(self.final_L, nan=-1.0).argmax())
+        return int(np.nan_to_num([load.ratio for load in self.final], nan=-1.0).argmax())
 
 
 def read_load_map(run: Path) -> LoadMap | None:
@@ -76,7 +73,7 @@ def read_load_map(run: Path) -> LoadMap | None:
         first_C=step_S[edges[:-1]].astype(np.int64),
         share_LEC=share_LEC,
         max_over_mean_LS=max_over_mean_LS,
-        dead_LE=(load_SLE[-WINDOW:] == 0).all(axis=0),
+        final=tuple(file.final().values()),
     )
 
 

@@ -33,10 +33,10 @@ def load_strip(loads: LoadMap, row: int, name: str, *, width: float = 1088, hove
     plot = (LEFT, TOP, width - LEFT - RIGHT, height)
     title = say("{layer}: load of each expert over steps", layer=name)
     parts = [_image(indices(share_EC), plot), _strip_hover(loads, row, plot, hover_cells)]
-    parts += [_dead(loads, row, expert, plot) for expert in np.flatnonzero(loads.dead_LE[row]).tolist()]
+    parts += [_dead(loads, row, expert, plot) for expert in loads.final[row].dead]
     parts += _strip_axes(loads, plot)
     parts.append(text(LEFT, 14, name, css="strong"))
-    balance = say("last steps: busiest expert at {ratio:.2f} × fair share", ratio=loads.final_L[row])
+    balance = say("last steps: busiest expert at {ratio:.2f} × fair share", ratio=loads.final[row].ratio)
     parts.append(text(width - RIGHT, 14, balance, css="axis", anchor="end"))
     return picture(width, TOP + height + BOTTOM, title, parts)
 

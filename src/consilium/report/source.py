@@ -8,10 +8,11 @@ from pathlib import Path
 
 from consilium.config.io import from_yaml
 from consilium.config.training import Training
+from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.records.io import read_json_if_present
 from consilium.records.metrics import METRICS_FILE, Metrics, read_metrics
-from consilium.records.run import CONFIG_FILE, META_FILE, SUMMARY_FILE, RunMeta, Summary
+from consilium.records.run import CHECKPOINTS, CONFIG_FILE, META_FILE, SUMMARY_FILE, RunMeta, Summary
 from consilium.records.specialisation import SPECIALISATION_FILE, Specialisation
 from consilium.report.load_map import LoadMap, read_load_map
 from consilium.words.say import say
@@ -85,13 +86,9 @@ def _generates(config: str) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, by name."""
-    found = [
-        (int(match[1]), path)
-        for path in (folder / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-([0-9]+)", path.name))
-    ]
-    return max(found)[1] if found else None
+    """The checkpoint of the highest step, complete or not."""
+    found = atomic.steps(folder / CHECKPOINTS)
+    return found[-1][1] if found else None
 
 
 def _text(path: Path) -> str:

@@ -127,7 +127,7 @@ def _speed_tiles(run: Run) -> list[Tile]:
 def _balance_tiles(run: Run) -> list[Tile]:
     if run.loads is None:
         return []
-    worst, dead = float(run.loads.final_L[run.loads.worst]), int(run.loads.dead_LE.sum())
+    worst, dead = run.loads.final[run.loads.worst].ratio, run.loads.dead
     return [
         Tile(
             say("max / mean load"),
@@ -138,7 +138,7 @@ def _balance_tiles(run: Run) -> list[Tile]:
         Tile(
             say("dead experts"),
             str(dead),
-            say("of {experts}", experts=run.loads.dead_LE.size),
+            say("of {experts}", experts=len(run.loads.layers) * run.loads.experts),
             "good" if dead == 0 else "bad",
         ),
     ]

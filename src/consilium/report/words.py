@@ -18,11 +18,11 @@ NEGLIGIBLE = 0.002
 
 def balance(run: Run, loads: LoadMap) -> str:
     """How even the loads were at the end."""
-    worst, final = loads.worst, float(loads.final_L[loads.worst])
+    worst, final = loads.worst, loads.final[loads.worst].ratio
     if math.isnan(final):
         return say("Nothing was routed in the last recorded steps.")
     window = min(WINDOW, loads.steps_S.shape[0])
-    dead = int(loads.dead_LE.sum())
+    dead = loads.dead
     asked = {
         "steps": window,
         "layer": run.layer_name(loads.layers[worst]),
@@ -46,7 +46,7 @@ def balance(run: Run, loads: LoadMap) -> str:
     return told + say(
         " {dead} of {experts} experts are dead: no token in these steps, marked × at the right edge.",
         dead=dead,
-        experts=loads.dead_LE.size,
+        experts=len(loads.layers) * loads.experts,
     )
 
 

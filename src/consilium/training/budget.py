@@ -53,13 +53,11 @@ def with_budget(
     Minutes are measured here and never again: the steps are stored.
     """
     match budget:
-        case Steps(count=count):
-            steps = count
-        case Tokens(count=count):
-            steps = round(count / (config.batch * config.data.sequence_length))
+        case Steps() | Tokens():
+            steps = steps_of(budget, config)
         case Minutes(count=count):
             seconds = step_seconds(config, corpus)
-            steps = round(count * 60 / seconds)
+            steps = _at_least_one(count * 60 / seconds, budget)
             notice(
                 say(
                     "calibrated: {seconds:.3f} s a step, so {minutes:g} minutes are {steps} steps",
@@ -68,9 +66,19 @@ def with_budget(
                     steps=steps,
                 )
             )
-    if steps < 1:
-        raise ConsiliumError(f"the budget {budget.count:g} is less than one step; give more.")
     return dataclasses.replace(config, steps=steps)
+
+
+def steps_of(budget: Steps | Tokens, config: Training) -> int:
+    """What needs no measuring. Raises ConsiliumError for less than one step."""
+    size = 1 if isinstance(budget, Steps) else config.batch * config.data.sequence_length
+    return _at_least_one(budget.count / size, budget)
+
+
+def _at_least_one(steps: float, budget: Budget) -> int:
+    if round(steps) < 1:
+        raise ConsiliumError(f"the budget {budget.count:g} is less than one step; give more.")
+    return round(steps)
 
 
 def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATION_SECONDS) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from consilium.config.training import Training
 from consilium.evaluation.bits import Evaluation
+from consilium.records.loads import FinalLoad
 from consilium.training.step import StepResult
 
 
@@ -64,8 +65,8 @@ class Finished:
     last: Evaluation | None
     """Of the trained model; None after a stop that was asked for."""
     interrupted: bool
-    final_load: Mapping[int, float]
-    """max/mean load averaged over the last 50 steps, by MoE layer."""
+    final_load: Mapping[int, FinalLoad]
+    """By MoE layer."""
     report: Path
 
 

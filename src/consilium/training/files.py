@@ -12,7 +12,7 @@ from consilium.config.training import Training
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
-from consilium.records.loads import LOADS_FILE, LoadFile
+from consilium.records.loads import LOADS_FILE, FinalLoad, LoadFile
 from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, sync_metrics, truncate_metrics
 from consilium.records.run import CONFIG_FILE, META_FILE, StepRecord
 from consilium.training.step import StepResult
@@ -128,6 +128,10 @@ class RunFiles:
         """Whether a validation after ``step`` is on record."""
         records = read_metrics(self._metrics).records
         return any(record.step == step and record.bits_per_byte is not None for record in records)
+
+    def final_load(self) -> dict[int, FinalLoad]:
+        """How even the loads of each MoE layer were in the newest steps of the run."""
+        return {} if self._loads is None else self._loads.final()
 
     def log_loads(self, step: int, result: StepResult) -> None:
         if self._loads is not None:

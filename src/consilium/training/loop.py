@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config.training import Training, minutes
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
 from consilium.model.types import Options
-from consilium.records.loads import WINDOW
+from consilium.records.run import checkpoint_at
 from consilium.report.build import REPORT_FILE, build_report
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
 from consilium.training.guard import check_disk, check_memory, check_patience
 from consilium.training.interrupt import borrowed_signals
-from consilium.training.measures import bias_spread, evaluation_record, layer_ratios, step_record
+from consilium.training.measures import bias_spread, evaluation_record, step_record
 from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
@@ -87,24 +86,17 @@ def train(  # noqa: PLR0913 - the public face, by keyword
 
 @dataclass(slots=True)
 class Meter:
-    """What this process did: time spent in steps, and the newest steps' time and load ratios."""
+    """What this process did: time spent in steps, and the newest steps' time."""
 
     seconds: float = 0.0
     tokens: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-    ratios: deque[Mapping[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     saved_at: float = field(default_factory=time.monotonic)
 
     def add(self, seconds: float, result: StepResult) -> None:
         self.seconds += seconds
         self.tokens += result.tokens
         self.recent.append(seconds)
-        self.ratios.append(layer_ratios(result.loads))
-
-    @property
-    def mean_ratios(self) -> dict[int, float]:
-        layers = self.ratios[0] if self.ratios else {}
-        return {layer: sum(r[layer] for r in self.ratios) / len(self.ratios) for layer in layers}
 
 
 def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
@@ -190,7 +182,7 @@ def _is_due(config: Training, step: int) -> bool:
 
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
     """Save first; a stop that was asked for does not wait for a validation."""
-    folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
+    folder = checkpoint_at(run.out, run.progress.step)
     if run.progress.saved != run.progress.step:
         save_run(run)
     emit(Saved(run.progress.step, folder))
@@ -206,7 +198,7 @@ def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Ev
         first=first,
         last=last,
         interrupted=interrupted,
-        final_load=meter.mean_ratios,
+        final_load=run.files.final_load(),
         report=run.out / REPORT_FILE,
     )
     if not interrupted:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from consilium.evaluation.bits import Evaluation
+from consilium.evaluation.loads import ExpertLoad
 from consilium.model.decoder import Decoder
 from consilium.moe.balance import Balance
 from consilium.records.loads import max_over_mean
 from consilium.records.run import StepRecord
-from consilium.training.step import LayerLoad, StepResult
+from consilium.training.step import StepResult
 
 
 def step_record(
@@ -47,12 +48,12 @@ def evaluation_record(step: int, tokens: int, evaluation: Evaluation) -> StepRec
     )
 
 
-def layer_ratios(loads: Mapping[int, LayerLoad]) -> dict[int, float]:
+def layer_ratios(loads: Mapping[int, ExpertLoad]) -> dict[int, float]:
     """max/mean load of each MoE layer."""
     return {layer: max_over_mean(load.counts) for layer, load in loads.items()}
 
 
-def _routing(loads: Mapping[int, LayerLoad]) -> dict[str, Any]:
+def _routing(loads: Mapping[int, ExpertLoad]) -> dict[str, Any]:
     if not loads:
         return {}
     ratios = layer_ratios(loads)
@@ -60,6 +61,6 @@ def _routing(loads: Mapping[int, LayerLoad]) -> dict[str, Any]:
         "layers": ratios,
         "max_over_mean": max(ratios.values(), key=lambda r: -math.inf if math.isnan(r) else r),
         "dead_experts": float(sum(int((load.load_E == 0).sum()) for load in loads.values())),
-        "router_entropy": sum(load.entropy for load in loads.values()) / len(loads),
+        "router_entropy": sum(load.entropy or 0.0 for load in loads.values()) / len(loads),
         "dropped_frac": sum(load.dropped_fraction for load in loads.values()) / len(loads),
     }

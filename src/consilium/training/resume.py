@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config import io
 from consilium.config.training import Training
 from consilium.disk import atomic
@@ -16,7 +15,7 @@ from consilium.errors import ConsiliumError
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE
 from consilium.records.metrics import METRICS_FILE
-from consilium.records.run import META_FILE, SUMMARY_FILE
+from consilium.records.run import CHECKPOINTS, META_FILE, SUMMARY_FILE
 from consilium.training.files import CONFIG_FILE
 from consilium.words.say import say
 

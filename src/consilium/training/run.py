@@ -14,7 +14,6 @@ import torch
 
 import consilium
 from consilium.checkpoint import store
-from consilium.checkpoint.folders import CHECKPOINTS
 from consilium.config import io
 from consilium.config.training import BuiltIn, Training
 from consilium.data.corpus import Corpus
@@ -27,7 +26,7 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
 from consilium.records.io import read_json, write_json, write_text
-from consilium.records.run import META_FILE, Change, Hardware, RunMeta, Versions
+from consilium.records.run import CHECKPOINTS, META_FILE, Change, Hardware, RunMeta, Versions, checkpoint_at
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
@@ -176,7 +175,7 @@ def save_run(run: Run) -> Path:
             "torch": str(torch.__version__),
         },
     )
-    folder = run.out / CHECKPOINTS / f"step-{run.progress.step}"
+    folder = checkpoint_at(run.out, run.progress.step)
     run.files.sync()
     store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state)
     run.progress.saved = run.progress.step

@@ -15,35 +15,16 @@ from torch import Tensor
 from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.data.loader import Loader
+from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
-from consilium.moe.types import Mode, Report
+from consilium.moe.types import Mode
 from consilium.training import guard
 from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
 from consilium.training.optimizer import set_rate
 from consilium.training.schedule import learning_rate
-
-
-@dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """One layer's routing in one optimizer step, summed over micro-batches."""
-
-    load_E: Tensor
-    wanted_E: Tensor
-    entropy: float
-    """Nats, mean over micro-batches."""
-
-    @property
-    def counts(self) -> list[int]:
-        """Kept copies an expert."""
-        return [int(count) for count in self.load_E]
-
-    @property
-    def dropped_fraction(self) -> float:
-        wanted = int(self.wanted_E.sum())
-        return 1 - int(self.load_E.sum()) / wanted if wanted else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +38,7 @@ class StepResult:
     """Gradient norm before clipping."""
     rate: float
     tokens: int
-    loads: Mapping[int, LayerLoad]
+    loads: Mapping[int, ExpertLoad]
     """By index of the MoE layer."""
     skipped: bool
 
@@ -85,10 +66,12 @@ def gradients(
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
     documents = _documents(model, batch)
     losses: list[Loss] = []
+    loads = LoadCounter()
     for i, micro in enumerate(batch):
-        options = _options(config, step, i, _chosen(losses), documents)
+        options = _options(config, step, i, loads.wanted, documents)
         losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
+        loads.add(losses[-1].reports.values())
     norm = guard.clip(model, config.optimizer.clip)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
     total = sum(float(loss.total.detach()) for loss in losses)
@@ -100,7 +83,7 @@ def gradients(
         norm=norm,
         rate=rate,
         tokens=sum(int(b.valid_BS.sum()) for b in batch),
-        loads=_sum_loads([loss.reports for loss in losses]),
+        loads=loads.result(),
         skipped=not guard.is_healthy(total, norm),
     )
 
@@ -115,12 +98,6 @@ def update(model: Decoder, optimizer: torch.optim.Optimizer, config: Training, r
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
         moe.balance.step(load.wanted_E, load.dropped_fraction)
-
-
-def _chosen(losses: list[Loss]) -> dict[int, Tensor]:
-    """Copies that routers chose in the step so far, [E] by layer."""
-    layers = losses[0].reports if losses else ()
-    return {layer: torch.stack([loss.reports[layer].wanted_E for loss in losses]).sum(0) for layer in layers}
 
 
 def _documents(model: Decoder, batch: Sequence[Batch]) -> dict[int, float]:
@@ -149,16 +126,4 @@ def _options(
         mode=Mode(training=True, generator=generator, earlier=earlier, documents=documents),
         dtype=torch_dtype(config.dtype),
         recompute=config.recompute,
-    )
-
-
-def _sum_loads(reports: list[Mapping[int, Report]]) -> dict[int, LayerLoad]:
-    return {layer: _sum_layer([micro[layer] for micro in reports]) for layer in reports[0]}
-
-
-def _sum_layer(reports: list[Report]) -> LayerLoad:
-    return LayerLoad(
-        load_E=torch.stack([r.load_E for r in reports]).sum(0),
-        wanted_E=torch.stack([r.wanted_E for r in reports]).sum(0),
-        entropy=float(torch.stack([r.entropy for r in reports if r.entropy is not None]).mean()),
     )
