@@ -47,7 +47,7 @@ def runs_in(folder: Path) -> Iterator[Path]:
 
 def figures(run: Run) -> dict[str, object]:
     """What a run came to so far; None is not known, or not yet."""
-    records, summary, meta = run.metrics.records, run.summary, run.meta
+    records, summary, meta, loads = run.metrics.records, run.summary, run.meta, run.loads
     bits = summary.trained.macro if summary else _newest(records, "bits_per_byte")
     return {
         "run": str(run.folder),
@@ -55,12 +55,16 @@ def figures(run: Run) -> dict[str, object]:
         "parameters": meta.parameters_total if meta else None,
         "steps": summary.steps if summary else _newest(records, "step"),
         "tokens": summary.tokens if summary else _newest(records, "tokens"),
-        "bits_per_byte": None if bits is None or math.isnan(bits) else bits,
+        "bits_per_byte": None if bits is None else _known(bits),
         "tokens_per_second": summary.tokens_per_second if summary else _newest(records, "tok_per_sec"),
-        "max_over_mean": _newest(records, "max_over_mean"),
-        "dead_experts": _newest(records, "dead_experts"),
+        "max_over_mean": None if loads is None else _known(loads.final[loads.worst].ratio),
+        "dead_experts": None if loads is None else loads.dead,
         "finished": summary is not None,
     }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def cells(found: dict[str, object]) -> tuple[str, ...]:
