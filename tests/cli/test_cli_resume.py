@@ -97,7 +97,7 @@ def test_a_file_that_says_otherwise_is_refused_with_the_way_to_go_on(
 def test_the_dtype_is_measured_when_a_run_begins_and_not_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consilium.cli.configure.faster_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("consilium.cli.configure.faster_dtype", lambda _: "bfloat16")
     assert resumed(run, "--dtype", "auto") == 0
 
 

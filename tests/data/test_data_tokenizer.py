@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from consilium.data import bpe as module
 from consilium.data.documents import Document
 from consilium.data.tokenizer import END, SMALLEST_VOCABULARY, SPECIALS, Tokenizer
+from consilium.engine.template import find_template
 from consilium.errors import ConsiliumError
 
 TEXTS = [Document((CODE + PROSE) * 20, "code", "a", held_out=False)]
@@ -237,6 +238,20 @@ def test_text_without_a_blank_trains_in_a_time_that_grows_with_it() -> None:
     found = Tokenizer.train([Document(letters, "txt", "a", held_out=False)], 600)
     assert time.process_time() - begun < 5
     assert found.vocab_size == 600
+
+
+def test_a_chat_template_beside_the_tokenizer_goes_where_the_tokenizer_goes(tmp_path: Path) -> None:
+    """A model that is trained on keeps its way of speaking; the file wins over the key, as in transformers."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    config = dict(BPE.config) | {"chat_template": "{{ 'of the key' }}"}
+    Tokenizer(BPE.files()["tokenizer.json"], config).save(first)
+    (first / "chat_template.jinja").write_text("{{ 'of the file' }}", encoding="utf-8")
+    Tokenizer.load(first).save(second)
+    template = find_template(second, Tokenizer.load(second))
+    assert template is not None
+    assert template.source == "{{ 'of the file' }}"
 
 
 def test_a_folder_may_be_given_as_a_str(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def ours(shape: Shape) -> Contestant:
         position_BS=torch.arange(shape.length).expand_as(ids_BS),
         valid_BS=torch.ones_like(ids_BS, dtype=torch.bool),
     )
-    options = Options(mode=Mode(training=True), dtype=torch_dtype(faster_dtype()))
+    options = Options(mode=Mode(training=True), dtype=torch_dtype(faster_dtype(shape.model)))
 
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)

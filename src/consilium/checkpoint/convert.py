@@ -21,6 +21,7 @@ from consilium.checkpoint.json_file import read_bytes, read_object
 from consilium.checkpoint.source import FolderSource, Source
 from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.data.gguf import has_tokenizer, tokenizer_files
+from consilium.data.tokenizer import TEMPLATE_FILE
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
@@ -37,7 +38,7 @@ _CARRIED: Final = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 """Files that go along as they are. Code never does."""
 

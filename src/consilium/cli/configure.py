@@ -141,15 +141,15 @@ def _apply(base: Training, options: Namespace) -> Training:
     sources = None if options.data is None else [TextPath(path=path) for path in options.data]
     data = io.changed(base.data, where="train", **_given(sources=sources, sequence_length=options.seq))
     optimizer = io.changed(base.optimizer, where="train", **_given(learning_rate=options.lr))
+    model = _model(base, options)
     changes = _given(
         batch=options.batch,
         save_every=options.save_every,
         eval_every=options.eval_every,
         seed=options.seed,
         threads=options.threads,
-        dtype=faster_dtype() if options.dtype == "auto" else options.dtype,
+        dtype=faster_dtype(model) if options.dtype == "auto" else options.dtype,
     )
-    model = _model(base, options)
     return io.changed(base, where="train", model=model, data=data, optimizer=optimizer, **changes)
 
 

@@ -168,9 +168,14 @@ def _facts(place: Place, say: Say) -> Iterator[tuple[str, str]]:
 
 
 def _dtype(place: Place, say: Say) -> str:
+    from consilium.recipes.catalogue import recipe
     from consilium.training.precision import faster_dtype
 
-    return place.dtype or say("{dtype} (measured)", dtype=faster_dtype())
+    return place.dtype or say(
+        "{dtype} (measured with {model})",
+        dtype=faster_dtype(recipe("deepseek-v3", "tiny")),
+        model="deepseek-v3:tiny",
+    )
 
 
 def _extras(names: Iterable[str]) -> str:

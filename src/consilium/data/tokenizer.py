@@ -34,6 +34,7 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, Recur
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @final
@@ -127,8 +128,11 @@ class Tokenizer:
         if folder.suffix == ".gguf":
             return cls(*tokenizer_files(folder), where=str(folder))
         description = _read(folder / TOKENIZER_FILE)
-        config = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
-        return cls(description, _object(config, folder / CONFIG_FILE), where=str(folder / TOKENIZER_FILE))
+        text = _read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else "{}"
+        config = _object(text, folder / CONFIG_FILE)
+        if (folder / TEMPLATE_FILE).exists():  # which wins, as in transformers
+            config["chat_template"] = _read(folder / TEMPLATE_FILE)
+        return cls(description, config, where=str(folder / TOKENIZER_FILE))
 
     def save(self, folder: Path) -> None:
         """Write the two files that ``load`` and transformers read."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
+from consilium.data.tokenizer import TEMPLATE_FILE as FILE
 from consilium.engine import render
 from consilium.errors import ConsiliumError
 from consilium.machine.confined import Confined
 
-FILE: Final = "chat_template.jinja"
 MORE: Final = "additional_chat_templates"
 DEFAULT: Final = "default"
 _LARGEST: Final = 2**20

@@ -224,6 +224,8 @@ def _report(
             *lost,
             "the tokenizer composes characters first (NFC) and llama.cpp does not: give it composed text.",
         )
+    if vocabulary is not None and vocabulary.strips:
+        lost = (*lost, "an added token takes the blanks beside it (lstrip, rstrip), and llama.cpp does not.")
     if len(source.generation.ends) > len(_ENDS):
         lost = (*lost, f"the model ends an answer at more tokens than the {len(_ENDS)} that a file names.")
     return Exported(typed / sum(planned.values for planned in rows), lost)

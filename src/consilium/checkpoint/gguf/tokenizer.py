@@ -10,13 +10,12 @@ from typing import Any, Final
 from gguf import TokenType
 
 from consilium.checkpoint.folders import check_vocabulary
-from consilium.checkpoint.json_file import read_bytes, read_object
+from consilium.checkpoint.json_file import read_object
 from consilium.data.pieces import scores
 from consilium.data.splits import PIECES, composes, split_of
-from consilium.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from consilium.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from consilium.data.vocabulary import BYTE_TOKEN
 
-_TEMPLATE_FILE: Final = "chat_template.jinja"
 _NEVER: Final = "ÿ ÿ"
 """For a tokenizer of bytes: llama.cpp wants at least one merge, and no UTF-8 has two bytes 0xFF."""
 _LAST: Final = -1e9
@@ -41,6 +40,8 @@ class Vocabulary:
     pad: int | None
     opens: bool
     composes: bool
+    strips: bool
+    """Whether an added token takes the blanks beside it."""
     chat_template: str | None
 
 
@@ -54,10 +55,10 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
         return None
     tokenizer = Tokenizer.load(folder)
     description = read_object(path)
-    config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     check_vocabulary(tokenizer.vocab_size, size, path)
     split, model = split_of(description, str(path)), description["model"]
     merges = tuple(map(_merge, model["merges"]))
+    template = tokenizer.config.get("chat_template")
     found = scores(model["vocab"], merges, str(path)) if split == PIECES else {}
     tokens, kinds = _tokens(description, size)
     return Vocabulary(
@@ -72,7 +73,8 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
         pad=tokenizer.named("pad_token"),
         opens=tokenizer.opening_id is not None,
         composes=composes(description),
-        chat_template=_chat_template(folder, config),
+        strips=any(t.get("lstrip") or t.get("rstrip") for t in description.get("added_tokens") or ()),
+        chat_template=template if isinstance(template, str) else None,
     )
 
 
@@ -96,10 +98,3 @@ def _merge(merge: str | Sequence[str]) -> tuple[str, str]:
     """Two tokens, joined by a space in older files; no token of theirs has one inside."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    if (folder / _TEMPLATE_FILE).exists():
-        return read_bytes(folder / _TEMPLATE_FILE).decode(errors="replace")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
