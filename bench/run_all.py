@@ -8,6 +8,7 @@ Stop it at any time: it goes on with the first benchmark that has no record of t
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ RECORDS = ROOT / "bench" / "records"
 
 
 def queue(records: Path) -> Mapping[str, Sequence[str]]:
-    """What writes each record, shortest first."""
+    """What writes each record, shortest first, as it is run in ROOT: a record names no machine's folders."""
+    records = Path(os.path.relpath(records, ROOT))
     command = (sys.executable, "-m", "consilium", "bench")
     speed = {
         "decode-tiny": (),

@@ -241,7 +241,7 @@ def test_text_without_a_blank_trains_in_a_time_that_grows_with_it() -> None:
 
 
 def test_a_chat_template_beside_the_tokenizer_goes_where_the_tokenizer_goes(tmp_path: Path) -> None:
-    """A model that is trained on keeps its way of speaking; the file wins over the key, as in transformers."""
+    """A model that is trained on keeps its way of speaking; the file wins over the key."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
