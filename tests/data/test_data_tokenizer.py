@@ -246,7 +246,7 @@ def test_a_chat_template_beside_the_tokenizer_goes_where_the_tokenizer_goes(tmp_
     first.mkdir()
     second.mkdir()
     config = dict(BPE.config) | {"chat_template": "{{ 'of the key' }}"}
-    Tokenizer(BPE.files()["tokenizer.json"], config).save(first)
+    Tokenizer(BPE.files()["tokenizer.json"].decode(), config).save(first)
     (first / "chat_template.jinja").write_text("{{ 'of the file' }}", encoding="utf-8")
     Tokenizer.load(first).save(second)
     template = find_template(second, Tokenizer.load(second))

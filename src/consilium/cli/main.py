@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_language()
         code = _dispatch(words)
         if argv is None and code == INTERRUPTED:
-            # The process ends now and has said how: one more Ctrl-C in a burst must not end it otherwise.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # The process ends now and has said how: one more signal of a burst must not end it otherwise.
+            for number in _stopping("SIGINT", "SIGTERM", "SIGHUP"):
+                signal.signal(number, signal.SIG_IGN)
         _flush()
     except ConsiliumError as error:
         return _refuse(str(error))
@@ -137,9 +138,14 @@ def _writes_chinese(encoding: str) -> bool:
 
 def _stop_in_order() -> None:
     """SIGTERM and SIGHUP unwind as Ctrl-C does, or half a folder would stay; what is ignored stays so."""
-    for name in {"SIGTERM", "SIGHUP"} & {known.name for known in signal.Signals}:
-        if signal.getsignal(signal.Signals[name]) is signal.SIG_DFL:
-            signal.signal(signal.Signals[name], _stop)
+    for number in _stopping("SIGTERM", "SIGHUP"):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stopping(*names: str) -> list[signal.Signals]:
+    """Those of the signals that this system has."""
+    return [number for number in signal.Signals if number.name in names]
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
