@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consilium.checkpoint.store import load, save
-    from consilium.config.training import AdamW, BuiltIn, Bytes, Data, Folder, TextPath, Training
+    from consilium.config.data import BuiltIn, Data, TextPath
+    from consilium.config.training import AdamW, Bytes, Folder, Training
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
     from consilium.errors import ConsiliumError
@@ -47,13 +48,13 @@ __all__ = [
 
 _HOME = {
     "AdamW": "consilium.config.training",
-    "BuiltIn": "consilium.config.training",
+    "BuiltIn": "consilium.config.data",
     "Bytes": "consilium.config.training",
     "ConsiliumError": "consilium.errors",
-    "Data": "consilium.config.training",
+    "Data": "consilium.config.data",
     "Engine": "consilium.engine.engine",
     "Folder": "consilium.config.training",
-    "TextPath": "consilium.config.training",
+    "TextPath": "consilium.config.data",
     "Tokenizer": "consilium.data.tokenizer",
     "Training": "consilium.config.training",
     "build": "consilium.model.build",

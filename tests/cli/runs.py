@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from consilium.config import io
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.data import Data, TextPath
+from consilium.config.training import Bytes, Training
 from small import DEEPSEEK
 
 

@@ -12,8 +12,8 @@ from runs import write_config, write_text
 
 import consilium as cs
 from consilium.cli.main import main
+from consilium.config.data import Data, TextPath
 from consilium.config.model import Model
-from consilium.config.training import Data, TextPath
 from consilium.data.corpus import build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError

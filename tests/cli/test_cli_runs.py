@@ -15,8 +15,9 @@ from consilium.benchmarking import benchmarks
 from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config import io
+from consilium.config.data import Data, TextPath
 from consilium.config.model import MTP
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.data.corpus import read_documents
 from consilium.records.bench import BenchRecord
 from consilium.records.io import from_json, read_json

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from consilium.config import io
+from consilium.config.data import TextPath
 from consilium.config.moe import Capacity
-from consilium.config.training import Bytes, Cosine, Folder, StepDecay, TextPath, Train, Training
+from consilium.config.training import Bytes, Cosine, Folder, StepDecay, Train, Training
 from consilium.errors import ConsiliumError
 from small import DEEPSEEK
 

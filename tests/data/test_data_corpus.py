@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from data_corpora import CODE, PROSE
 
-from consilium.config.training import Bytes, Data, TextPath
+from consilium.config.data import Data, TextPath
+from consilium.config.training import Bytes
 from consilium.data import corpus as module
 from consilium.data import store
 from consilium.data.corpus import Corpus, build_corpus, held_out_corpus, whole_corpus

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -8,22 +9,23 @@ from data_corpora import BYTES, corpus_of, documents, lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilium.config.data import Data
 from consilium.data.batch import Batch
 from consilium.data.loader import Loader
-from consilium.data.schedule import PERIOD, DomainSchedule
+from consilium.data.schedule import MOST_DOMAINS, PERIOD, DomainSchedule
 from consilium.data.shuffle import permutation
 from consilium.errors import ConsiliumError
 
+NAMES = ("ids_BS", "targets_BS", "sequence_BS", "position_BS", "valid_BS")
 CORPUS = corpus_of([*documents([30, 50, 20], "code"), *documents([9, 8, 7, 6] * 3, "prose")])
 
 
 def loader(seed: int = 0, batch: int = 6) -> Loader:
-    return Loader(CORPUS, sequence_length=8, batch=batch, seed=seed, temperature=0.5)
+    return Loader(CORPUS, Data(sequence_length=8), batch=batch, seed=seed)
 
 
 def equal(first: Batch, second: Batch) -> bool:
-    names = ("ids_BS", "targets_BS", "sequence_BS", "position_BS", "valid_BS")
-    pairs = [(getattr(first, name), getattr(second, name)) for name in names]
+    pairs = [(getattr(first, name), getattr(second, name)) for name in NAMES]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
@@ -41,6 +43,17 @@ def test_micro_batches_join_to_the_batch(step: int, count: int) -> None:
     whole = LONG_RUNNING.batch(step)
     assert torch.equal(torch.cat([part.ids_BS for part in parts]), whole.ids_BS)
     assert torch.equal(torch.cat([part.targets_BS for part in parts]), whole.targets_BS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micros", [1, 2])
+def test_parts_of_the_ranks_join_to_the_micro_batch_of_one_process(ranks: int, micros: int) -> None:
+    found = loader(batch=8)
+    for step, index in itertools.product(range(5), range(micros)):
+        parts = [found.part(step, (index, micros), (rank, ranks)) for rank in range(ranks)]
+        whole = found.micro(step, index, micros)
+        joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in NAMES})
+        assert equal(joined, whole)
 
 
 @given(step=st.integers(0, 50))
@@ -72,30 +85,34 @@ def test_rows_hold_the_domain_that_they_are_said_to_hold() -> None:
 
 
 @given(
-    sizes=st.lists(st.integers(1, 10**7), min_size=1, max_size=9),
-    temperature=st.floats(0, 1),
-    numbers=st.sets(st.integers(0, 5 * PERIOD), max_size=40),
+    weights=st.lists(st.floats(1e-4, 1), min_size=1, max_size=9),
+    start=st.integers(0, 2 * PERIOD),
 )
-def test_the_closed_form_counts_as_a_loop_would(
-    sizes: list[int], temperature: float, numbers: set[int]
-) -> None:
-    schedule = DomainSchedule(sizes, temperature)
-    seen = [0] * len(sizes)
-    for number in range(max(numbers, default=0) + 1):
+def test_the_closed_form_counts_as_a_loop_would(weights: list[float], start: int) -> None:
+    schedule = DomainSchedule(weights)
+    seen = dict.fromkeys(range(len(weights)))
+    for number in range(start, start + 500):
         domain, rank = schedule.row(number)
-        assert rank == seen[domain]
-        seen[domain] += 1
+        assert seen[domain] in (None, rank - 1)
+        seen[domain] = rank
 
 
-@given(sizes=st.lists(st.integers(1, 10**7), min_size=1, max_size=9), temperature=st.floats(0, 1))
-def test_shares_follow_size_to_the_temperature(sizes: list[int], temperature: float) -> None:
-    weights = [size**temperature for size in sizes]
-    for share, weight in zip(DomainSchedule(sizes, temperature).shares, weights, strict=True):
-        assert share == pytest.approx(weight / sum(weights), abs=(len(sizes) + 1) / PERIOD)
+@given(weights=st.lists(st.floats(1e-4, 1), min_size=1, max_size=9))
+def test_ranks_of_a_period_hold_every_row_of_a_domain_once(weights: list[float]) -> None:
+    schedule = DomainSchedule(weights)
+    rows = [schedule.row(number) for number in range(PERIOD)]
+    for domain, share in enumerate(schedule.shares):
+        assert [rank for of, rank in rows if of == domain] == list(range(round(share * PERIOD)))
+
+
+@given(weights=st.lists(st.floats(1e-4, 1), min_size=1, max_size=9))
+def test_shares_are_those_of_the_weights_to_a_row_or_two(weights: list[float]) -> None:
+    for share, weight in zip(DomainSchedule(weights).shares, weights, strict=True):
+        assert share == pytest.approx(weight / sum(weights), abs=2 / PERIOD)
 
 
 def test_domains_are_spread_evenly_over_a_period() -> None:
-    schedule = DomainSchedule([3, 1], 1.0)
+    schedule = DomainSchedule([3, 1])
     for start in range(0, PERIOD, 16):
         drawn = Counter(schedule.row(start + number)[0] for number in range(16))
         assert abs(drawn[0] - 12) <= 1
@@ -110,7 +127,7 @@ def test_permutations_hold_every_index_once(count: int, key: int) -> None:
 def test_a_domain_shorter_than_a_sequence_is_left_out_with_a_notice(sizes: list[int]) -> None:
     corpus = corpus_of([*documents([500], "long"), *documents(sizes, "short")])
     length = corpus.train["short"].token_count + 1
-    found = Loader(corpus, sequence_length=length, batch=2, seed=0)
+    found = Loader(corpus, Data(sequence_length=length), batch=2, seed=0)
     assert found.domains == ("long",)
     (notice,) = found.notices
     assert "'short'" in notice
@@ -120,10 +137,10 @@ def test_a_domain_shorter_than_a_sequence_is_left_out_with_a_notice(sizes: list[
 def test_text_shorter_than_a_sequence_is_refused_with_both_counts() -> None:
     corpus = corpus_of(documents([20]))
     with pytest.raises(ConsiliumError, match=r"21 tokens.*needs 256; .*--seq"):
-        Loader(corpus, sequence_length=256, batch=2, seed=0)
+        Loader(corpus, Data(sequence_length=256), batch=2, seed=0)
 
 
 def test_more_domains_than_can_be_mixed_are_refused() -> None:
-    found = [document for n in range(PERIOD + 1) for document in documents([4], f"domain {n}")]
+    found = [document for n in range(MOST_DOMAINS + 1) for document in documents([4], f"domain {n}")]
     with pytest.raises(ConsiliumError, match="1025 domains are more than the 1024"):
-        Loader(corpus_of(found), sequence_length=4, batch=2, seed=0)
+        Loader(corpus_of(found), Data(sequence_length=4), batch=2, seed=0)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from consilium.config.training import BuiltIn, Data, TextPath
+from consilium.config.data import BuiltIn, Data, TextPath
 from consilium.data.corpus import read_documents
 from consilium.errors import ConsiliumError
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Here, since what is held out is drawn by the name that was given."""
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         for number in range(6):
@@ -54,10 +53,39 @@ def test_names_begin_with_their_source_where_there_are_several(folder: Path) -> 
     alone = read_documents(of(folder / "one"))
     both = read_documents(of(folder / "one", folder / "two"))
     assert len({document.name for document in both}) == len(both) == 12
-    places = [f"{folder / name}:" for name in ("one", "two")]
-    assert all(sum(document.name.startswith(place) for place in places) == 1 for document in both)
-    assert not any(document.name.startswith(places[0]) for document in alone)
+    assert all(sum(document.name.startswith(f"{name}:") for name in ("one", "two")) == 1 for document in both)
+    assert not any(document.name.startswith("one:") for document in alone)
     assert {document.domain for document in both} == {document.domain for document in alone}
+
+
+def test_sources_of_the_same_name_are_told_apart_by_more_of_their_paths(folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / name / "notes").rename(folder / f"{name}" / "texts")
+    found = read_documents(of(folder / "one/texts", folder / "two/texts"))
+    assert {document.name.partition(":")[0] for document in found} == {"one/texts", "two/texts"}
+
+
+@pytest.mark.parametrize("spelling", ["{here}/{name}", "./{name}", "{name}/../{name}", "link-{name}"])
+def test_text_and_split_do_not_depend_on_how_a_path_is_written(spelling: str, folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / f"link-{name}").symlink_to(name, target_is_directory=True)
+    written = [spelling.format(here=folder.absolute(), name=name) for name in ("one", "two")]
+    assert read_documents(of(*written)) == read_documents(of("one", "two"))
+
+
+def test_another_source_moves_no_text_to_the_other_side(folder: Path) -> None:
+    alone = {document.text: document.held_out for document in read_documents(of("one"))}
+    both = {document.text: document.held_out for document in read_documents(of("one", "two"))}
+    assert both.items() >= alone.items()
+    assert set(alone.values()) == {False, True}
+
+
+def test_a_named_domain_holds_all_text_of_its_source(folder: Path) -> None:
+    data = Data(sources=(TextPath(path="one", domain="first"), TextPath(path="two")))
+    assert {(d.name.partition(":")[0], d.domain) for d in read_documents(data)} == {
+        ("one", "first"),
+        ("two", "notes"),
+    }
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -71,6 +99,8 @@ def test_text_and_split_do_not_depend_on_the_order_of_sources(turned: bool, fold
 
 
 def test_the_built_in_text_stands_beside_a_path(folder: Path) -> None:
-    built_in = read_documents(Data())
-    found = read_documents(Data(sources=(BuiltIn(), TextPath(path=str(folder / "one")))))
-    assert len(found) == len(built_in) + 6
+    built_in = read_documents(Data(held_out=0.3))
+    found = read_documents(Data(sources=(BuiltIn(), TextPath(path=str(folder / "one"))), held_out=0.3))
+    own = read_documents(of(folder / "one"))
+    assert len(found) == len(built_in) + len(own)
+    assert {document.text for document in found} == {document.text for document in [*built_in, *own]}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from consilium.config.data import Data, TextPath
 from consilium.config.model import Model
-from consilium.config.training import Bytes, Data, TextPath
+from consilium.config.training import Bytes
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.evaluation.bits import Reading, measure

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from consilium.checkpoint import store
+from consilium.config.data import Data, TextPath
 from consilium.config.model import MTP
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.disk import atomic
 from consilium.records.run import CHECKPOINTS
 from consilium.training.loop import train

@@ -13,8 +13,9 @@ import torch
 import consilium as cs
 from consilium.checkpoint import store
 from consilium.cli.main import main
+from consilium.config.data import Data, TextPath
 from consilium.config.io import to_yaml
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.training.events import Event, Stepped

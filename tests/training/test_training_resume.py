@@ -17,8 +17,9 @@ import torch
 import consilium
 from consilium.checkpoint import store
 from consilium.config import io
+from consilium.config.data import Data, TextPath
 from consilium.config.model import Model
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.data.corpus import build_corpus
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError

@@ -12,8 +12,9 @@ from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.balance import Balance, ImportanceLoss, SwitchLoss
+from consilium.config.data import Data, TextPath
 from consilium.config.router import NoGate, Uniform
-from consilium.config.training import Bytes, Data, Folder, TextPath, Training
+from consilium.config.training import Bytes, Folder, Training
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder

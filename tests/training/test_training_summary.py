@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.data import Data, TextPath
+from consilium.config.training import Bytes, Training
 from consilium.model.build import build
 from consilium.moe.balance import Balance
 from consilium.recipes.variants import dense_twin

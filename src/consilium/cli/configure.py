@@ -9,8 +9,9 @@ from pathlib import Path
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import checkpoint_in
 from consilium.config import io
+from consilium.config.data import read_source
 from consilium.config.model import Model
-from consilium.config.training import AdamW, Folder, StartWeights, TextPath, Training
+from consilium.config.training import AdamW, Folder, StartWeights, Training
 from consilium.errors import ConsiliumError
 from consilium.planner.scaling import scale_to
 from consilium.recipes import catalogue
@@ -138,7 +139,7 @@ def _settled(base: Training, options: Namespace) -> Training:
 
 
 def _apply(base: Training, options: Namespace) -> Training:
-    sources = None if options.data is None else [TextPath(path=path) for path in options.data]
+    sources = None if options.data is None else [read_source(text) for text in options.data]
     data = io.changed(base.data, where="train", **_given(sources=sources, sequence_length=options.seq))
     optimizer = io.changed(base.optimizer, where="train", **_given(learning_rate=options.lr))
     model = _model(base, options)

@@ -16,11 +16,10 @@ from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
 if TYPE_CHECKING:
-    from consilium.config.training import Data, Training
+    from consilium.config.data import Data, TextPath
+    from consilium.config.training import Training
     from consilium.data.documents import Document
     from consilium.evaluation.bits import Evaluation
-
-BUILT_IN = "builtin"
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="PATH",
-        help=f".txt, .md, .py, .jsonl or a folder, several times too, or {BUILT_IN}; default: what the run"
+        help="[NAME=]PATH, a file or folder of text, several times too, or builtin; default: what the run"
         " held out",
     )
     parser.add_argument(
@@ -103,16 +102,13 @@ def _documents(
     options: Namespace, run_folder: Path | None, stored: Training | None
 ) -> tuple[list[Document], str]:
     """All of the user's text, or what the run held out: text that it trained on would flatter it."""
-    from consilium.config.training import Data
-    from consilium.data.corpus import read_documents, refuse_twice, whole_documents
+    from consilium.config.data import BUILT_IN, Data
+    from consilium.data.corpus import read_documents, source_texts, whole_documents
     from consilium.data.documents import Text
-    from consilium.data.paths import path_texts
     from consilium.evaluation.texts import limited
 
     if options.data is not None and options.data != [BUILT_IN]:
-        paths = [Path(path) for path in options.data]
-        refuse_twice(paths)
-        texts = [text for path in paths for text in path_texts(path, note)]
+        texts = [text for source in _sources(options.data) for text in source_texts(source, note)]
         return whole_documents(limited(texts, options.limit)), ", ".join(options.data)
     if options.data is None and stored is None:
         raise ConsiliumError(
@@ -140,8 +136,25 @@ def _check_same(run_folder: Path, documents: list[Document]) -> None:
         )
 
 
+def _sources(given: list[str]) -> list[TextPath]:
+    """Text of the user's own, all of which is read."""
+    from consilium.config.data import TextPath, read_source
+    from consilium.data.corpus import refuse_twice
+
+    sources: list[TextPath] = []
+    for text in given:
+        source = read_source(text)
+        if not isinstance(source, TextPath):
+            raise ConsiliumError(f"eval: --data {text} stands alone, without a weight or other text.")
+        if source.weight is not None:
+            raise ConsiliumError(f"eval: all text is read, so --data {text} takes no weight; drop it.")
+        sources.append(source)
+    refuse_twice([Path(source.path) for source in sources])
+    return sources
+
+
 def _named(data: Data) -> str:
-    from consilium.config.training import TextPath
+    from consilium.config.data import TextPath
 
     return ", ".join(s.path if isinstance(s, TextPath) else "the built-in text" for s in data.sources)
 

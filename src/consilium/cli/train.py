@@ -34,8 +34,9 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         action="append",
-        metavar="PATH",
-        help=".txt, .md, .py, .jsonl or a folder; may be given several times; default: built-in text",
+        metavar="SOURCE",
+        help="[NAME=]PATH[:WEIGHT], a file or folder of text, or builtin[:WEIGHT]; may be given several"
+        " times; default: built-in text",
     )
     _length_arguments(parser)
     _model_arguments(parser)

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 
 from consilium.config.balance import AdaptiveLoss, BalanceLoss, ImportanceLoss
 from consilium.config.base import Size, configuration
+from consilium.config.data import BuiltIn as BuiltIn  # noqa: PLC0414 - where older scripts look for it
+from consilium.config.data import Data
+from consilium.config.data import TextPath as TextPath  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import NoGate, Uniform
@@ -60,36 +63,6 @@ class AdamW:
     decay: NonNegativeFloat = 0.1
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-
-
-@configuration
-class BuiltIn:
-    """Text that every Python ships (code, prose, docstrings), generated mathematics and bilingual text."""
-
-    kind: Literal["builtin"] = "builtin"
-
-
-@configuration
-class TextPath:
-    """The user's own .txt, .md, .py, .jsonl (key ``text``) file or a folder of them."""
-
-    kind: Literal["path"] = "path"
-    path: str
-
-
-Source = Annotated[BuiltIn | TextPath, Field(discriminator="kind")]
-
-
-@configuration
-class Data:
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (BuiltIn(),)
-    """Domains of the same name in several sources are one domain."""
-    sequence_length: Size = 128
-    """Tokens a packed sequence."""
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction of files held out for validation."""
-    temperature: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Domains are sampled in proportion to size ** temperature; 1 is by size, 0 is uniform."""
 
 
 @configuration

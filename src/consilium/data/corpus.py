@@ -6,16 +6,18 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never, final
 
 import tokenizers
 
-from consilium.config.training import BuiltIn, Bytes, Data, Folder, Source, StartTokenizer, TextPath, Train
+from consilium.config.data import BuiltIn, Data, Source, TextPath
+from consilium.config.training import Bytes, Folder, StartTokenizer, Train
 from consilium.data.builtin.domains import builtin_documents
 from consilium.data.documents import Document, Text, corpus_sha256, split
 from consilium.data.encoding import Progress, TokenizedText, arrays, encode_documents, join
+from consilium.data.mixture import Owners
 from consilium.data.paths import path_texts
 from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
@@ -38,6 +40,8 @@ class Corpus:
     train: Mapping[str, TokenizedText]
     """By domain; empty where the text is only measured."""
     held_out: Mapping[str, TokenizedText]
+    owners: Owners = field(default_factory=dict)
+    """Which sources each domain comes from."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -54,17 +58,17 @@ def build_corpus(
     """
     report = progress or _silent
     tokenizer = _given(start, vocab_size)
-    documents = read_documents(data, report)
+    documents, owners = _read_sources(data, report)
     _refuse_unmeasured(documents)
     sha256 = corpus_sha256(documents)
     folder = cache_folder() / "corpus" / _key(start, tokenizer, vocab_size, sha256)
     if entry_is_whole(folder):
         report(say("tokenized text from the cache ({folder})", folder=folder))
-        return _read(folder)
+        return replace(_read(folder), owners=owners)
     if tokenizer is None:
         report(say("training a tokenizer of {n} tokens", n=vocab_size))
         tokenizer = Tokenizer.train(documents, vocab_size, progress=report)
-    corpus = _tokenize(tokenizer, documents, report)
+    corpus = replace(_tokenize(tokenizer, documents, report), owners=owners)
     try:
         write_entry(folder, _files(corpus))
     except ConsiliumError as error:
@@ -135,26 +139,53 @@ def _refuse_unmeasured(documents: Sequence[Document]) -> None:
 
 def read_documents(data: Data, report: Progress | None = None) -> list[Document]:
     """Return the text of ``data`` with its split. Raises ConsiliumError for unusable text."""
-    report = report or _silent
-    refuse_twice([Path(source.path) for source in data.sources if isinstance(source, TextPath)])
-    beside = len(data.sources) > 1
-    found = [d for source in data.sources for d in _of(source, data.held_out, report, prefixed=beside)]
-    return sorted(found, key=lambda document: (document.domain, document.name))
+    return _read_sources(data, report or _silent)[0]
 
 
-def _of(source: Source, held_out: float, report: Progress, *, prefixed: bool) -> list[Document]:
-    """Beside other sources names begin with the source's, so that they stay unique."""
+def _read_sources(data: Data, report: Progress) -> tuple[list[Document], Owners]:
+    """Return documents, sorted, and the sources that each domain comes from."""
+    paths = [Path(source.path) for source in data.sources if isinstance(source, TextPath)]
+    refuse_twice(paths)
+    prefixes = _prefixes(paths) if len(data.sources) > 1 else [""] * len(paths)
+    found: list[Document] = []
+    owners: dict[str, list[int]] = {}
+    for index, source in enumerate(data.sources):
+        prefix = prefixes.pop(0) if isinstance(source, TextPath) else ""
+        documents = _of(source, data.held_out, report, prefix)
+        found += documents
+        for domain in {document.domain for document in documents}:
+            owners.setdefault(domain, []).append(index)
+    return sorted(found, key=lambda document: (document.domain, document.name)), owners
+
+
+def _of(source: Source, held_out: float, report: Progress, prefix: str) -> list[Document]:
     match source:
         case BuiltIn():
             return builtin_documents(held_out)
-        case TextPath(path=path) if not prefixed:
-            return split(path_texts(Path(path), report), held_out)
-        case TextPath(path=path):
-            texts = path_texts(Path(path), report)
-            named = [Text(t.text, t.domain, f"{path}:{t.name}", f"{path}:{t.unit}") for t in texts]
-            return split(named, held_out)
+        case TextPath() as source:
+            # The unit, which decides the split, keeps its name inside the source: no source moves another's.
+            texts = [replace(text, name=prefix + text.name) for text in source_texts(source, report)]
+            return split(texts, held_out)
         case unknown:
             assert_never(unknown)
+
+
+def source_texts(source: TextPath, report: Progress | None = None) -> list[Text]:
+    """Return the text of one source. Raises ConsiliumError for unusable text."""
+    texts = path_texts(Path(source.path), report or _silent)
+    return texts if source.domain is None else [replace(text, domain=source.domain) for text in texts]
+
+
+def _prefixes(paths: Sequence[Path]) -> list[str]:
+    """What names begin with beside other sources: the shortest ends of the paths that tell them apart.
+
+    However a path was written, from wherever, and wherever the folder lies, its end is the same.
+    """
+    parts = [path.resolve().parts for path in paths]
+    longest = max(map(len, parts), default=0)
+    ends = ([of[-size:] for of in parts] for size in range(1, longest + 1))
+    told_apart = next((end for end in ends if len(set(end)) == len(paths)), parts)
+    return [f"{'/'.join(end)}:" for end in told_apart]
 
 
 def refuse_twice(paths: Sequence[Path]) -> None:

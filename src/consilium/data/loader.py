@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilium.config.data import Data
 from consilium.data.batch import Batch
 from consilium.data.corpus import Corpus
 from consilium.data.encoding import TokenizedText
+from consilium.data.mixture import domain_shares
 from consilium.data.packing import PackedDomain, Row
-from consilium.data.schedule import PERIOD, DomainSchedule
+from consilium.data.schedule import MOST_DOMAINS, DomainSchedule
 from consilium.data.syntax import UNKNOWN
 from consilium.data.windows import Windows, cut_windows, limit_windows
 from consilium.errors import ConsiliumError
@@ -26,30 +28,24 @@ from consilium.words.say import say
 
 @final
 class Loader:
-    """Deals rows from the domains in proportion to size ** temperature. To resume takes the step alone."""
+    """Deals rows from the domains in the shares that ``data`` asks for. To resume takes the step alone."""
 
     def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        sequence_length: int,
-        batch: int,
-        seed: int,
-        temperature: float = 0.5,
-        dealt: tuple[int, int] = (0, 0),
+        self, corpus: Corpus, data: Data, *, batch: int, seed: int, dealt: tuple[int, int] = (0, 0)
     ) -> None:
         """``batch`` is global, in rows. ``dealt`` are the steps and rows before this batch size began.
 
-        Raises ConsiliumError when no domain fills one sequence.
+        Raises ConsiliumError when no domain fills one sequence, and for weights that do not fit the text.
         """
+        sequence_length = data.sequence_length
         counts = {domain: text.token_count for domain, text in corpus.train.items()}
         long_enough = {domain: count for domain, count in counts.items() if count >= sequence_length}
         if not long_enough:
             raise ConsiliumError(_too_short(counts, sequence_length))
-        if len(long_enough) > PERIOD:
+        if len(long_enough) > MOST_DOMAINS:
             raise ConsiliumError(
-                f"data: {len(long_enough)} domains are more than the {PERIOD} that can be mixed; put the text"
-                " into fewer folders."
+                f"data: {len(long_enough)} domains are more than the {MOST_DOMAINS} that can be mixed; put"
+                " the text into fewer folders."
             )
         self.domains: tuple[str, ...] = tuple(long_enough)
         self.notices: tuple[str, ...] = tuple(
@@ -66,7 +62,8 @@ class Loader:
         self._batch = batch
         self._first_row = dealt[1] - dealt[0] * batch
         self._packed = [PackedDomain(corpus.train[d], sequence_length, seed, d) for d in self.domains]
-        self._schedule = DomainSchedule(list(long_enough.values()), temperature)
+        shares = domain_shares(data, long_enough, corpus.owners)
+        self._schedule = DomainSchedule([shares[domain] for domain in self.domains])
 
     @property
     def rows_per_epoch(self) -> int:
@@ -89,6 +86,14 @@ class Loader:
         size = self._batch // count
         first = self._first_row + step * self._batch + index * size
         return _stack([self._row(number) for number in range(first, first + size)])
+
+    def part(self, step: int, micro: tuple[int, int], rank: tuple[int, int]) -> Batch:
+        """Return what rank r of R trains on in micro-batch m of M, given ``(m, M)`` and ``(r, R)``.
+
+        The parts of all ranks, one after the other, are the micro-batch, so that no order depends on R.
+        """
+        (index, count), (place, ranks) = micro, rank
+        return self.micro(step, index * ranks + place, count * ranks)
 
     def row_domains(self, step: int) -> tuple[str, ...]:
         """Return the domain of each row of the batch of ``step``."""

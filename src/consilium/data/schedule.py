@@ -11,22 +11,24 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-PERIOD = 1024
+PERIOD = 2**14
+"""Rows in which shares come out exact but for one row a domain: a share of 1e-4 is more than a row."""
+MOST_DOMAINS = 1024
 
 
 @final
 class DomainSchedule:
     """Rows of ``PERIOD`` repeat; inside a period domain d has its fixed number of rows, evenly spread."""
 
-    def __init__(self, sizes: Sequence[int], temperature: float) -> None:
-        """``sizes`` are tokens; a domain gets rows in proportion to size ** temperature, at least one."""
-        counts_D = _apportion(np.array(sizes, dtype=np.float64) ** temperature, PERIOD)
+    def __init__(self, weights: Sequence[float]) -> None:
+        """A domain gets rows in proportion to its weight, at least one."""
+        counts_D = _apportion(np.array(weights, dtype=np.float64), PERIOD)
         # The i-th of n rows stands at (i + 1/2) / n of the period; ties go to the earlier domain.
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts_D])
-        owners = np.repeat(np.arange(len(sizes)), counts_D)
-        self._domain_P: NDArray[np.int64] = owners[np.argsort(places, kind="stable")]
-        ranks_PD = np.cumsum(self._domain_P[:, None] == np.arange(len(sizes)), axis=0)
-        self._rank_P: NDArray[np.int64] = ranks_PD[np.arange(PERIOD), self._domain_P] - 1
+        order_P = np.argsort(places, kind="stable")
+        self._domain_P: NDArray[np.int64] = np.repeat(np.arange(len(weights)), counts_D)[order_P]
+        ranks_P = np.concatenate([np.arange(count) for count in counts_D])
+        self._rank_P: NDArray[np.int64] = ranks_P[order_P]
         self._counts_D: NDArray[np.int64] = counts_D
 
     @property
@@ -42,10 +44,14 @@ class DomainSchedule:
 
 
 def _apportion(weights_D: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Give each domain one row and share out the others by largest remainder."""
+    """Give each domain one row and share out the others by largest remainder.
+
+    What a domain gets beside its one row is what it lacks to its share, so that small ones are exact too.
+    """
+    exact_D = np.maximum(weights_D / weights_D.sum() * total - 1, 0)
     free = total - len(weights_D)
     assert free >= 0, f"{len(weights_D)} domains exceed a period of {total} rows"
-    exact_D = weights_D / weights_D.sum() * free
+    exact_D *= free / max(exact_D.sum(), 1e-9)
     counts_D = np.floor(exact_D).astype(np.int64)
     order = np.argsort(counts_D - exact_D, kind="stable")
     counts_D[order[: free - int(counts_D.sum())]] += 1

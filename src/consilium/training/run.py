@@ -15,7 +15,8 @@ import torch
 import consilium
 from consilium.checkpoint import store
 from consilium.config import io
-from consilium.config.training import BuiltIn, Training
+from consilium.config.data import spelled
+from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.data.loader import Loader
 from consilium.disk import atomic
@@ -150,14 +151,7 @@ def _record(changed: list[tuple[str, str, str]], config: Training, step: int, si
 
 
 def loader_of(config: Training, corpus: Corpus, dealt: tuple[int, int] = (0, 0)) -> Loader:
-    return Loader(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        batch=config.batch,
-        seed=config.seed,
-        temperature=config.data.temperature,
-        dealt=dealt,
-    )
+    return Loader(corpus, config.data, batch=config.batch, seed=config.seed, dealt=dealt)
 
 
 def save_run(run: Run) -> Path:
@@ -247,6 +241,4 @@ def _meta(config: Training, corpus: Corpus) -> RunMeta:
 
 
 def _corpus_name(config: Training) -> str:
-    return ", ".join(
-        "builtin" if isinstance(source, BuiltIn) else source.path for source in config.data.sources
-    )
+    return ", ".join(map(spelled, config.data.sources))
