@@ -59,12 +59,12 @@ def test_rows_are_sorted_by_expert_in_token_order_and_counted(
     ]
     assert list(rows.counts_E) == decision.load_E().tolist()
     assert sum(rows.counts_E) == rows.x_RD.shape[0] == len(expected)
-    assert ticket.token_R.tolist() == [t for t, _ in expected]
-    assert torch.equal(rows.x_RD, x_TD[ticket.token_R])
+    assert ticket.by_token.token_R.tolist() == [t for t, _ in expected]
+    assert torch.equal(rows.x_RD, x_TD[ticket.by_token.token_R])
     assert ticket.weight_R.tolist() == [decision.weights_TK[t, r].item() for t, r in expected]
-    assert len(ticket.first_T) == count
+    assert len(ticket.by_token.first_T) == count
     # The inverse: rows listed by token and then by choice.
-    listed = [expected[row] for row in ticket.row_R.tolist()]
+    listed = [expected[row] for row in ticket.by_token.row_R.tolist()]
     assert listed == sorted(expected)
 
 
@@ -157,9 +157,9 @@ def test_a_token_adds_up_the_same_bits_in_any_company() -> None:
         names = ("scores_TE", "experts_TK", "keep_TK", "weights_TK")
         part = [getattr(decision, name)[pick_T] for name in names]
         _, ticket = send(decided(*part), torch.zeros(len(pick_T), 7))
-        expert_R = torch.zeros(len(ticket.token_R), dtype=torch.int64)
-        expert_R[ticket.row_R] = part[2].nonzero()[:, 1]
-        return combine(y[pick_T][ticket.token_R, expert_R], ticket)
+        expert_R = torch.zeros(len(ticket.by_token.token_R), dtype=torch.int64)
+        expert_R[ticket.by_token.row_R] = part[2].nonzero()[:, 1]
+        return combine(y[pick_T][ticket.by_token.token_R, expert_R], ticket)
 
     whole_TD = combined(torch.arange(40))
     for t in range(40):

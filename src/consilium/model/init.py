@@ -9,11 +9,14 @@ Legend: O outputs, I inputs of one matrix.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from consilium.config.model import FanIn, Init, Normal
+from consilium.moe.experts import Experts
+from consilium.parallel.part import Part, whole
 
 NOISE = "router.noise.weight"
 ZERO_BESIDE_NOISE = ("noise.weight", "projection.weight", "primary.weight", "primary_noise.weight")
@@ -21,22 +24,37 @@ ZERO_BESIDE_NOISE = ("noise.weight", "projection.weight", "primary.weight", "pri
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, init: Init, seed: int) -> None:
+def initialise(model: nn.Module, init: Init, seed: int, part_of: Callable[[Tensor], Part] = whole) -> None:
     """Write every parameter of ``model``, which may be of any dtype, on any device and uninitialised.
 
-    Values are drawn in float32 on the CPU and rounded, so that a seed means the same model everywhere.
+    Values are drawn in float32 on the CPU and rounded, so that a seed means the same model everywhere. Of a
+    model over several processes each writes its part, and of a stack draws its own experts alone.
     """
     zero = _zero_at_start(model)
+    first = first_experts(model)
     for name, parameter in model.named_parameters():
+        part = part_of(parameter)
         if parameter.ndim < 2:
-            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            part.here.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         elif name in zero:
-            parameter.zero_()
+            part.here.zero_()
         elif parameter.ndim == 2:
-            parameter.copy_(_drawn(parameter.shape, init, _stream(f"{seed}/{name}")))
+            rows = slice(part.rows.start, part.rows.stop)
+            part.here.copy_(_drawn(parameter.shape, init, _stream(f"{seed}/{name}"))[rows])
         else:
-            for expert, matrix in enumerate(parameter):
-                matrix.copy_(_drawn(matrix.shape, init, _stream(f"{seed}/{name}/{expert}")))
+            for matrix, row in zip(part.here, part.rows, strict=True):
+                stream = _stream(f"{seed}/{name}/{first.get(name, 0) + row}")
+                matrix.copy_(_drawn(matrix.shape, init, stream))
+
+
+def first_experts(model: nn.Module) -> dict[str, int]:
+    """By the names of stacks: which expert of the layer their first one is, where others live elsewhere."""
+    return {
+        f"{name}.{stack}": module.owned.start
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for stack, _ in module.named_parameters()
+    }
 
 
 def _zero_at_start(model: nn.Module) -> set[str]:

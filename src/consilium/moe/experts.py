@@ -18,16 +18,20 @@ from consilium.ops.weights import DenseStack
 class Experts(nn.Module):
     """E feed-forward networks over rows sorted by expert. Configured by ``consilium.config.moe.MoE``.
 
-    Parameters: ``up`` [E, G, D] (G = 2F where gated: first F rows gate, last F up), ``down`` [E, D, F],
-    D being the latent size where there is one. Created empty: the model initialises or loads them.
+    E are those that live here, ``owned`` of all the layer's. Parameters: ``up`` [E, G, D] (G = 2F where
+    gated: first F rows gate, last F up), ``down`` [E, D, F], D being the latent size where there is one.
+    Created empty: the model initialises or loads them.
     """
 
-    def __init__(self, config: MoE, hidden_size: int, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self, config: MoE, hidden_size: int, owned: range | None = None, *, backend: Backend | None = None
+    ) -> None:
         super().__init__()
+        self.owned = range(config.experts) if owned is None else owned
         up_rows = config.width * (2 if config.activation in GATED else 1)
         size = config.expert_size(hidden_size)
-        self.up = nn.Parameter(torch.empty(config.experts, up_rows, size))
-        self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
+        self.up = nn.Parameter(torch.empty(len(self.owned), up_rows, size))
+        self.down = nn.Parameter(torch.empty(len(self.owned), size, config.width))
         self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 

@@ -40,7 +40,7 @@ class MoELayer(nn.Module):
         self.transport = transports(layer)
         self.router = Router(config.router, hidden_size, config.experts)
         self.latent = Latent(config, hidden_size)
-        self.experts = Experts(config, hidden_size)
+        self.experts = Experts(config, hidden_size, self.transport.owned(config.experts))
         self.shared = build_shared(config, hidden_size)
         self.balance = Balance(config.balance, config.router, config.experts, layer)
 

@@ -45,6 +45,10 @@ class Returning(Protocol):
 class Transport(Protocol[Ticket]):
     """Moves rows to where their experts are and back. What a ticket holds is its own affair."""
 
+    def owned(self, experts: int) -> range:
+        """Which of ``experts`` live here: a layer builds these and no others."""
+        ...
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sending[Ticket]: ...
 
     def combine(self, y_RD: Tensor, ticket: Ticket) -> Returning: ...
@@ -56,20 +60,49 @@ Transports = Callable[[int], Transport[Any]]
 
 @final
 @dataclass(frozen=True, slots=True)
-class LocalTicket:
+class ByToken:
+    """Which token each row is of, both ways."""
+
     token_R: Tensor
     """int64: the token of each row."""
-    weight_R: Tensor
-    """float32 with gradient; ones where the weight was put on the input."""
     row_R: Tensor
-    """int64: all rows, listed by token and then by choice: the fixed order in which a token adds them up."""
+    """int64: all rows, listed by token and then in a fixed order: that in which a token adds them up."""
     first_T: Tensor
     """int64: where each token's rows begin in ``row_R``."""
+
+    @staticmethod
+    def of(token_R: Tensor, row_R: Tensor, used_T: Tensor) -> ByToken:
+        """``used_T`` counts the rows of each token."""
+        return ByToken(token_R, row_R, used_T.cumsum(dim=0) - used_T)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """Each row's token [R, D]."""
+        return _Gather.apply(x_TD, self.token_R, self.row_R, self.first_T)
+
+    def sum(self, y_RD: Tensor) -> Tensor:
+        """Each token's sum [T, D] of rows, in at least float32."""
+        return _Sum.apply(y_RD, self.token_R, self.row_R, self.first_T)
+
+    def weighted_sum(self, y_RD: Tensor, weight_R: Tensor) -> Tensor:
+        """Each token's sum [T, D] of weights times rows, in at least float32."""
+        return _WeightedSum.apply(y_RD, weight_R, self.token_R, self.row_R, self.first_T)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LocalTicket:
+    by_token: ByToken
+    """A token adds its rows up in the order of its choices."""
+    weight_R: Tensor
+    """float32 with gradient; ones where the weight was put on the input."""
 
 
 @final
 class Local:
     """All experts are here, and nothing has to travel."""
+
+    def owned(self, experts: int) -> range:
+        return range(experts)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sending[LocalTicket]:
         """Rows of the kept copies, sorted by expert, each expert's in token order."""
@@ -78,7 +111,7 @@ class Local:
         return _Sorted(x_TD, routing, slot_N.argsort(stable=True), routing.load_E())
 
     def combine(self, y_RD: Tensor, ticket: LocalTicket) -> Returning:
-        return _Summed(_Combine.apply(y_RD, ticket.weight_R, ticket.token_R, ticket.row_R, ticket.first_T))
+        return _Summed(ticket.by_token.weighted_sum(y_RD, ticket.weight_R).to(y_RD.dtype))
 
 
 def local(layer: int) -> Transport[LocalTicket]:
@@ -99,15 +132,14 @@ class _Sorted:
         counts_E: list[int] = self.counts_E.tolist()
         keep_TK = self.routing.keep_TK
         copy_R = self.order_N[: sum(counts_E)]
-        row_R, token_R = copy_R.argsort(), copy_R // max(keep_TK.shape[1], 1)
-        used_T = keep_TK.sum(dim=1)
-        first_T = used_T.cumsum(dim=0) - used_T
+        token_R = copy_R // max(keep_TK.shape[1], 1)
+        by_token = ByToken.of(token_R, copy_R.argsort(), keep_TK.sum(dim=1))
         weight_R = self.routing.weights_TK.flatten().index_select(0, copy_R)
-        x_RD: Tensor = _Gather.apply(self.x_TD, token_R, row_R, first_T)
+        x_RD = by_token.gather(self.x_TD)
         if self.routing.weight_on_input:
             x_RD = (x_RD * weight_R[:, None]).to(self.x_TD.dtype)
             weight_R = torch.ones_like(weight_R)
-        return Rows(x_RD, tuple(counts_E)), LocalTicket(token_R, weight_R, row_R, first_T)
+        return Rows(x_RD, tuple(counts_E)), LocalTicket(by_token, weight_R)
 
 
 @final
@@ -146,7 +178,26 @@ class _Gather(torch.autograd.Function):
         return _sum_by_token(grad_RD, None, row_R, first_T).to(grad_RD.dtype), None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
+    """Sum over each token's rows, whose gradient is the token's."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, token_R: Tensor, row_R: Tensor, first_T: Tensor) -> Tensor:
+        ctx.save_for_backward(token_R)
+        ctx.dtype = y_RD.dtype
+        return _sum_by_token(y_RD, None, row_R, first_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_TD,) = grads
+        (token_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_R).to(ctx.dtype), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
     """Sum over each token's rows of weight times row, with gradients of both."""
 
     @staticmethod
@@ -154,7 +205,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, first_T: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_RD, weight_R, token_R)
-        return _sum_by_token(y_RD, weight_R, row_R, first_T).to(y_RD.dtype)
+        return _sum_by_token(y_RD, weight_R, row_R, first_T)
 
     @staticmethod
     @once_differentiable

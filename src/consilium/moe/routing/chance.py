@@ -46,7 +46,8 @@ def joint_chance(
 def _within_groups(secondary: Level, k: int, groups: int) -> Tensor:
     """The chance [T, G, M] of each expert to be among the k highest of its own group."""
     assert secondary.deviation_TN is not None, "a chance needs learned noise"
-    shape = secondary.clean_TN.shape[0], groups, -1
+    tokens, experts = secondary.clean_TN.shape
+    shape = tokens, groups, experts // groups
     parts = (secondary.clean_TN, secondary.noisy_TN, secondary.deviation_TN)
-    clean_XM, noisy_XM, deviation_XM = (part.reshape(shape[0] * groups, -1) for part in parts)
+    clean_XM, noisy_XM, deviation_XM = (part.reshape(tokens * groups, shape[2]) for part in parts)
     return chance(Level(clean_XM, noisy_XM, deviation_XM), k).view(shape)

@@ -1,0 +1,185 @@
+"""A group of processes and what it does together, each collective by its name.
+
+A group of one has no backend beneath it: every collective gives back what it got, so that nothing above asks
+how many processes there are. Collectives that carry decisions go through CPU memory.
+
+Legend: P processes of the group, S rows that leave, G rows that arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from consilium.errors import ConsiliumError
+from consilium.parallel.watch import PeerLost, Watch
+
+_FINE: Final = "fine"
+_MISTAKE: Final = "mistake"
+_FAULT: Final = "fault"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Bytes that this process has sent to others, by the name of the collective, one entry a call."""
+
+    sent: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, name: str, count: int) -> None:
+        self.sent.setdefault(name, []).append(count)
+
+    def clear(self) -> None:
+        self.sent.clear()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Process ``rank`` of ``size``. Frozen; the ledger it writes belongs to whoever made it."""
+
+    rank: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
+    watch: Watch | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and tells."""
+        return self.rank == 0
+
+    def sums(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Each value added up over the group, all in one message, in the dtypes that they have.
+
+        Added in float64, which holds every integer below 2**53; the order of addition is the backend's, and
+        every process gets the same bits.
+        """
+        if self.handle is None:
+            return values
+        flat = torch.cat([value.detach().to("cpu", torch.float64).flatten() for value in values])
+        with self._named("sum"):
+            dist.all_reduce(flat, group=self.handle)
+        parts = flat.split([value.numel() for value in values])
+        return tuple(
+            part.view(value.shape).to(value.device, value.dtype)
+            for part, value in zip(parts, values, strict=True)
+        )
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self.sums(value)[0]
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether any process raised it."""
+        if self.handle is None:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        with self._named("agreement"):
+            dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.handle)
+        return tuple(bool(flag) for flag in raised)
+
+    def of_first(self, number: float) -> float:
+        """The number of the process that leads."""
+        if self.handle is None:
+            return number
+        held = torch.tensor([number], dtype=torch.float64)
+        with self._named("announcement"):
+            dist.broadcast(held, group=self.handle, group_src=0)
+        return float(held)
+
+    def texts(self, text: str) -> list[str]:
+        """The text of every process, in order of rank."""
+        if self.handle is None:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._named("comparison"):
+            dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.handle)
+            most = max(int(size) for size in sizes)
+            held = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(held, torch.cat((mine, mine.new_zeros(most - mine.numel()))), group=self.handle)
+        sizes_P = [int(size) - 1 for size in sizes]
+        return [bytes(t[:n].tolist()).decode() for t, n in zip(held, sizes_P, strict=True)]
+
+    def led(self, work: Callable[[], str]) -> str:
+        """What ``work`` returns in the process that leads; its ConsiliumError is raised in all of them."""
+        if self.handle is None:
+            return work()
+        return self.agreed(work if self.leads else lambda: "")[0]
+
+    def agreed(self, work: Callable[[], str]) -> list[str]:
+        """What ``work`` returned in each process. Where one fails all do, with the sentence of the first."""
+        if self.handle is None:
+            return [work()]
+        error: Exception | None = None
+        try:
+            answer = f"{_FINE}\n{work()}"
+        except ConsiliumError as caught:
+            error, answer = caught, f"{_MISTAKE}\n{caught}"
+        except Exception as caught:  # noqa: BLE001 - raised again below, once the others know of it
+            error, answer = caught, f"{_FAULT}\n{type(caught).__name__}: {caught}"
+        answers = self.texts(answer)
+        if error is not None:
+            raise error
+        for rank, told in enumerate(answers):
+            kind, _, text = told.partition("\n")
+            if kind == _MISTAKE:
+                raise ConsiliumError(text)
+            if kind == _FAULT:
+                raise PeerLost(f"rank {rank} failed: {text}; its own message says more.")
+        return [told.partition("\n")[2] for told in answers]
+
+    def exchange(self, packed_SB: Tensor, give: Sequence[int], take: Sequence[int], name: str) -> Exchange:
+        """Send ``give[p]`` of the rows to process p and get ``take[p]`` from it, while other work goes on."""
+        out_GB = packed_SB.new_empty(sum(take), *packed_SB.shape[1:])
+        if self.handle is None:
+            return Exchange(self, name, out_GB.copy_(packed_SB), None)
+        row = packed_SB[0].numel() * packed_SB.element_size() if packed_SB.shape[0] else 0
+        self.ledger.add(name, (sum(give) - give[self.rank]) * row)
+        with self._named(name):
+            work = dist.all_to_all_single(
+                out_GB, packed_SB, list(take), list(give), group=self.handle, async_op=True
+            )
+        return Exchange(self, name, out_GB, work)
+
+    def counts(self, give_PC: Tensor) -> Tensor:
+        """Row p of ``give_PC`` goes to process p; what each has sent here comes back."""
+        take_PC = torch.empty_like(give_PC)
+        if self.handle is None:
+            return take_PC.copy_(give_PC)
+        self.ledger.add("counts", give_PC[0].numel() * give_PC.element_size() * (self.size - 1))
+        with self._named("counts"):
+            dist.all_to_all_single(take_PC, give_PC.contiguous(), group=self.handle)
+        return take_PC
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        if self.watch is None:
+            yield
+        else:
+            with self.watch.over(name):
+                yield
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Rows on their way."""
+
+    group: Group
+    name: str
+    rows_GB: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The rows that arrived, those of process 0 first."""
+        if self.work is not None:
+            with self.group._named(self.name):  # noqa: SLF001 - the other half of the same collective
+                self.work.wait()
+        return self.rows_GB
