@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from consilium.checkpoint.store import load, save
     from consilium.config.data import BuiltIn, Data, TextPath
-    from consilium.config.training import AdamW, Bytes, Folder, Training
+    from consilium.config.optimizer import AdamW, Muon
+    from consilium.config.training import Bytes, Folder, Training
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.engine import Engine
     from consilium.errors import ConsiliumError
@@ -32,6 +33,7 @@ __all__ = [
     "Data",
     "Engine",
     "Folder",
+    "Muon",
     "TextPath",
     "Tokenizer",
     "Training",
@@ -47,13 +49,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdamW": "consilium.config.training",
+    "AdamW": "consilium.config.optimizer",
     "BuiltIn": "consilium.config.data",
     "Bytes": "consilium.config.training",
     "ConsiliumError": "consilium.errors",
     "Data": "consilium.config.data",
     "Engine": "consilium.engine.engine",
     "Folder": "consilium.config.training",
+    "Muon": "consilium.config.optimizer",
     "TextPath": "consilium.config.data",
     "Tokenizer": "consilium.data.tokenizer",
     "Training": "consilium.config.training",

@@ -84,6 +84,21 @@ def test_an_option_overrides_the_configuration(run: Path, tmp_path: Path, text: 
     assert config.model.moe.balance.losses == ()
 
 
+def test_another_optimizer_keeps_the_rate_that_was_given_or_that_suits_the_model(
+    run: Path, tmp_path: Path, text: Path
+) -> None:
+    words = ["train", str(run / "config.yaml"), "--steps", "1", "--set", "optimizer.kind=muon"]
+    assert main([*words, "--out", str(tmp_path / "given"), "--lr", "0.02"]) == 0
+    assert main([*words, "--out", str(tmp_path / "kept")]) == 0
+    assert main([*words, "--out", str(tmp_path / "set"), "--set", "optimizer.learning_rate=0.5"]) == 0
+    rates = {
+        name: io.read_yaml(Training, tmp_path / name / "config.yaml").optimizer.learning_rate
+        for name in ("given", "kept", "set")
+    }
+    before = io.read_yaml(Training, run / "config.yaml").optimizer.learning_rate
+    assert rates == {"given": 0.02, "kept": before, "set": 0.5}
+
+
 def test_a_resume_of_nothing_says_that_it_starts(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ PUBLIC = [
     "Data",
     "Engine",
     "Folder",
+    "Muon",
     "TextPath",
     "Tokenizer",
     "Training",

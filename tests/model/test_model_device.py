@@ -15,7 +15,7 @@ import torch
 
 from consilium.checkpoint import store
 from consilium.config.model import Model
-from consilium.config.training import AdamW
+from consilium.config.optimizer import AdamW
 from consilium.engine.engine import Engine
 from consilium.kv.build import build_cache
 from consilium.model.build import build

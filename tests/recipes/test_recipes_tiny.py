@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from consilium.config.training import AdamW, Training
+from consilium.config.optimizer import AdamW
+from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.config.training import WSD, Cosine, Schedule, StepDecay
+from consilium.config.optimizer import WSD, Constant, Cosine, Schedule, StepDecay
 from consilium.training.schedule import learning_rate
 
 SCHEDULES = (
@@ -12,6 +12,8 @@ SCHEDULES = (
     WSD(),
     StepDecay(),
     Cosine(warmup=0.0, final=0.0),
+    WSD(warmup=0.0, final=0.0),
+    Constant(),
     WSD(decay=1.0),
     StepDecay(warmup=0.5),
 )
@@ -24,7 +26,7 @@ def test_the_rate_is_positive_up_to_the_end_and_never_above_the_peak(
     step = data.draw(st.integers(0, steps - 1))
     rate = learning_rate(schedule, 2.0, step, steps)
     assert 0 <= rate <= 2.0
-    if step < steps - 1:
+    if step == 0 or step < steps - 1:
         assert rate > 0
 
 
@@ -39,6 +41,14 @@ def test_the_rate_rises_to_the_peak_and_then_never_rises(schedule: Schedule, ste
 
 def test_cosine_ends_at_its_final_fraction() -> None:
     assert learning_rate(Cosine(final=0.1), 3.0, 99, 100) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("kind", [Cosine, WSD])
+def test_a_run_of_one_step_trains_at_the_peak(kind: type[Cosine | WSD]) -> None:
+    """It is the first step as well as the last: at the final rate, which may be 0, it would do nothing."""
+    schedule = kind(warmup=0.0, final=0.0)
+    assert learning_rate(schedule, 2.0, 0, 1) == 2.0
+    assert [learning_rate(schedule, 2.0, step, 2) for step in range(2)] == [2.0, 0.0]
 
 
 def test_wsd_is_flat_until_the_decay() -> None:

@@ -9,8 +9,9 @@ import torch
 from consilium.config.balance import AdaptiveLoss, Balance, LinearBias
 from consilium.config.model import Model
 from consilium.config.moe import Capacity
+from consilium.config.optimizer import AdamW
 from consilium.config.router import Jitter, LearnedNoise, Noise
-from consilium.config.training import AdamW, Training
+from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config.model import MTP, Model
-from consilium.config.training import AdamW
+from consilium.config.optimizer import AdamW
 from consilium.data.batch import Batch
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError

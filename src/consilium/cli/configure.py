@@ -11,7 +11,8 @@ from consilium.checkpoint.folders import checkpoint_in
 from consilium.config import io
 from consilium.config.data import read_source
 from consilium.config.model import Model
-from consilium.config.training import AdamW, Folder, StartWeights, Training
+from consilium.config.optimizer import AdamW
+from consilium.config.training import Folder, StartWeights, Training
 from consilium.errors import ConsiliumError
 from consilium.planner.scaling import scale_to
 from consilium.recipes import catalogue
@@ -135,7 +136,14 @@ def _same_start(stored: Training, options: Namespace) -> StartWeights:
 def _settled(base: Training, options: Namespace) -> Training:
     config = _apply(base, options)
     assignments = _assignments(options)
-    return io.replace(config, assignments) if assignments else config
+    return io.replace(config, _keeping_rate(config, assignments)) if assignments else config
+
+
+def _keeping_rate(config: Training, assignments: dict[str, str]) -> dict[str, str]:
+    """Another kind of optimizer has its own defaults, but the rate that suits the model or was given."""
+    if "optimizer.kind" not in assignments:
+        return assignments
+    return {"optimizer.learning_rate": str(config.optimizer.learning_rate), **assignments}
 
 
 def _apply(base: Training, options: Namespace) -> Training:

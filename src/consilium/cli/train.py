@@ -95,8 +95,8 @@ def run(options: Namespace) -> int:
     budget = budget_of(options, config, stored)
     if not isinstance(budget, Minutes):
         steps_of(budget, config)
-    check_memory(config.model)
-    check_disk(config.model, options.out)
+    check_memory(config)
+    check_disk(config, options.out)
     if options.minutes and (options.out / SUMMARY_FILE).exists():
         tell(
             say(

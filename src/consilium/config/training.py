@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final, Literal, cast
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from consilium.config.balance import AdaptiveLoss, BalanceLoss, ImportanceLoss
 from consilium.config.base import Size, configuration
@@ -14,55 +16,11 @@ from consilium.config.data import Data
 from consilium.config.data import TextPath as TextPath  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.model import Model
 from consilium.config.moe import MoE
+from consilium.config.optimizer import WSD, AdamW, Optimizer, Schedule
 from consilium.config.router import NoGate, Uniform
 from consilium.errors import ConsiliumError
 
 SCHEMA_VERSION: Final = 2
-
-
-@configuration
-class Cosine:
-    """Linear warm-up, then half a cosine from the peak to ``final`` times the peak."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    final: NonNegativeFloat = 0.1
-
-
-@configuration
-class WSD:
-    """Warm-up, stable, decay: the last ``decay`` of the steps falls linearly to ``final`` times the peak."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.6
-    final: NonNegativeFloat = 0.05
-
-
-@configuration
-class StepDecay:
-    """Warm-up, then times ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at 0.8 and 0.9)."""
-
-    kind: Literal["steps"] = "steps"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    at: tuple[float, ...] = (0.8, 0.9)
-    factor: PositiveFloat = 0.316
-
-
-Schedule = Annotated[Cosine | WSD | StepDecay, Field(discriminator="kind")]
-
-
-@configuration
-class AdamW:
-    """Decoupled weight decay on matrices only; norms, biases and the selection bias never decay."""
-
-    learning_rate: PositiveFloat = 3e-3
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
-    decay: NonNegativeFloat = 0.1
-    clip: PositiveFloat = 1.0
-    """Largest global gradient norm."""
 
 
 @configuration
@@ -127,6 +85,12 @@ def _patterns(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the last pattern that fits ``name`` freezes it."""
+    fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern.removeprefix("!"))]
+    return bool(fitting) and not fitting[-1].startswith("!")
+
+
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_patterns)]
 
 
@@ -153,10 +117,11 @@ class Training:
     batch: Size = 16
     accumulate: Size = 1
     """Micro-batches a step; divides ``batch``."""
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     schedule: Schedule = WSD()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matrix products; master weights are float32 in both."""
+    """Dtype of the matrix products and of what a backward pass keeps. Weights, their gradients and the
+    optimizer's arithmetic are float32 in both: a bfloat16 weight of 1 ignores every update below 1/256."""
     seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
     threads: Annotated[Size, Field(le=1024)] | None = None
     save_every: SaveEvery = EVERY_TEN_MINUTES

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from consilium.config.attention import GQA, MLA, Attention
 from consilium.config.model import Model
+from consilium.config.training import Training, is_frozen
 from consilium.errors import ConsiliumError
 from consilium.planner.kv import values_per_token
+from consilium.planner.optimizer import FLOAT32, MOMENTS, state_bytes
 from consilium.planner.parameters import parameters
+from consilium.planner.shapes import shapes
 from consilium.records.plan import Parameters, Serving
 
 BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4})
 """Bits a weight. The scales that int8 and int4 need come on top."""
 
-CHECKPOINT_BYTES = 4 + 4 + 4
-"""float32 weight, first and second moment of AdamW."""
-TRAINING_BYTES = CHECKPOINT_BYTES + 4
-"""The same and the gradient."""
+TRAINING_BYTES = 2 * FLOAT32 + MOMENTS
+"""float32 weight and gradient, first and second moment of AdamW."""
 
 
 def weight_bytes(parameters: Parameters, dtype: str) -> int:
@@ -26,14 +29,41 @@ def weight_bytes(parameters: Parameters, dtype: str) -> int:
     return -(-parameters.total * BITS[dtype] // 8)
 
 
-def checkpoint_bytes(parameters: Parameters) -> int:
-    """Bytes of what a run saves to go on from, MTP included."""
-    return CHECKPOINT_BYTES * (parameters.total + parameters.mtp)
-
-
 def training_bytes(parameters: Parameters) -> int:
-    """Bytes of weights, gradients and optimizer state in float32, MTP included; activations not counted."""
+    """Bytes of weights, gradients and AdamW's state in float32, MTP included; activations not counted."""
     return TRAINING_BYTES * (parameters.total + parameters.mtp)
+
+
+@dataclass(frozen=True, slots=True)
+class RunMemory:
+    """Bytes that a training run holds from first to last step, MTP included; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def checkpoint(self) -> int:
+        """What it saves to go on from."""
+        return self.weights + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def run_memory(config: Training) -> RunMemory:
+    """Count what ``config`` keeps: a frozen part has weights alone."""
+
+    def trains(name: str) -> bool:
+        return not is_frozen(name, config.freeze)
+
+    sizes = {name: FLOAT32 * math.prod(shape) for name, shape in shapes(config.model)}
+    return RunMemory(
+        weights=sum(sizes.values()),
+        gradients=sum(size for name, size in sizes.items() if trains(name)),
+        optimizer=state_bytes(config.model, config.optimizer, trains=trains),
+    )
 
 
 def serving(model: Model, *, context: int | None = None, batch: int = 1, dtype: str = "bfloat16") -> Serving:

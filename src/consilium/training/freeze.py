@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from consilium.config.training import is_frozen
 from consilium.errors import ConsiliumError, nearest
 from consilium.model.decoder import Decoder
 from consilium.moe.layer import MoELayer
@@ -24,12 +25,6 @@ def freeze(model: Decoder, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(not is_frozen(name, patterns))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConsiliumError("train.freeze leaves nothing to train; take a pattern out.")
-
-
-def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether the last pattern that fits ``name`` freezes it."""
-    fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern.removeprefix("!"))]
-    return bool(fitting) and not fitting[-1].startswith("!")
 
 
 def balancing_layers(model: Decoder, patterns: Sequence[str]) -> Mapping[int, MoELayer]:

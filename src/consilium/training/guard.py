@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consilium.config.model import Model
+from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
 from consilium.machine.memory import refuse_beyond_memory
-from consilium.planner.memory import checkpoint_bytes
+from consilium.planner.memory import run_memory
 from consilium.planner.parameters import parameters
-from consilium.planner.plan import plan
 
 PATIENCE = 10
 """Bad steps in a row after which the run stops: the data or the learning rate is at fault, not chance."""
@@ -39,19 +38,19 @@ def check_patience(skipped_in_a_row: int, step: int) -> None:
         )
 
 
-def check_memory(model: Model) -> None:
+def check_memory(config: Training) -> None:
     """Raise ConsiliumError where weights, gradients and optimizer state are more than memory and swap."""
-    planned = plan(model)
+    model = config.model
     refuse_beyond_memory(
-        planned.training_bytes,
-        f"training {model.family} with {planned.parameters.total:,} parameters",
+        run_memory(config).total,
+        f"training {model.family} with {parameters(model).total:,} parameters",
         "choose a smaller size, such as :tiny, or scale it with --params",
     )
 
 
-def check_disk(model: Model, out: Path) -> None:
+def check_disk(config: Training, out: Path) -> None:
     """Raise ConsiliumError where the disk cannot hold one checkpoint: all steps would be run for nothing."""
-    refuse_full(out, checkpoint_bytes(parameters(model)), "a checkpoint")
+    refuse_full(out, run_memory(config).checkpoint, "a checkpoint")
 
 
 def check_weights(model: nn.Module, step: int) -> None:

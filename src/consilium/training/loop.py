@@ -67,8 +67,8 @@ def train(  # noqa: PLR0913 - the public face, by keyword
         emit(Notice(text))
 
     out, device = Path(out), choose_device(device)
-    check_memory(config.model)
-    check_disk(config.model, out)
+    check_memory(config)
+    check_disk(config, out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:

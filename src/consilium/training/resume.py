@@ -20,8 +20,8 @@ from consilium.training.files import CONFIG_FILE
 from consilium.words.say import say
 
 MAY_CHANGE: Final = frozenset(
-    {"steps", "batch", "accumulate", "optimizer.learning_rate", "eval_every", "eval_tokens"}
-    | {"save_every", "keep", "threads", "recompute"}
+    {"steps", "batch", "accumulate", "optimizer.learning_rate", "optimizer.router_learning_rate"}
+    | {"eval_every", "eval_tokens", "save_every", "keep", "threads", "recompute"}
 )
 _WHY: Final = {
     "model": "its weights fit that model alone",
@@ -61,7 +61,7 @@ def refuse_unnamed(settled: Training, read: Training, out: Path, *, length: bool
 
 def _differences(one: Training, other: Training) -> list[tuple[str, str, str]]:
     old, new = dict(_leaves(io.to_data(one), "")), dict(_leaves(io.to_data(other), ""))
-    keys = sorted(old.keys() | new.keys())
+    keys = sorted(old.keys() | new.keys(), key=lambda key: (not key.endswith(".kind"), key))
     return [(key, str(old.get(key)), str(new.get(key))) for key in keys if old.get(key) != new.get(key)]
 
 

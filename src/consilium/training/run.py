@@ -31,7 +31,7 @@ from consilium.records.run import CHECKPOINTS, META_FILE, Change, Hardware, RunM
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
-from consilium.training.optimizer import build_optimizer, moments, restore_moments
+from consilium.training.optimizer import Optimizer, build_optimizer, moments, restore_moments
 from consilium.training.resume import changes, newest_checkpoint, put_records_aside
 from consilium.training.start import as_stored, initial, tokenizer_of
 from consilium.words.say import say
@@ -59,7 +59,7 @@ class Run:
     corpus: Corpus
     loader: Loader
     model: Decoder
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     files: RunFiles
     progress: Progress
 
@@ -190,9 +190,7 @@ def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
         raise
 
 
-def _restore(
-    folder: Path, stored: Training, model: Decoder, optimizer: torch.optim.AdamW, site: Site
-) -> Progress:
+def _restore(folder: Path, stored: Training, model: Decoder, optimizer: Optimizer, site: Site) -> Progress:
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
     store.load_weights(model, folder, check_finite=True)
     state = store.load_training_state(folder, verified=True)

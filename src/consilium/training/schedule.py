@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from consilium.config.training import WSD, Cosine, Schedule, StepDecay
+from consilium.config.optimizer import WSD, Constant, Cosine, Schedule, StepDecay
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
@@ -17,6 +17,8 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
 
 def _after_warmup(schedule: Schedule, step: int, warm: int, steps: int) -> float:
     match schedule:
+        case Constant():
+            return 1.0
         case Cosine(final=final):
             progress = _progress(step, warm, steps)
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -33,6 +35,9 @@ def _share(fraction: float, steps: int) -> int:
 
 
 def _progress(step: int, start: int, steps: int) -> float:
-    """From 0 at ``start`` to 1 at the last step, which so reaches the end however short the way is."""
+    """From 0 at ``start`` to 1 at the last step, which so reaches the end however short the way is.
+
+    The first step of all is never the end: a run of one step would train at the final rate, which may be 0.
+    """
     last = steps - 1
-    return 1.0 if step >= last and step >= start else max(0, step - start) / max(last - start, 1)
+    return 1.0 if step >= max(last, start, 1) else max(0, step - start) / max(last - start, 1)

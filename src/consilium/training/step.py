@@ -23,7 +23,7 @@ from consilium.moe.types import Mode
 from consilium.training import guard
 from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
-from consilium.training.optimizer import set_rate
+from consilium.training.optimizer import Optimizer, set_rate
 from consilium.training.schedule import learning_rate
 
 
@@ -44,7 +44,7 @@ class StepResult:
 
 
 def train_step(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, config: Training, step: int
+    model: Decoder, optimizer: Optimizer, loader: Loader, config: Training, step: int
 ) -> StepResult:
     """Run step ``step`` (from 0): a pure function of weights, optimizer state, configuration and step.
 
@@ -57,7 +57,7 @@ def train_step(
 
 
 def gradients(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, config: Training, step: int
+    model: Decoder, optimizer: Optimizer, loader: Loader, config: Training, step: int
 ) -> StepResult:
     """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
     optimizer.zero_grad(set_to_none=True)
@@ -88,7 +88,7 @@ def gradients(
     )
 
 
-def update(model: Decoder, optimizer: torch.optim.Optimizer, config: Training, result: StepResult) -> None:
+def update(model: Decoder, optimizer: Optimizer, config: Training, result: StepResult) -> None:
     """Move the weights by their gradients, then the balance by what the routers wanted.
 
     Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).

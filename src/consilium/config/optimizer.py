@@ -1,0 +1,129 @@
+"""Optimizers and learning-rate schedules as data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from consilium.config.base import Size, configuration
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+@configuration
+class Constant:
+    """Linear warm-up, then the peak to the end."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: Fraction = 0.05
+
+
+@configuration
+class Cosine:
+    """Linear warm-up, then half a cosine from the peak to ``final`` times the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: Fraction = 0.05
+    final: NonNegativeFloat = 0.1
+
+
+@configuration
+class WSD:
+    """Warm-up, stable, decay: the last ``decay`` of the steps falls linearly to ``final`` times the peak."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: Fraction = 0.05
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.6
+    final: NonNegativeFloat = 0.05
+
+
+@configuration
+class StepDecay:
+    """Warm-up, then times ``factor`` at each fraction of the run (DeepSeekMoE: 0.316 at 0.8 and 0.9)."""
+
+    kind: Literal["steps"] = "steps"
+    warmup: Fraction = 0.05
+    at: tuple[float, ...] = (0.8, 0.9)
+    factor: PositiveFloat = 0.316
+
+
+Schedule = Annotated[Constant | Cosine | WSD | StepDecay, Field(discriminator="kind")]
+
+
+@configuration
+class Float32State:
+    """Both moments in float32."""
+
+    kind: Literal["float32"] = "float32"
+
+
+@configuration
+class BlockState:
+    """Both moments of hidden matrices in 8 bits (2110.02861): a code a value, a scale a block.
+
+    Embedding, head, router, norms and biases keep float32 moments, as do matrices below ``smallest`` values.
+    """
+
+    kind: Literal["int8"] = "int8"
+    block: Size = 256
+    """Values that share a scale."""
+    smallest: NonNegativeInt = 4096
+
+
+State = Annotated[Float32State | BlockState, Field(discriminator="kind")]
+
+
+@configuration
+class AdamW:
+    """AdamW (1711.05101). Weight decay is decoupled and of matrices only: norms and biases never decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 3e-3
+    router_learning_rate: PositiveFloat | None = None
+    """Peak of the routers' weights; None: that of all."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    state: State = Float32State()
+
+
+@configuration
+class Muon:
+    """Muon for hidden matrices, each expert's its own; AdamW for embedding, head, router, norms and biases.
+
+    An update is the momentum with its singular values near 1, by Newton-Schulz with the coefficients of
+    Jordan 2024 (kellerjordan.github.io/posts/muon), times 0.2 sqrt(larger side): the size of an AdamW update,
+    so that both share one rate and one decoupled decay (Moonlight, 2502.16982 section 2.2).
+    """
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: PositiveFloat = 3e-3
+    router_learning_rate: PositiveFloat | None = None
+    """Peak of the routers' weights; None: that of all."""
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    """Orthogonalise the momentum as it will be after this gradient counts once more."""
+    iterations: Annotated[Size, Field(le=20)] = 5
+    """Of Newton-Schulz."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the Newton-Schulz products. bfloat16 is what the published runs on accelerators use."""
+    rms: PositiveFloat = 0.2
+    """Root mean square of an update before the learning rate."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+def _with_kind(value: object) -> object:
+    """Before there was a choice, the keys of AdamW stood alone."""
+    return {"kind": "adamw", **cast("dict[str, Any]", value)} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind"), BeforeValidator(_with_kind)]
