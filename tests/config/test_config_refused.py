@@ -13,6 +13,7 @@ from consilium.config.balance import (
     Balance,
     CommunicationLoss,
     LoadLoss,
+    QuantileBias,
     SignBias,
     SwitchLoss,
 )
@@ -30,6 +31,7 @@ from consilium.config.router import (
     SampledSecond,
     Select,
     Sigmoid,
+    Sinkhorn,
     SoftmaxOfSelected,
     Standardise,
     Threshold,
@@ -73,6 +75,7 @@ CHOICES: list[Select] = [
     TopP(p=0.5, most=3),
     ExpertChoice(),
     Hash(k=2, vocab_size=9),
+    Sinkhorn(k=2),
 ]
 
 
@@ -116,7 +119,29 @@ def test_a_layer_has_one_adaptive_coefficient() -> None:
         Balance(losses=(AdaptiveLoss(), AdaptiveLoss(momentum=0.5)))
 
 
-@pytest.mark.parametrize("select", [Hash(k=2, vocab_size=9), ExpertChoice()], ids=lambda select: select.kind)
+@pytest.mark.parametrize(
+    "select",
+    [TopK(k=2, groups=Groups(count=2, keep=1, score="max")), TopK(k=8), SampledSecond(), Threshold(most=3)],
+    ids=repr,
+)
+def test_quantile_balancing_is_for_the_best_of_all_experts(select: Select) -> None:
+    router = Router(select=select, offset="scores", weight=Raw())
+    with pytest.raises(ConsiliumError, match=r"needs moe\.router\.select 'top_k' without groups"):
+        MoE(experts=8, width=4, router=router, balance=Balance(bias=QuantileBias()))
+
+
+def test_a_layer_counts_devices_over_a_step_for_one_number_of_them() -> None:
+    both = [CommunicationLoss(devices=d, most=2, scope="step") for d in (2, 4)]
+    with pytest.raises(ConsiliumError, match=r"several numbers of devices, \[2, 4\]"):
+        Balance(losses=tuple(both))
+    narrow = CommunicationLoss(devices=4, most=2)
+    assert Balance(losses=(both[0], narrow)).counted_devices == 2
+    assert Balance(losses=(narrow,)).counted_devices is None
+
+
+@pytest.mark.parametrize(
+    "select", [Hash(k=2, vocab_size=9), ExpertChoice(), Sinkhorn(k=2)], ids=lambda select: select.kind
+)
 def test_no_bias_where_loads_are_fixed_without_it(select: Select) -> None:
     with pytest.raises(ConsiliumError, match=f"select '{select.kind}' leaves a bias nothing to balance"):
         Router(select=select, weight=Raw(), offset="scores")

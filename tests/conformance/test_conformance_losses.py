@@ -32,7 +32,7 @@ from consilium.moe.balance import Balance
 from consilium.moe.routing.chance import chance
 from consilium.moe.routing.gate import Level
 from consilium.moe.routing.router import Router as RouterModule
-from consilium.moe.types import LayerMode, Tokens
+from consilium.moe.types import Counted, LayerMode, Tokens
 from moe.cases import decision
 
 EXPERTS, K = 16, 4
@@ -60,7 +60,8 @@ def value(
     with torch.no_grad():
         module.projection.weight.copy_(torch.eye(EXPERTS))
     routing = module(x_TE, torch.zeros(EXPERTS), every, LayerMode())
-    mode = replace(TRAINING, earlier_E=earlier_E)
+    earlier = None if earlier_E is None else Counted(earlier_E, torch.tensor(0))
+    mode = replace(TRAINING, earlier=earlier)
     report = Balance(BalanceConfig(losses=(loss,)), router, EXPERTS)(routing, every, mode)
     return report.losses[loss.kind].item()
 
@@ -164,7 +165,7 @@ def in_float64(loss: BalanceLoss, score: Callable[[Tensor], Tensor]) -> Callable
         deviation_TE = torch.nn.functional.softplus(logits_TE.flip(1))
         smooth_TE = chance(Level(logits_TE, logits_TE + draw_TE * deviation_TE, deviation_TE), 2)
         routing = decision(scores_TE, chosen_TK, keep_TK, weights_TK, logits_TE, chance_TE=smooth_TE)
-        mode = replace(TRAINING, earlier_E=torch.arange(6))
+        mode = replace(TRAINING, earlier=Counted(torch.arange(6), torch.tensor(0)))
         return module(routing, every, mode).losses[loss.kind]
 
     return of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consilium.config.io import replace
 from consilium.model.types import Inputs, Options
-from consilium.moe.types import Mode
+from consilium.moe.types import Counted, Mode
 from model.reference_cases import (
     LAYOUTS,
     TOLERANCE,
@@ -156,7 +156,10 @@ def test_qwen3_counts_the_earlier_micro_batches_of_a_step_as_its_reference_does(
     def reference(weights: Mapping[str, Tensor], hyper: Mapping[str, Any], rows: Rows) -> Any:
         return qwen3_moe.model(weights, hyper, documents_of(rows), earlier=earlier)
 
-    mode = Mode(training=True, earlier={layer: torch.tensor(load) for layer, load in earlier.items()})
+    mode = Mode(
+        training=True,
+        earlier={layer: Counted(torch.tensor(load), torch.tensor(0)) for layer, load in earlier.items()},
+    )
     ours, expected = built(model, rows, lambda: Options(mode=mode)), referred(model, rows, reference)
     _, alone = outcomes("qwen3-moe", "right padding", torch.float64)
     assert relative_error(expected.losses["switch"], alone.losses["switch"]) > 1e-2

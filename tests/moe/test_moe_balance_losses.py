@@ -244,7 +244,7 @@ def test_smooth_losses_have_true_gradients() -> None:
             losses.communication_loss(f_SE[:, :3], p_SE, 2, part),
             losses.uniformity_loss(p_SE, part),
             losses.squared_variation(scores.sum(dim=0)),
-            losses.z_loss(scores, every.valid_T),
+            losses.z_loss(scores, losses.whole_batch(every)),
         )
 
     assert torch.autograd.gradcheck(of, (scores,))

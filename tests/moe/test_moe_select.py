@@ -103,7 +103,7 @@ def test_every_expert_chooses_the_same_number_of_valid_tokens(factor: float, pad
 def test_an_expert_chooses_no_token_more_for_a_rounding_error() -> None:
     """1.1 * 100 / 11 is 10, but its float is a little more."""
     values_TE = vectors(100, hidden=11)
-    evidence = Evidence(values_TE, values_TE)
+    evidence = Evidence(values_TE, values_TE, values_TE)
     choice = choose(ExpertChoice(factor=1.1), evidence, tokens(100), LayerMode())
     assert choice.wanted_TK.sum() == 10 * 11
 
@@ -243,7 +243,7 @@ def test_muting_inside_groups_leaves_the_best_expert_first(
     mute_TE[0, list(muted)] = True
     select = TopK(k=k, groups=Groups(count=4, keep=keep, score="top2_sum"))
     mode = LayerMode(override=Override(mute_TE=mute_TE))
-    choice = choose(select, Evidence(values_TE, values_TE), tokens(1), mode)
+    choice = choose(select, Evidence(values_TE, values_TE, values_TE), tokens(1), mode)
     left = [-math.inf if e in muted else value for e, value in enumerate(values)]
     opened = open_groups(left, 3, keep)
     inside = [e for e in range(12) if e // 3 in opened and left[e] != -math.inf]
@@ -262,7 +262,9 @@ def test_an_expert_of_logit_nine_alone_in_its_group_goes_before_pairs_of_logit_z
     select = TopK(k=1, groups=Groups(count=4, keep=1, score="top2_sum"))
     values_TE = torch.sigmoid(logits_TE)
     mode = LayerMode(override=Override(mute_TE=mute_TE))
-    assert choose(select, Evidence(values_TE, values_TE), tokens(1), mode).experts_TK.tolist() == [[7]]
+    assert choose(select, Evidence(values_TE, values_TE, values_TE), tokens(1), mode).experts_TK.tolist() == [
+        [7]
+    ]
 
 
 @pytest.mark.parametrize("weight", [Normalised(), SoftmaxOfSelected(), Raw()], ids=lambda rule: rule.kind)

@@ -4,34 +4,72 @@ import dataclasses
 
 import pytest
 
+from consilium.cli.main import verb_parser
 from consilium.config.attention import GQA, Rope
 from consilium.config.model import Model
 from consilium.config.moe import AlwaysOn, Capacity, Dropless, MoE
-from consilium.config.router import Raw, Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
+from consilium.config.router import LearnedNoise, Raw, Router, Sigmoid, SoftmaxOfSelected, TopK, TwoLevel
 from consilium.errors import ConsiliumError
 from consilium.planner.parameters import parameters
 from consilium.planner.scaling import scale_to, scaled
+from consilium.recipes.balances import TEXTS
+from consilium.recipes.balancing import BALANCES
 from consilium.recipes.catalogue import names, recipe, systems
-from consilium.recipes.variants import BALANCES, dense_twin, with_balance
+from consilium.recipes.variants import dense_twin, with_balance
 
 TINY = [f"{name}:tiny" for name in names()]
+QUANTILES = ("quantile", "quantile-ema", "quantile-histogram")
+FIXED = ("bias", "bias-centred", "bias-linear", "smebu", "pid", *QUANTILES, "sinkhorn", "adaptive", "load")
+"""What has nothing to do where experts choose their tokens."""
+REFUSED = {
+    *(("hash", name) for name in BALANCES if name != "none"),
+    *(("expert-choice", name) for name in FIXED),
+    *((family, name) for family in ("jacobs", "dense-moe", "gshard", "deepseek-v2") for name in QUANTILES),
+    *((family, "load") for family in ("gshard", "switch", "deepseek-v2", "skywork-moe")),
+    *((family, "sinkhorn") for family in ("gshard", "deepseek-v2")),
+}
 
 
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("name", ["deepseek-v3:tiny", "mixtral:tiny"])
 def test_a_balance_changes_nothing_but_balance_and_what_it_needs(name: str, balance: str) -> None:
+    """Of softmax scores and of sigmoid scores; and the way back is open."""
     before, after = recipe(name), with_balance(recipe(name), balance)
     assert isinstance(before.moe, MoE)
     assert isinstance(after.moe, MoE)
-    assert after.moe.balance == BALANCES[balance]
-    assert (after.moe.router.select, after.moe.router.score) == (
-        before.moe.router.select,
-        before.moe.router.score,
-    )
+    assert after.moe.balance == BALANCES[balance](before.moe)
+    router = after.moe.router
+    assert router.served.select == before.moe.router.select
+    assert (router.select != router.served.select) == (balance == "sinkhorn")
+    assert isinstance(router.noise, LearnedNoise) == (balance == "load")
     if after.moe.balance.bias.kind != "none":
-        assert after.moe.router.offset != "none"
-    if before.moe.router.offset != "none":
-        assert after.moe.router.offset == before.moe.router.offset
+        assert router.offset != "none"
+    if before.moe.router.offset != "none" and balance not in {"sinkhorn", "load"}:
+        assert router.offset == before.moe.router.offset
+    left = dataclasses.replace(
+        router, select=router.served.select, offset=before.moe.router.offset, noise=before.moe.router.noise
+    )
+    assert left == before.moe.router
+    back = with_balance(after, "switch").moe
+    assert back is not None
+    assert (back.balance, back.router.select) == (BALANCES["switch"](back), before.moe.router.select)
+
+
+def test_every_balance_has_a_line_and_help_names_them_all() -> None:
+    assert tuple(TEXTS) == tuple(BALANCES)
+    (option,) = (action for action in verb_parser("train").actions() if action.dest == "balance")
+    assert option.help == f"{', '.join(TEXTS)}; default: the model's own"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_balance_is_valid_or_refused_in_one_sentence_that_names_it(name: str) -> None:
+    model = recipe(name)
+    for balance in BALANCES:
+        if model.moe is None or (model.family, balance) in REFUSED:
+            with pytest.raises(ConsiliumError, match=rf"^--balance {balance}: [^\n]+\.$"):
+                with_balance(model, balance)
+        else:
+            assert with_balance(model, balance).moe is not None
 
 
 @pytest.mark.parametrize("name", [f"{one.name}:{size}" for one in systems() for size in one.sizes])

@@ -10,13 +10,26 @@ import dataclasses
 import pytest
 import torch
 
-from consilium.config.balance import Balance, DeviceLoss, SequenceLoss, SwitchLoss
+from consilium.config.balance import (
+    SMEBU,
+    Balance,
+    BiasRule,
+    CommunicationLoss,
+    DeviceLoss,
+    LinearBias,
+    PIDBias,
+    QuantileBias,
+    SequenceLoss,
+    SignBias,
+    SwitchLoss,
+    ZLoss,
+)
 from consilium.config.model import Model
-from consilium.config.router import NoNoise
+from consilium.config.router import NoNoise, TopK
 from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.model.types import Inputs, Options
-from consilium.moe.types import Mode
+from consilium.moe.types import Counted, Mode, Routing
 from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from consilium.training.step import StepResult, gradients, train_step
@@ -55,6 +68,11 @@ def balanced(config: Model, scope: str) -> Model:
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance=balance, router=router))
 
 
+def counted(wanted_E: torch.Tensor) -> Counted:
+    """Of an earlier micro-batch; losses that read these counts do not read its tokens."""
+    return Counted(wanted_E.long(), torch.zeros((), dtype=torch.int64))
+
+
 def stepped(config: Model, **changes: object) -> tuple[StepResult, dict[str, torch.Tensor]]:
     model = lively(config)
     training = dataclasses.replace(Training(model=config, steps=20, batch=4), **changes)
@@ -75,14 +93,14 @@ def test_one_micro_batch_is_the_whole_step(kind: Model) -> None:
 @kinds
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate: int) -> None:
-    """By hand: f from the summed counts of every layer, P from the micro-batch."""
+    """By hand: f from the summed counts of each layer, P from the micro-batch, which counts by its tokens."""
     config = balanced(kind, "global")
     result, _ = stepped(config, accumulate=accumulate)
     model = lively(config)
     counts = {layer: torch.zeros(moe.balance.experts) for layer, moe in model.moe_modules().items()}
-    total = 0.0
+    losses, tokens = (dict.fromkeys(counts, 0.0) for _ in range(2))
     for i in range(accumulate):
-        earlier = {layer: count.long() for layer, count in counts.items()}
+        earlier = {layer: counted(count) for layer, count in counts.items()}
         options = Options(mode=Mode(training=True, earlier=earlier))
         batch = Rows().micro(0, i, accumulate)
         seen = training_loss(model, batch, Share(1, 1), options=options)
@@ -90,8 +108,10 @@ def test_each_micro_batch_counts_itself_and_those_before(kind: Model, accumulate
         for layer, report in seen.reports.items():
             assert torch.equal(report.wanted_E, plain.reports[layer].wanted_E)
             counts[layer] += report.wanted_E
-        total += float(seen.balance["switch"])
-    assert result.balance["switch"] == pytest.approx(total / accumulate, rel=1e-5)
+            losses[layer] += float(report.losses["switch"].detach()) * int(report.tokens)
+            tokens[layer] += int(report.tokens)
+    total = sum(loss / tokens[layer] for layer, loss in losses.items())
+    assert result.balance["switch"] == pytest.approx(total, rel=1e-5)
     other, _ = stepped(balanced(kind, "batch"), accumulate=accumulate)
     assert abs(other.balance["switch"] - result.balance["switch"]) > 1e-4
     for layer, load in result.loads.items():
@@ -109,6 +129,88 @@ def test_a_loss_by_sequence_does_not_depend_on_micro_batches(accumulate: int, se
     (whole, wanted), (parts, found) = (graded(config, count) for count in (1, accumulate))
     assert parts.balance == pytest.approx(whole.balance, rel=1e-5)
     assert all(relative_error(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+WHOLE = Balance(
+    losses=(
+        SwitchLoss(coefficient=1.0, scope="step"),
+        DeviceLoss(coefficient=1.0, devices=4, scope="step"),
+        CommunicationLoss(coefficient=1.0, devices=2, most=2, scope="step"),
+        CommunicationLoss(coefficient=1.0, devices=4, most=2),
+        SequenceLoss(coefficient=1.0, counts="scores"),
+        ZLoss(coefficient=1.0),
+    )
+)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(accumulate: int) -> None:
+    """Layers that predict ahead have micro-batches of unequal numbers of tokens."""
+    config = with_balance(DEEPSEEK, WHOLE)
+    (whole, wanted), (parts, found) = (graded(config, count) for count in (1, accumulate))
+    assert parts.balance == pytest.approx(whole.balance, rel=1e-5)
+    assert parts.norm == pytest.approx(whole.norm, rel=1e-5)
+    assert all(relative_error(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+def test_noise_is_the_same_when_choices_are_counted_ahead() -> None:
+    """Jitter moves choices: counts of other noise would be those of other choices."""
+    assert SWITCH.moe is not None
+    config = with_balance(SWITCH, Balance(losses=(SwitchLoss(coefficient=1.0, scope="step"),)))
+    result, _ = graded(config, 2)
+    total = 0.0
+    for layer, load in result.loads.items():
+        f_E = load.wanted_E.double() * 4 / load.wanted_E.sum()
+        total += sum(float((f_E * p_E).sum()) for p_E in shares(config, layer)) / 2
+    assert result.balance["switch"] == pytest.approx(total, rel=1e-5)
+
+
+def shares(config: Model, layer: int) -> list[torch.Tensor]:
+    """Mean probabilities of each of two micro-batches, noise of training included."""
+    model, seen = lively(config), list[torch.Tensor]()
+    training = dataclasses.replace(Training(model=config, steps=20, batch=4), accumulate=2)
+
+    def see(_module: torch.nn.Module, _inputs: object, routing: Routing) -> None:
+        seen.append(routing.scores_TE.detach().double().mean(dim=0))
+
+    model.moe_modules()[layer].router.register_forward_hook(see)
+    gradients(model, build_optimizer(model, training.optimizer), Rows(), training, 0)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+    return seen[2:]
+
+
+RULES: tuple[BiasRule, ...] = (
+    SignBias(rate=0.1),
+    LinearBias(rate=0.1),
+    SMEBU(rate=0.1),
+    PIDBias(),
+    QuantileBias(),
+    QuantileBias(statistics="histogram"),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_bias_moves_alike_however_a_step_is_cut(rule: BiasRule) -> None:
+    """Margins are floats of products of other shapes; counts are integers, and so equal."""
+    assert DEEPSEEK.moe is not None
+    router = dataclasses.replace(DEEPSEEK.moe.router, select=TopK(k=2))
+    moe = dataclasses.replace(DEEPSEEK.moe, router=router, balance=Balance(bias=rule))
+    config = dataclasses.replace(DEEPSEEK, moe=moe)
+    start = lively(config).state_dict()
+    moved = [stepped(config, accumulate=count)[1] for count in (1, 2, 4)]
+    biases = [name for name in start if name.endswith("bias_E")]
+    assert len(biases) == 4
+    for name in biases:
+        steps = [weights[name] - start[name] for weights in moved]
+        assert steps[0].any()
+        assert all(relative_error(step, steps[0]) < 1e-5 for step in steps[1:])
+
+
+def with_balance(config: Model, balance: Balance) -> Model:
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance=balance))
 
 
 def graded(config: Model, accumulate: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
@@ -161,7 +263,7 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
     """In values and gradients, against sums over experts in float64."""
     model, batch = lively(balanced(SWITCH, "global")), random_batch(2, 20)
     earlier_E = torch.tensor([400, 0, 7, 3])
-    mode = Mode(training=True, earlier={1: earlier_E})
+    mode = Mode(training=True, earlier={1: counted(earlier_E)})
     inputs = Inputs.of(batch)
     hidden = model.hidden(inputs, options=Options(mode=mode, routings=True))
     routing, report = hidden.routings[1], hidden.reports[0]
@@ -180,5 +282,5 @@ def test_the_loss_pairs_the_counts_of_the_step_with_the_probabilities_of_the_bat
 
 
 def test_first_choices_of_a_whole_step_are_refused() -> None:
-    with pytest.raises(ValueError, match="reads the loads of the step, which count every choice"):
+    with pytest.raises(ValueError, match="'global' reads the loads of the step, which count every choice"):
         SwitchLoss(counts="first", scope="global")

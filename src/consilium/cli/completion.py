@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from consilium.cli.arguments import Parser
 from consilium.errors import ConsiliumError, nearest
+from consilium.recipes import balances
 
 _PATHS: Final = frozenset({"DIR", "DST", "FILE", "FOLDER", "MODEL", "PATH", "RUN", "SRC"})
 """Metavariables that a path can stand for."""
@@ -30,13 +31,15 @@ def completion(shell: str, parsers: Mapping[str, Parser], helps: Mapping[str, st
     root.add_argument("--version", action="store_true", help="the version")
     verbs = root.add_subparsers()
     for name, parser in parsers.items():
-        _complete_paths(parser.actions(), shtab.FILE)
+        _complete_values(parser.actions(), shtab.FILE)
         verbs.add_parser(name, help=helps[name], parents=[parser], add_help=False)
     script: str = shtab.complete(root, shell)
     return script
 
 
-def _complete_paths(actions: Iterable[argparse.Action], files: Any) -> None:
+def _complete_values(actions: Iterable[argparse.Action], files: Any) -> None:
     for action in actions:
+        if action.dest == "balance":
+            action.choices = tuple(balances.TEXTS)
         if isinstance(action.metavar, str) and action.metavar in _PATHS:
             vars(action)["complete"] = files  # the attribute that shtab reads

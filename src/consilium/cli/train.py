@@ -9,6 +9,7 @@ from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.exits import INTERRUPTED, command_line
 from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
+from consilium.recipes import balances
 from consilium.words.say import say
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--balance",
         metavar="NAME",
-        help="none, switch, sequence, bias, bias-linear, adaptive, switch-z; default: the model's own",
+        help=f"{', '.join(balances.TEXTS)}; default: the model's own",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
 

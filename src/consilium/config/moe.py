@@ -13,6 +13,7 @@ from consilium.config.balance import (
     DeviceLoss,
     LoadLoss,
     NoBias,
+    QuantileBias,
     ZLoss,
 )
 from consilium.config.base import Size, configuration
@@ -23,6 +24,7 @@ from consilium.config.router import (
     LearnedNoise,
     NoGate,
     Router,
+    Sinkhorn,
     TopK,
     TwoLevel,
 )
@@ -123,6 +125,8 @@ class MoE:
                 "moe.balance.bias moves a bias that moe.router.offset 'none' never reads;"
                 " set offset to 'scores'."
             )
+        if isinstance(self.balance.bias, QuantileBias):
+            self._check_quantile()
         self._check_devices()
         if self.balance.losses and isinstance(self.router.projection, NoGate):
             raise ConsiliumError(
@@ -138,6 +142,15 @@ class MoE:
                     " nothing drops; set moe.admission to kind 'capacity', where experts choose also select"
                     " to 'top_k', or use another loss."
                 )
+
+    def _check_quantile(self) -> None:
+        """The rank of a margin is that of a choice among all experts (Megatron has no groups here either)."""
+        select = self.router.select
+        if not isinstance(select, TopK) or select.groups is not None or select.k == self.experts:
+            raise ConsiliumError(
+                "moe.balance.bias: quantile balancing needs moe.router.select 'top_k' without groups and with"
+                " fewer than all experts; set it, or bias to kind 'linear'."
+            )
 
     def _check_load(self) -> None:
         """The chance that the loss reads is that of being among the highest noisy logits (eq. 9)."""
@@ -228,9 +241,10 @@ class MoE:
 
     @property
     def causal_in_training(self) -> bool:
-        """The same in training, where limits of experts and devices drop copies."""
+        """The same in training, where limits drop copies and Sinkhorn's plan weighs a whole micro-batch."""
         drops = not isinstance(self.admission, Dropless)
-        return not isinstance(self.router.select, ExpertChoice) and (not drops or self._drops_last_come)
+        alone = not isinstance(self.router.select, ExpertChoice | Sinkhorn)
+        return alone and (not drops or self._drops_last_come)
 
     @property
     def _drops_last_come(self) -> bool:

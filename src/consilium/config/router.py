@@ -5,6 +5,7 @@ Each choice is a closed union; ``consilium.moe.routing.router`` implements every
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -125,6 +126,19 @@ class TopK:
 
 
 @configuration
+class Sinkhorn:
+    """In training the k highest of each token in a balanced plan, outside it the k highest scores.
+
+    Sinkhorn's iterations scale exp(logits) until every token sends, and every expert of the micro-batch
+    receives, its share (S-BASE: Clark et al. 2022, 2202.01169; Megatron). Weights are those of the scores.
+    """
+
+    kind: Literal["sinkhorn"] = "sinkhorn"
+    k: Size
+    iterations: Size = 20
+
+
+@configuration
 class SampledSecond:
     """Top-2; in training the second is dispatched with probability min(1, 2 g2) (GShard, 2006.16668)."""
 
@@ -185,7 +199,8 @@ class TwoLevel:
 
 
 Select = Annotated[
-    TopK | SampledSecond | Threshold | TopP | ExpertChoice | Hash | TwoLevel, Field(discriminator="kind")
+    TopK | Sinkhorn | SampledSecond | Threshold | TopP | ExpertChoice | Hash | TwoLevel,
+    Field(discriminator="kind"),
 ]
 
 
@@ -232,7 +247,7 @@ Weight = Annotated[Raw | Normalised | ClampedSum | SoftmaxOfSelected | Uniform, 
 def most_active(select: Select) -> int | None:
     """The most experts that one token may use; None where experts choose, which sets no limit."""
     match select:
-        case TopK(k=k) | Hash(k=k):
+        case TopK(k=k) | Sinkhorn(k=k) | Hash(k=k):
             return k
         case SampledSecond():
             return 2
@@ -291,7 +306,7 @@ class Router:
             raise ConsiliumError(
                 "moe.router: offset 'logits' needs a top-k selector; use offset 'scores' or 'none'."
             )
-        if isinstance(self.select, Hash | ExpertChoice) and self.offset != "none":
+        if isinstance(self.select, Hash | ExpertChoice | Sinkhorn) and self.offset != "none":
             raise ConsiliumError(
                 f"moe.router: select {self.select.kind!r} leaves a bias nothing to balance, as the loads are"
                 " fixed without it; set offset to 'none' and moe.balance.bias to kind 'none'."
@@ -300,6 +315,13 @@ class Router:
     @property
     def most_active(self) -> int | None:
         return most_active(self.select)
+
+    @property
+    def served(self) -> Router:
+        """The router that chooses outside training as this one does."""
+        if not isinstance(self.select, Sinkhorn):
+            return self
+        return dataclasses.replace(self, select=TopK(k=self.select.k))
 
     def gate_rows(self, experts: int) -> int:
         """Rows of the matrices that the router's input meets: those of the gates and of their noise."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, Self, TypeVar, final
 
 from torch import Tensor
 
-from consilium.moe.types import Report
+from consilium.moe.types import Counted, Margins, Reduce, Report, alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class ExpertLoad:
     """int64 copies that the router chose before admission."""
     entropy: float | None
     """Nats, mean over tokens; None where passes count alone."""
+    margins: Margins | None = None
+    """Of a step of training, where they move the bias."""
 
     @property
     def counts(self) -> list[int]:
@@ -46,32 +48,44 @@ class LoadCounter:
 
     def __init__(self) -> None:
         self._load: dict[int, Tensor] = {}
-        self._wanted: dict[int, Tensor] = {}
+        self._counted: dict[int, Counted] = {}
         self._nats: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._margins: dict[int, Margins] = {}
 
     def add(self, reports: Iterable[Report]) -> None:
         """Nothing waits for the device here."""
         for report in reports:
             _add(self._load, report.layer, report.load_E)
-            _add(self._wanted, report.layer, report.wanted_E)
+            _add(self._counted, report.layer, report.counted)
             if report.entropy is not None:
                 _add(self._nats, report.layer, report.entropy.double() * report.tokens)
                 _add(self._tokens, report.layer, report.tokens)
+            if report.margins is not None:
+                _add(self._margins, report.layer, report.margins)
 
     @property
-    def wanted(self) -> dict[int, Tensor]:
-        """int64 [E] copies that the routers chose so far, by layer."""
-        return dict(self._wanted)
+    def counted(self) -> dict[int, Counted]:
+        """What the routers chose so far, by layer."""
+        return dict(self._counted)
 
-    def result(self) -> dict[int, ExpertLoad]:
-        return {layer: self._layer(layer) for layer in sorted(self._load)}
+    def result(self, reduce: Reduce = alone) -> dict[int, ExpertLoad]:
+        """By layer, over all ranks; margins are of this one."""
+        return {layer: self._layer(layer, reduce) for layer in sorted(self._load)}
 
-    def _layer(self, layer: int) -> ExpertLoad:
-        tokens = int(self._tokens[layer]) if layer in self._tokens else 0
-        entropy = float(self._nats[layer]) / tokens if tokens else None
-        return ExpertLoad(self._load[layer], self._wanted[layer], entropy)
+    def _layer(self, layer: int, reduce: Reduce) -> ExpertLoad:
+        counted, load_E = self._counted[layer].over(reduce), reduce(self._load[layer])
+        tokens = int(reduce(self._tokens[layer])) if layer in self._tokens else 0
+        entropy = float(reduce(self._nats[layer])) / tokens if tokens else None
+        return ExpertLoad(load_E, counted.wanted_E, entropy, self._margins.get(layer))
 
 
-def _add(sums: dict[int, Tensor], layer: int, value: Tensor) -> None:
-    sums[layer] = sums[layer] + value if layer in sums else value.clone()
+class _Added(Protocol):
+    def __add__(self, other: Self) -> Self: ...
+
+
+V = TypeVar("V", bound=_Added)
+
+
+def _add(sums: dict[int, V], layer: int, value: V) -> None:
+    sums[layer] = sums[layer] + value if layer in sums else value

@@ -1,63 +1,40 @@
 """Balance: the losses and the report of a pass, and the control state that moves between steps.
 
-Legend: T tokens, E experts, K choices a token, S segments.
+Legend: T tokens, E experts, N devices.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from consilium.config.balance import (
-    AdaptiveLoss,
-    BalanceLoss,
-    CommunicationLoss,
-    DeviceLoss,
-    ImportanceLoss,
-    LinearBias,
-    LoadLoss,
-    NoBias,
-    SequenceLoss,
-    SignBias,
-    SwitchLoss,
-    ZLoss,
-)
+from consilium.config.balance import AdaptiveLoss, NoBias, QuantileBias
 from consilium.config.balance import Balance as BalanceConfig
 from consilium.config.router import Router as RouterConfig
-from consilium.moe.losses import (
-    Segments,
-    by_sequence,
-    communication_loss,
-    device_loss,
-    entropy,
-    expert_loss,
-    importance_loss,
-    load_fractions,
-    load_loss,
-    normalised,
-    sent_fractions,
-    uniformity_loss,
-    whole_batch,
-    z_loss,
-)
-from consilium.moe.ordering import highest
-from consilium.moe.types import LayerMode, Report, Routing, Tokens
+from consilium.moe.control import memory, move
+from consilium.moe.losses import entropy, sent
+from consilium.moe.margins import Exact, Histogram, margins
+from consilium.moe.objectives import Seen, balance_loss
+from consilium.moe.types import Counted, LayerMode, Margins, Report, Routing, Taken, Tokens
 from consilium.ops.exact import no_autocast
 
 
 @final
 class Balance(nn.Module):
-    """Losses and loads are values of a pass; the bias and the adaptive coefficient are state between steps.
+    """Losses and loads are values of a pass; the bias and what moves it are state between steps.
 
-    Buffers, persistent and float32 whatever the model's dtype: ``bias_E`` [E] where the router selects with
-    one, ``coefficient`` (scalar) where a loss is adaptive. In bfloat16 a bias of 2 would not move by 0.001.
+    Buffers, float32 whatever the model's dtype: ``bias_E`` [E] where the router selects with one,
+    ``coefficient`` (scalar) where a loss is adaptive, both saved with the weights; and what a bias rule keeps
+    (``controls``), which a resume needs and the weights do not. In bfloat16 a bias of 2 would not move by
+    0.001.
     """
 
     def __init__(self, config: BalanceConfig, router: RouterConfig, experts: int, layer: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.offset = router.offset
         self.experts = experts
         self.layer = layer
         adaptive = [loss for loss in config.losses if isinstance(loss, AdaptiveLoss)]
@@ -67,6 +44,10 @@ class Balance(nn.Module):
         self.bias_E: Tensor | None
         self.coefficient: Tensor | None
         self.adaptive = adaptive[0] if adaptive else None
+        kept = memory(config.bias, experts)
+        for name, value in kept.items():
+            self.register_buffer(name, value, persistent=False)
+        self.kept = tuple(kept)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Follow the model to a device but not to a dtype: a cast buffer comes back with its exact values."""
@@ -75,121 +56,76 @@ class Balance(nn.Module):
         for name, old in before.items():
             new = self.get_buffer(name)
             if new.dtype != old.dtype:
-                self.register_buffer(name, old.to(new.device))
+                self.register_buffer(name, old.to(new.device), persistent=name not in self.kept)
         return self
+
+    @property
+    def controls(self) -> dict[str, Tensor]:
+        """What the bias rule keeps from step to step, by name: the buffers themselves."""
+        return {name: self.get_buffer(name) for name in self.kept}
 
     def forward(self, admitted: Routing, tokens: Tokens, mode: LayerMode) -> Report:
         """Report on what the router wanted and on what admission left of it. Losses in training only.
 
-        Losses read what was wanted, over valid tokens; those of global scope add what earlier micro-batches
-        of the step wanted.
+        Losses read what was wanted, over valid tokens; those over a step add what other micro-batches and
+        ranks wanted.
         """
-        losses: dict[str, Tensor] = {}
-        disorder: Tensor | None = None
-        with no_autocast(admitted.logits_TE):
-            if mode.training:
-                for loss in self.config.losses:
-                    value = self._loss(loss, admitted, tokens, mode)
-                    losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
-            if not mode.counts_only:
-                disorder = entropy(admitted.scores_TE.detach(), tokens.valid_T)
         load_E = admitted.load_E()
         wanted_E = load_E if admitted.keep_TK is admitted.wanted_TK else admitted.wanted_E()
-        return Report(self.layer, losses, load_E, wanted_E, tokens.valid_T.sum(), disorder)
+        count = tokens.valid_T.sum()
+        if mode.counts_only and not mode.training:
+            return Report(self.layer, {}, load_E, wanted_E, count, None)
+        counted = Counted(wanted_E, count, self._sent(admitted, mode))
+        with no_autocast(admitted.logits_TE):
+            losses = {} if mode.counts_only else self._losses(admitted, tokens, mode, counted)
+            disorder = None if mode.counts_only else entropy(admitted.scores_TE.detach(), tokens.valid_T)
+            beside = self._margins(admitted, tokens) if mode.training and not mode.counts_only else None
+        return Report(self.layer, losses, load_E, wanted_E, count, disorder, counted.sent_N, beside)
 
-    def _loss(self, loss: BalanceLoss, routing: Routing, tokens: Tokens, mode: LayerMode) -> Tensor:
-        match loss:
-            case SwitchLoss(coefficient=coefficient):
-                return coefficient * self._switch(loss, routing, tokens, mode.earlier_E)
-            case SequenceLoss(coefficient=coefficient):
-                return coefficient * self._sequence(loss, routing, tokens, mode)
-            case DeviceLoss(coefficient=coefficient, devices=devices, scope=scope):
-                segments = self._segments(tokens, scope, mode)
-                f_SE, p_SE = self._shares(routing, segments)
-                return coefficient * device_loss(f_SE, p_SE, devices, segments)
-            case CommunicationLoss(coefficient=coefficient):
-                return coefficient * self._communication(loss, routing, tokens, mode)
-            case ImportanceLoss(coefficient=coefficient):
-                return coefficient * importance_loss(routing.experts_TK, routing.weights_TK, self.experts)
-            case LoadLoss(coefficient=coefficient):
-                assert routing.chance_TE is not None, "the load loss needs learned noise"
-                return coefficient * load_loss(routing.chance_TE, tokens.valid_T)
-            case ZLoss(coefficient=coefficient):
-                return coefficient * z_loss(routing.clean_TE, tokens.valid_T)
-            case AdaptiveLoss():
-                assert self.coefficient is not None, "an adaptive loss has a coefficient"
-                segments = whole_batch(tokens)
-                p_SE = segments.means(normalised(routing.scores_TE))
-                return self.coefficient * uniformity_loss(p_SE, segments)
+    def _losses(
+        self, admitted: Routing, tokens: Tokens, mode: LayerMode, counted: Counted
+    ) -> dict[str, Tensor]:
+        """By kind; those of one kind are added up."""
+        losses: dict[str, Tensor] = {}
+        seen = Seen(admitted, tokens, mode, counted, self.config.sequence, self.coefficient)
+        for loss in self.config.losses if mode.training else ():
+            value = balance_loss(loss, seen)
+            losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
+        return losses
 
-    def _segments(self, tokens: Tokens, scope: Literal["batch", "sequence"], mode: LayerMode) -> Segments:
-        """What losses are averaged over; ``config.sequence`` says what a sequence is."""
-        if scope == "batch":
-            return whole_batch(tokens)
-        match self.config.sequence:
-            case "document":
-                return by_sequence(tokens, tokens.sequence_T, mode.documents)
-            case "row":
-                return by_sequence(tokens, tokens.sequence_T if tokens.row_T is None else tokens.row_T)
-
-    def _shares(self, routing: Routing, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Load fractions f and mean probabilities P [S, E]; P over all experts, not only those chosen."""
-        f_SE = load_fractions(routing.experts_TK, routing.wanted_TK, self.experts, segments)
-        return f_SE, segments.means(normalised(routing.scores_TE))
-
-    def _switch(self, loss: SwitchLoss, routing: Routing, tokens: Tokens, earlier_E: Tensor | None) -> Tensor:
-        segments = whole_batch(tokens)
-        match loss.counts:
-            case "all":
-                experts_TK, wanted_TK = routing.experts_TK, routing.wanted_TK
-            case "first":
-                experts_TK, wanted_TK = routing.experts_TK[:, :1], routing.wanted_TK[:, :1]
-        also_E = earlier_E if loss.scope == "global" else None
-        f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments, also_E)
-        return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
-
-    def _sequence(self, loss: SequenceLoss, routing: Routing, tokens: Tokens, mode: LayerMode) -> Tensor:
-        segments = self._segments(tokens, "sequence", mode)
-        match loss.counts:
-            case "routed":
-                experts_TK, wanted_TK = routing.experts_TK, routing.wanted_TK
-            case "scores":
-                # DeepSeek-V3 equation 18 as printed: the top k of the scores without bias.
-                experts_TK = highest(routing.scores_TE.detach(), routing.experts_TK.shape[1])
-                wanted_TK = tokens.valid_T[:, None].expand_as(experts_TK)
-        f_SE = load_fractions(experts_TK, wanted_TK, self.experts, segments)
-        return expert_loss(f_SE, segments.means(normalised(routing.scores_TE)), segments)
-
-    def _communication(
-        self, loss: CommunicationLoss, routing: Routing, tokens: Tokens, mode: LayerMode
-    ) -> Tensor:
-        segments = self._segments(tokens, loss.scope, mode)
-        size = self.experts // loss.devices
-        sent_SN = sent_fractions(routing.experts_TK, routing.wanted_TK, size, loss.devices, segments)
-        p_SE = segments.means(normalised(routing.scores_TE))
-        return communication_loss(sent_SN, p_SE, loss.most, segments)
+    def _sent(self, admitted: Routing, mode: LayerMode) -> Tensor | None:
+        devices = self.config.counted_devices
+        if devices is None or not mode.training:
+            return None
+        return sent(admitted.experts_TK, admitted.wanted_TK, self.experts // devices, devices).sum(dim=0)
 
     @torch.no_grad()
-    def step(self, wanted_E: Tensor, dropped_fraction: float = 0.0) -> None:
+    def _margins(self, admitted: Routing, tokens: Tokens) -> Margins | None:
+        """What quantile balancing reads of a pass: margins of what the router compared."""
+        rule, bias_E = self.config.bias, self.bias_E
+        if not isinstance(rule, QuantileBias):
+            return None
+        assert bias_E is not None, "a rule moves a bias"
+        values_TE = admitted.logits_TE if self.offset == "logits" else admitted.scores_TE
+        margins_TE = margins(values_TE.detach() + bias_E, tokens.valid_T, admitted.experts_TK.shape[1])
+        match rule.statistics:
+            case "exact":
+                return Exact((margins_TE,))
+            case "histogram":
+                return Histogram.of(margins_TE, tokens.valid_T)
+
+    @torch.no_grad()
+    def step(self, taken: Taken) -> None:
         """Move the control state once, after an optimizer step, by what the router wanted.
 
-        ``wanted_E`` int64 counts and ``dropped_fraction`` in [0, 1] cover the whole step: every micro-batch
-        and rank, without padding, evaluation or recomputation. A step without tokens changes nothing. Counts
-        after drops would not do: a capacity cuts every wanted expert to the same load, and the mean with it.
+        A step without tokens changes nothing.
         """
-        total = wanted_E.sum()
-        if self.bias_E is not None:
+        if taken.wanted_E.sum() == 0:
+            return
+        if self.bias_E is not None and taken.progress < self.config.bias_until:
             assert self.bias_E.dtype == torch.float32, "the selection bias is float32"
-            # Over the sum: count - mean is exact in integers as E * count - total.
-            excess_E = (wanted_E * self.experts - total).to(self.bias_E.device)
-            match self.config.bias:
-                case NoBias():
-                    pass
-                case SignBias(rate=rate):
-                    self.bias_E -= rate * excess_E.sign()
-                case LinearBias(rate=rate):
-                    self.bias_E -= rate * excess_E / total.clamp_min(1)
-        if self.adaptive is not None and self.coefficient is not None and total > 0:
+            move(self.config.bias, self.bias_E, self.controls, taken)
+        if self.adaptive is not None and self.coefficient is not None:
             # Skywork-MoE equations 5 and 6.
-            target = min(self.adaptive.slope * dropped_fraction, self.adaptive.most)
+            target = min(self.adaptive.slope * taken.dropped_fraction, self.adaptive.most)
             self.coefficient.lerp_(self.coefficient.new_tensor(target), 1 - self.adaptive.momentum)

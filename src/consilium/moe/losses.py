@@ -9,6 +9,7 @@ load and Skywork's loss 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ class Segments:
     """int64 in [0, count)."""
     valid_T: Tensor
     count: int
+    unit: Literal["token", "segment"]
+    """What weighs alike in the mean over the step: tokens of a micro-batch, or sequences of any length."""
     usual: float | None = None
-    """Segments of a micro-batch on average over the step: the mean of the step is the mean of its parts."""
+    """Units of a micro-batch on average over the step: the mean of the step is the mean of its parts."""
 
     @property
     def tokens_S(self) -> Tensor:
@@ -46,18 +49,19 @@ class Segments:
         return self.sums(values_TX) / self.tokens_S.clamp_min(1)[:, None]
 
     def average(self, losses_S: Tensor) -> Tensor:
-        """Mean over segments that have valid tokens, taken over as many as are usual where that is given."""
-        live_S = self.tokens_S > 0
-        total = losses_S.masked_fill(~live_S, 0).sum()
-        return total / live_S.sum().clamp_min(1) if self.usual is None else total / (self.usual or 1)
+        """Mean by units over segments with valid tokens, taken over as many units as are usual if given."""
+        weight_S = self.tokens_S if self.unit == "token" else (self.tokens_S > 0).long()
+        usual = weight_S.sum().clamp_min(1) if self.usual is None else self.usual or 1
+        part_S = weight_S.to(losses_S.dtype) / usual
+        return (losses_S.masked_fill(weight_S == 0, 0) * part_S).sum()
 
 
-def whole_batch(tokens: Tokens) -> Segments:
-    return Segments(torch.zeros_like(tokens.sequence_T), tokens.valid_T, 1)
+def whole_batch(tokens: Tokens, usual: float | None = None) -> Segments:
+    return Segments(torch.zeros_like(tokens.sequence_T), tokens.valid_T, 1, "token", usual)
 
 
 def by_sequence(tokens: Tokens, sequence_T: Tensor, usual: float | None = None) -> Segments:
-    return Segments(sequence_T, tokens.valid_T, tokens.most_sequences, usual)
+    return Segments(sequence_T, tokens.valid_T, tokens.most_sequences, "segment", usual)
 
 
 def normalised(scores_TE: Tensor) -> Tensor:
@@ -77,20 +81,19 @@ def entropy(scores_TE: Tensor, valid_T: Tensor) -> Tensor:
     return entropy_T.masked_fill(~valid_T, 0).sum() / valid_T.sum().clamp_min(1)
 
 
-def load_fractions(
-    experts_TK: Tensor, wanted_TK: Tensor, experts: int, segments: Segments, earlier_E: Tensor | None = None
-) -> Tensor:
-    """Each expert's share f [S, E] of its segment's copies times E, so 1 at balance. No gradient.
-
-    With k copies for each of T tokens this is the papers' E / (k T) times the count. ``earlier_E`` are copies
-    of tokens elsewhere that count as well.
-    """
+def copies(experts_TK: Tensor, wanted_TK: Tensor, experts: int, segments: Segments) -> Tensor:
+    """int64 [S, E] copies of each expert in each segment."""
     slot_TK = segments.index_T[:, None] * experts + experts_TK
     wanted_TK = wanted_TK & segments.valid_T[:, None]
-    counts_SE = occurrences(slot_TK, segments.count * experts, wanted_TK).view(-1, experts)
-    if earlier_E is not None:
-        counts_SE = counts_SE + earlier_E
-    return counts_SE * (experts / counts_SE.sum(dim=1, keepdim=True).clamp_min(1))
+    return occurrences(slot_TK, segments.count * experts, wanted_TK).view(-1, experts)
+
+
+def fractions(copies_SE: Tensor) -> Tensor:
+    """Each expert's share f [S, E] of its segment's copies times E, so 1 at balance.
+
+    With k copies for each of T tokens this is the papers' E / (k T) times the count.
+    """
+    return copies_SE * (copies_SE.shape[1] / copies_SE.sum(dim=1, keepdim=True).clamp_min(1))
 
 
 def expert_loss(f_SE: Tensor, p_SE: Tensor, segments: Segments) -> Tensor:
@@ -105,13 +108,10 @@ def device_loss(f_SE: Tensor, p_SE: Tensor, devices: int, segments: Segments) ->
     return segments.average((f_SN * p_SN).sum(dim=1))
 
 
-def sent_fractions(
-    experts_TK: Tensor, wanted_TK: Tensor, size: int, devices: int, segments: Segments
-) -> Tensor:
-    """Share [S, N] of a segment's tokens that reach each device of ``size`` experts. No gradient."""
-    sent_TN = experts_TK.new_zeros(experts_TK.shape[0], devices, dtype=torch.float32)
-    sent_TN = sent_TN.scatter_reduce(1, experts_TK // size, wanted_TK.float(), reduce="amax")
-    return segments.means(sent_TN)
+def sent(experts_TK: Tensor, wanted_TK: Tensor, size: int, devices: int) -> Tensor:
+    """Whether, bool [T, N], a token reaches each device of ``size`` experts."""
+    count_TN = experts_TK.new_zeros(experts_TK.shape[0], devices)
+    return count_TN.scatter_add(1, experts_TK // size, wanted_TK.long()) > 0
 
 
 def communication_loss(sent_SN: Tensor, p_SE: Tensor, most: int, segments: Segments) -> Tensor:
@@ -138,10 +138,10 @@ def load_loss(chance_TE: Tensor, valid_T: Tensor) -> Tensor:
     return squared_variation(chance_TE.masked_fill(~valid_T[:, None], 0).sum(dim=0))
 
 
-def z_loss(clean_TE: Tensor, valid_T: Tensor) -> Tensor:
+def z_loss(clean_TE: Tensor, segments: Segments) -> Tensor:
     """Mean over valid tokens of the squared logsumexp of the clean logits (ST-MoE equation 5)."""
-    square_T = clean_TE.logsumexp(dim=1).square()
-    return square_T.masked_fill(~valid_T, 0).sum() / valid_T.sum().clamp_min(1)
+    square_T1 = clean_TE.logsumexp(dim=1, keepdim=True).square()
+    return segments.average(segments.means(square_T1)[:, 0])
 
 
 def uniformity_loss(p_SE: Tensor, segments: Segments) -> Tensor:

@@ -6,9 +6,9 @@ R rows = kept (token, expert) pairs sorted by expert, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, final
+from typing import Final, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -120,6 +120,81 @@ class LayerObserver:
         self.observer.rows(self.layer, rows, hidden_RF, output_RD)
 
 
+Reduce = Callable[[Tensor], Tensor]
+"""The sum of a tensor, mostly of counts, over all ranks of a step. Every rank asks in the same order."""
+
+
+def alone(values: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return values
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the router of a layer chose, in integers that add up over micro-batches and ranks."""
+
+    wanted_E: Tensor
+    """int64 copies of each expert before admission."""
+    tokens: Tensor
+    """int64 scalar: valid tokens."""
+    sent_N: Tensor | None = None
+    """int64 tokens that reach each device, where a loss asks."""
+
+    def __add__(self, other: Counted) -> Counted:
+        sent_N = None if self.sent_N is None or other.sent_N is None else self.sent_N + other.sent_N
+        return Counted(self.wanted_E + other.wanted_E, self.tokens + other.tokens, sent_N)
+
+    def over(self, reduce: Reduce) -> Counted:
+        """The sum over all ranks, asked for once."""
+        parts = [self.wanted_E, self.tokens[None], *([] if self.sent_N is None else [self.sent_N])]
+        wanted_E, tokens, *sent = reduce(torch.cat(parts)).split([len(part) for part in parts])
+        return Counted(wanted_E, tokens[0], sent[0] if sent else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """What a micro-batch of the optimizer step holds on average, over all of them and all ranks.
+
+    A loss that is a mean over tokens or sequences divides by these, so that micro-batches of different sizes
+    add up to the mean over the step.
+    """
+
+    tokens: float
+    """Valid ones."""
+    documents: float
+    rows: float
+    """With a valid token."""
+
+
+class Margins(Protocol):
+    """By how much tokens of a step prefer each expert to their own limit; sums are those of more tokens."""
+
+    def __add__(self, other: Self) -> Self: ...
+
+    def beyond(self, rank: int, reduce: Reduce) -> Tensor:
+        """float32 [E]: of each expert, the (rank + 1)-th highest margin on all ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an optimizer step tells the balance of a layer, without padding, evaluation or recomputation."""
+
+    wanted_E: Tensor
+    """int64 copies that the router chose in all micro-batches, on all ranks.
+
+    Counts after drops would not do: a capacity cuts every wanted expert to one load, and the mean with it.
+    """
+    dropped_fraction: float = 0.0
+    """Of the same, in [0, 1]."""
+    margins: Margins | None = None
+    """Of all micro-batches on this rank; what they sum goes through ``reduce``."""
+    progress: float = 0.0
+    """Share of the run's steps that were done before."""
+    reduce: Reduce = alone
+
+
 @dataclass(frozen=True, slots=True)
 class LayerMode:
     """How a pass runs in one layer. The stages read this and nothing else of the pass."""
@@ -128,9 +203,10 @@ class LayerMode:
     generator: torch.Generator | None = None
     override: Override = Override()
     observer: LayerObserver | None = None
-    earlier_E: Tensor | None = None
-    """int64: copies that the router chose in earlier micro-batches of the optimizer step."""
-    documents: float | None = None
+    earlier: Counted | None = None
+    whole: Counted | None = None
+    average: Average | None = None
+    reduce: Reduce = alone
     counts_only: bool = False
 
 
@@ -143,13 +219,16 @@ class Mode:
     override: Override | Mapping[int, Override] | None = None
     """For every MoE layer, or by the index of its block (``Model.moe_layers``); the others stay free."""
     observer: Observer | None = None
-    earlier: Mapping[int, Tensor] | None = None
-    """int64 [E] by index of the MoE layer: copies chosen in earlier micro-batches of the optimizer step."""
-    documents: Mapping[int, float] | None = None
-    """How many a micro-batch of the optimizer step has on average, by index of the MoE layer; None for as
-    many as this one has."""
+    earlier: Mapping[int, Counted] | None = None
+    """By index of the MoE layer: what this rank chose in earlier micro-batches of the optimizer step."""
+    whole: Mapping[int, Counted] | None = None
+    """The same of the whole step, over all ranks; None where this pass is all that a rank does in it."""
+    average: Mapping[int, Average] | None = None
+    """By index of the MoE layer; None for what this micro-batch holds."""
+    reduce: Reduce = alone
+    """How counts of a step meet those of other ranks."""
     counts_only: bool = False
-    """Reports hold loads alone, as a step of decoding needs them."""
+    """Reports hold loads alone, as a step of decoding needs them, and no losses."""
 
     def at(self, layer: int) -> LayerMode:
         """The mode as one layer reads it."""
@@ -159,8 +238,10 @@ class Mode:
             generator=self.generator,
             override=override or Override(),
             observer=None if self.observer is None else LayerObserver(self.observer, layer),
-            earlier_E=None if self.earlier is None else self.earlier.get(layer),
-            documents=None if self.documents is None else self.documents.get(layer),
+            earlier=None if self.earlier is None else self.earlier.get(layer),
+            whole=None if self.whole is None else self.whole.get(layer),
+            average=None if self.average is None else self.average.get(layer),
+            reduce=self.reduce,
             counts_only=self.counts_only,
         )
 
@@ -242,6 +323,14 @@ class Report:
 
     Absent where the pass asked for counts only.
     """
+    sent_N: Tensor | None = None
+    """int64 tokens that reach each device, where a loss over the step counts them."""
+    margins: Margins | None = None
+    """In training, where the bias is moved by them."""
+
+    @property
+    def counted(self) -> Counted:
+        return Counted(self.wanted_E, self.tokens, self.sent_N)
 
     @property
     def dropped(self) -> Tensor:

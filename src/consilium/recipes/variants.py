@@ -6,42 +6,23 @@ The dense twin answers "what would the same compute buy without experts?".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Any
 
-from consilium.config.balance import (
-    AdaptiveLoss,
-    Balance,
-    LinearBias,
-    NoBias,
-    SequenceLoss,
-    SignBias,
-    SwitchLoss,
-    ZLoss,
-)
+from consilium.config.balance import AdaptiveLoss, Balance, LoadLoss, NoBias
 from consilium.config.feed_forward import FeedForward
 from consilium.config.io import changed
 from consilium.config.model import Model
-from consilium.config.moe import Capacity, Dropless
+from consilium.config.moe import Admission, Capacity, Dropless, MoE
+from consilium.config.router import LearnedNoise, NoNoise, Router, Sinkhorn, TopK
 from consilium.errors import ConsiliumError, nearest
-
-BALANCES: Mapping[str, Balance] = MappingProxyType(
-    {
-        "none": Balance(),
-        "switch": Balance(losses=(SwitchLoss(),)),
-        "sequence": Balance(losses=(SequenceLoss(coefficient=1e-2),)),
-        "bias": Balance(losses=(SequenceLoss(),), bias=SignBias()),
-        "bias-linear": Balance(losses=(SequenceLoss(),), bias=LinearBias()),
-        "adaptive": Balance(losses=(AdaptiveLoss(),)),
-        "switch-z": Balance(losses=(SwitchLoss(), ZLoss())),
-    }
-)
+from consilium.recipes.balancing import BALANCES
 
 
 def with_balance(model: Model, name: str) -> Model:
     """Return ``model`` balanced by the method called ``name``, with what the method needs.
 
-    A bias needs an offset, and the adaptive loss drops: a dropless model gets skywork-moe's capacity.
+    A bias needs an offset, Sinkhorn a selector of its own and none, the load loss learned noise; the adaptive
+    loss drops, so a dropless model gets skywork-moe's capacity.
     Raises ConsiliumError for unknown names and for methods that the router cannot have.
     """
     if name not in BALANCES:
@@ -50,16 +31,40 @@ def with_balance(model: Model, name: str) -> Model:
         raise ConsiliumError(
             f"--balance {name}: {model.family} is dense and has nothing to balance; drop the option."
         )
-    balance = BALANCES[name]
-    # An offset that the system has stays: without a rule its bias is zero and the layout is the same.
-    reads = model.moe.router.offset != "none" or isinstance(balance.bias, NoBias)
-    offset, where = model.moe.router.offset if reads else "scores", f"--balance {name}"
-    router = changed(model.moe.router, where=where, offset=offset)
-    adaptive = any(isinstance(loss, AdaptiveLoss) for loss in balance.losses)
-    lacking = adaptive and isinstance(model.moe.admission, Dropless)
-    admission = Capacity(factor=1.25) if lacking else model.moe.admission
-    moe = changed(model.moe, where=where, router=router, admission=admission, balance=balance)
+    where, balance = f"--balance {name}", BALANCES[name](model.moe)
+    router = changed(model.moe.router, where=where, **_router(model.moe.router, name, balance))
+    moe = changed(
+        model.moe, where=where, router=router, admission=_admission(model.moe, balance), balance=balance
+    )
     return dataclasses.replace(model, moe=moe)
+
+
+def _router(router: Router, name: str, balance: Balance) -> dict[str, Any]:
+    """What changes of the router."""
+    select = router.served.select
+    if name == "sinkhorn":
+        if not isinstance(select, TopK) or select.groups is not None:
+            raise ConsiliumError(
+                "--balance sinkhorn: its plan chooses the best k of all experts, and moe.router.select is"
+                f" {_described(router)}; choose another balance."
+            )
+        return {"select": Sinkhorn(k=select.k), "offset": "none"}
+    if any(isinstance(loss, LoadLoss) for loss in balance.losses):
+        noise = LearnedNoise() if isinstance(router.noise, NoNoise) else router.noise
+        return {"select": select, "offset": "none", "noise": noise}
+    # An offset that the system has stays: without a rule its bias is zero and the layout is the same.
+    reads = router.offset != "none" or isinstance(balance.bias, NoBias)
+    return {"select": select, "offset": router.offset if reads else "scores"}
+
+
+def _described(router: Router) -> str:
+    return f"{router.select.kind!r}{' with groups' if isinstance(router.select, TopK) else ''}"
+
+
+def _admission(moe: MoE, balance: Balance) -> Admission:
+    adaptive = any(isinstance(loss, AdaptiveLoss) for loss in balance.losses)
+    lacking = adaptive and isinstance(moe.admission, Dropless)
+    return Capacity(factor=1.25) if lacking else moe.admission
 
 
 def dense_twin(model: Model) -> Model:

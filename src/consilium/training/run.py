@@ -28,6 +28,7 @@ from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
 from consilium.records.io import read_json, write_json, write_text
 from consilium.records.run import CHECKPOINTS, META_FILE, Change, Hardware, RunMeta, Versions, checkpoint_at
+from consilium.training.controls import controls, restore_controls
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
@@ -158,7 +159,7 @@ def save_run(run: Run) -> Path:
     """Commit ``checkpoints/step-N`` whole, then prune older ones. Raises ConsiliumError for bad weights."""
     check_weights(run.model, run.progress.step)
     state = store.TrainingState(
-        tensors=moments(run.optimizer, run.model),
+        tensors=moments(run.optimizer, run.model) | controls(run.model),
         scalars={
             "step": run.progress.step,
             "tokens": run.progress.tokens,
@@ -194,7 +195,7 @@ def _restore(folder: Path, stored: Training, model: Decoder, optimizer: Optimize
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
     store.load_weights(model, folder, check_finite=True)
     state = store.load_training_state(folder, verified=True)
-    restore_moments(optimizer, model, state.tensors)
+    restore_moments(optimizer, model, restore_controls(model, state.tensors))
     scalars = state.scalars
     if scalars["corpus_sha256"] != site.corpus.sha256:
         raise ConsiliumError(

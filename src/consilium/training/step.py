@@ -5,6 +5,7 @@ Legend: E routed experts.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from consilium.data.loader import Loader
 from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
-from consilium.model.types import Options
-from consilium.moe.types import Mode
+from consilium.model.types import Inputs, Objective, Options
+from consilium.moe.types import Average, Counted, Mode, Reduce, Taken, alone
 from consilium.training import guard
 from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
@@ -41,34 +42,48 @@ class StepResult:
     loads: Mapping[int, ExpertLoad]
     """By index of the MoE layer."""
     skipped: bool
+    step: int
+    """Steps of the run that were done before."""
 
 
 def train_step(
-    model: Decoder, optimizer: Optimizer, loader: Loader, config: Training, step: int
+    model: Decoder,
+    optimizer: Optimizer,
+    loader: Loader,
+    config: Training,
+    step: int,
+    reduce: Reduce = alone,
 ) -> StepResult:
     """Run step ``step`` (from 0): a pure function of weights, optimizer state, configuration and step.
 
-    A non-finite loss or gradient norm leaves weights, moments and balance state untouched.
+    A non-finite loss or gradient norm leaves weights, moments and balance state untouched. ``reduce`` is how
+    counts of the step meet those of other ranks.
     """
-    result = gradients(model, optimizer, loader, config, step)
+    result = gradients(model, optimizer, loader, config, step, reduce)
     if not result.skipped:
-        update(model, optimizer, config, result)
+        update(model, optimizer, config, result, reduce)
     return result
 
 
 def gradients(
-    model: Decoder, optimizer: Optimizer, loader: Loader, config: Training, step: int
+    model: Decoder,
+    optimizer: Optimizer,
+    loader: Loader,
+    config: Training,
+    step: int,
+    reduce: Reduce = alone,
 ) -> StepResult:
     """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     batch = [loader.micro(step, i, config.accumulate).to(device) for i in range(config.accumulate)]
     share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
-    documents = _documents(model, batch)
+    view = _View(config, step, reduce, _averages(model, batch, reduce))
+    view = dataclasses.replace(view, whole=_counted_ahead(model, batch, view))
     losses: list[Loss] = []
     loads = LoadCounter()
     for i, micro in enumerate(batch):
-        options = _options(config, step, i, loads.wanted, documents)
+        options = view.options(i, loads.counted)
         losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
         loads.add(losses[-1].reports.values())
@@ -83,47 +98,90 @@ def gradients(
         norm=norm,
         rate=rate,
         tokens=sum(int(b.valid_BS.sum()) for b in batch),
-        loads=loads.result(),
+        loads=loads.result(reduce),
         skipped=not guard.is_healthy(total, norm),
+        step=step,
     )
 
 
-def update(model: Decoder, optimizer: Optimizer, config: Training, result: StepResult) -> None:
+def update(
+    model: Decoder,
+    optimizer: Optimizer,
+    config: Training,
+    result: StepResult,
+    reduce: Reduce = alone,
+) -> None:
     """Move the weights by their gradients, then the balance by what the routers wanted.
 
     Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).
     """
     set_rate(optimizer, result.rate)
     optimizer.step()
+    progress = result.step / config.steps
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
-        moe.balance.step(load.wanted_E, load.dropped_fraction)
+        moe.balance.step(Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, reduce))
 
 
-def _documents(model: Decoder, batch: Sequence[Batch]) -> dict[int, float]:
-    """Documents of a micro-batch on average, by index of the MoE layer: losses by document weigh all alike.
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What every micro-batch of a step knows of the step."""
+
+    config: Training
+    step: int
+    reduce: Reduce
+    average: Mapping[int, Average]
+    whole: Mapping[int, Counted] | None = None
+
+    def options(self, micro: int, earlier: Mapping[int, Counted], *, counts_only: bool = False) -> Options:
+        """Noise comes from (seed, step, micro-batch) alone, so that a resume needs no generator state."""
+        digest = hashlib.sha256(f"{self.config.seed}/{self.step}/{micro}".encode()).digest()
+        mode = Mode(
+            training=True,
+            generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")),
+            earlier=earlier,
+            whole=self.whole,
+            average=self.average,
+            reduce=self.reduce,
+            counts_only=counts_only,
+        )
+        return Options(mode=mode, dtype=torch_dtype(self.config.dtype), recompute=self.config.recompute)
+
+
+@torch.no_grad()
+def _counted_ahead(model: Decoder, batch: Sequence[Batch], view: _View) -> Mapping[int, Counted] | None:
+    """What all micro-batches will choose, for losses that read it; None where one pass is the whole step.
+
+    The passes draw the noise that the passes with gradients draw again.
+    """
+    moe = model.config.moe
+    if moe is None or not moe.balance.counts_ahead or len(batch) == 1:
+        return None
+    loads = LoadCounter()
+    for i, micro in enumerate(batch):
+        options = view.options(i, {}, counts_only=True)
+        losses = model(Inputs.of(micro), options=options, objective=Objective(micro.targets_BS))
+        loads.add(losses.reports.values())
+    return {layer: counted.over(view.reduce) for layer, counted in loads.counted.items()}
+
+
+def _averages(model: Decoder, batch: Sequence[Batch], reduce: Reduce) -> dict[int, Average]:
+    """What a micro-batch holds on average, by index of the MoE layer.
 
     The layers behind the last block predict further ahead and see the longer documents alone.
     """
-    lengths = torch.cat([_lengths(micro) for micro in batch])
+    lengths_BS = torch.cat([_lengths(micro) for micro in batch])
     ahead = {layer: max(layer - model.config.layers + 1, 0) for layer in model.config.moe_layers}
-    return {layer: int((lengths > depth).sum()) / len(batch) for layer, depth in ahead.items()}
+    averages: dict[int, Average] = {}
+    for depth in sorted(set(ahead.values())):
+        left_BS = (lengths_BS - depth).clamp_min(0)
+        held = left_BS.sum(), (left_BS > 0).sum(), (left_BS > 0).any(dim=1).sum()
+        totals = reduce(torch.stack([*held, held[0].new_tensor(len(batch))])).tolist()
+        averages[depth] = Average(*(total / totals[-1] for total in totals[:-1]))
+    return {layer: averages[depth] for layer, depth in ahead.items()}
 
 
 def _lengths(batch: Batch) -> Tensor:
-    """Valid tokens of each document, 0 for those that a row does not have."""
+    """Valid tokens of each document of a row, 0 for those that a row does not have."""
     count_BS = torch.zeros_like(batch.sequence_BS)
-    return count_BS.scatter_add_(1, batch.sequence_BS, batch.valid_BS.long()).flatten()
-
-
-def _options(
-    config: Training, step: int, micro: int, earlier: Mapping[int, Tensor], documents: Mapping[int, float]
-) -> Options:
-    """Noise comes from (seed, step, micro-batch) alone, so that a resume needs no generator state."""
-    digest = hashlib.sha256(f"{config.seed}/{step}/{micro}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return Options(
-        mode=Mode(training=True, generator=generator, earlier=earlier, documents=documents),
-        dtype=torch_dtype(config.dtype),
-        recompute=config.recompute,
-    )
+    return count_BS.scatter_add_(1, batch.sequence_BS, batch.valid_BS.long())

@@ -80,8 +80,9 @@ def notices(config: Model) -> tuple[str, ...]:
     found: list[str] = []
     if config.mtp.depth:
         found.append("the modules of multi-token prediction are left out: llama.cpp does not run them.")
-    if config.moe is not None and isinstance(config.moe.router.select, TopK):
-        groups = config.moe.router.select.groups
+    select = None if config.moe is None else config.moe.router.served.select
+    if isinstance(select, TopK):
+        groups = select.groups
         if groups is not None and groups.score == "max":
             found.append(
                 "llama.cpp ranks a group of experts by its two best instead of its best,"
@@ -157,7 +158,7 @@ def _first_dense(config: Model, moe: MoE) -> dict[str, Value]:
 
 
 def _deepseek(config: Model, moe: MoE) -> dict[str, Value]:
-    router = moe.router
+    router = moe.router.served
     sigmoid = isinstance(router.score, Sigmoid)
     gating = ExpertGatingFuncType.SIGMOID if sigmoid else ExpertGatingFuncType.SOFTMAX
     assert isinstance(router.select, TopK)

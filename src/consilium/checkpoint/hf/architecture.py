@@ -122,9 +122,9 @@ def _latent(config: Model, mla: MLA) -> Architecture | None:
     latent = config.norm_epsilon if mla.norm_epsilon is None else mla.norm_epsilon
     if config.moe is None or latent != LATENT_EPSILON or not _deepseek(config, config.moe):
         return None
-    if _v2(config.moe.router) and not config.mtp.depth and mla.rope.interleaved:
+    if _v2(config.moe.router.served) and not config.mtp.depth and mla.rope.interleaved:
         return "deepseek_v2" if config.hidden_size % mla.heads == 0 else None
-    return "deepseek_v3" if _v3(config.moe.router) else None
+    return "deepseek_v3" if _v3(config.moe.router.served) else None
 
 
 def _usual_trunk(config: Model) -> bool:
@@ -159,7 +159,7 @@ def _served_alike(moe: MoE, activation: Activation) -> bool:
         dropless
         and moe.latent is None
         and moe.activation == activation
-        and isinstance(moe.router.select, TopK)
+        and isinstance(moe.router.served.select, TopK)
         and moe.router.weight_on == "output"
     )
 
@@ -176,7 +176,7 @@ def _adaptive(moe: MoE) -> bool:
 
 
 def _softmax_top_k(moe: MoE, activation: Activation) -> bool:
-    match moe.router:
+    match moe.router.served:
         case Router(score=Softmax(), select=TopK(groups=None), offset="none", weight=weight):
             known = isinstance(weight, Raw) or _sums_to_one(weight)
             return known and _served_alike(moe, activation)

@@ -83,8 +83,9 @@ def _qwen(config: Model, moe: MoE) -> dict[str, Any]:
 
 def _groups(moe: MoE) -> tuple[int, int]:
     """Number of groups of experts and how many are kept."""
-    assert isinstance(moe.router.select, TopK), "every architecture has a top-k router"
-    groups = moe.router.select.groups
+    select = moe.router.served.select
+    assert isinstance(select, TopK), "every architecture has a top-k router"
+    groups = select.groups
     return (1, 1) if groups is None else (groups.count, groups.keep)
 
 

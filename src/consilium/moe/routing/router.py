@@ -75,7 +75,7 @@ class Router(nn.Module):
             scores_TE = score(logits_TE, config.score)
             values_TE = self._selection(logits_TE, scores_TE, bias_E)
             primary_TG = None if logits.primary is None else logits.primary.noisy_TN.detach()
-            evidence = Evidence(values_TE, scores_TE.detach(), primary_TG, self.table)
+            evidence = Evidence(values_TE, scores_TE.detach(), logits_TE.detach(), primary_TG, self.table)
             choice = choose(config.select, evidence, tokens, mode)
             weights_TK = weigh(config, logits_TE, scores_TE, choice)
             chance_TE = _chance(config, logits, choice, tokens.valid_T)

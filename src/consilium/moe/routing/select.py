@@ -10,6 +10,7 @@ stays chosen, so that it reaches the output and the training guard instead of va
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from consilium.config.router import (
     Hash,
     SampledSecond,
     Select,
+    Sinkhorn,
     Threshold,
     TopK,
     TopP,
@@ -29,6 +31,9 @@ from consilium.config.router import (
 from consilium.moe.ordering import capacities, capacity, highest
 from consilium.moe.types import CONSIDERED, WANTED, LayerMode, Replay, Tokens
 from consilium.ops.counting import scramble
+
+_SMALLEST: Final = 1e-250
+"""In place of a sum of nothing, whose inverse times a number of tokens is still a float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class Evidence:
     values_TE: Tensor
     """Scores with the balance bias; -inf where an expert may not be chosen."""
     scores_TE: Tensor
+    logits_TE: Tensor
+    """What scores were made of."""
     primary_TG: Tensor | None = None
     """Logits of the groups, where a gate of their own chooses among them."""
     table_VK: Tensor | None = None
@@ -88,6 +95,10 @@ def _selected(select: Select, evidence: Evidence, tokens: Tokens, mode: LayerMod
     match select:
         case TopK(groups=groups):
             return _open(values_TE if groups is None else _in_best_groups(values_TE, groups), k)
+        case Sinkhorn(iterations=iterations):
+            if mode.training:
+                values_TE = _planned(evidence, tokens.valid_T, iterations)
+            return _open(values_TE, k)
         case TwoLevel():
             assert evidence.primary_TG is not None, "two levels need a gate of groups"
             return _open(_two_level(values_TE, evidence.primary_TG, select), k)
@@ -144,6 +155,25 @@ def _best_two(values_TGN: Tensor) -> Tensor:
 def _outside(values_TX: Tensor, k: int) -> Tensor:
     """Whether, bool [T, X], a value is outside the k highest of its row."""
     return torch.ones_like(values_TX, dtype=torch.bool).scatter(1, highest(values_TX, k), value=False)
+
+
+def _planned(evidence: Evidence, valid_T: Tensor, iterations: int) -> Tensor:
+    """Logarithms, float64, of the plan that Sinkhorn's iterations make of exp(logits).
+
+    Without the factors of tokens, which leave the order of a token's experts alone. Padding sends nothing,
+    and to an expert that is closed to all nothing is sent.
+    """
+    closed_TE = evidence.values_TE == -torch.inf
+    logits_TE = evidence.logits_TE.double().masked_fill(closed_TE, -torch.inf)
+    most_T1 = logits_TE.amax(dim=1, keepdim=True)
+    plan_TE = (logits_TE - most_T1.masked_fill(most_T1 == -torch.inf, 0)).exp()
+    plan_TE = plan_TE.masked_fill(~valid_T[:, None], 0)
+    share = valid_T.sum().clamp_min(1) / plan_TE.shape[1]
+    factor_E = plan_TE.new_ones(plan_TE.shape[1])
+    for _ in range(iterations):
+        sent_T = (plan_TE @ factor_E).clamp_min(_SMALLEST)
+        factor_E = share / (plan_TE.T @ (1 / sent_T)).clamp_min(_SMALLEST)
+    return logits_TE + factor_E.log()
 
 
 def _two_level(values_TE: Tensor, primary_TG: Tensor, select: TwoLevel) -> Tensor:
