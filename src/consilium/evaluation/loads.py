@@ -14,7 +14,7 @@ from torch import Tensor
 from consilium.moe.types import Counted, Margins, Reduce, Report, alone
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertLoad:
     """One layer's routing, summed over passes."""
 
@@ -26,6 +26,16 @@ class ExpertLoad:
     """Nats, mean over tokens; None where passes count alone."""
     margins: Margins | None = None
     """Of a step of training, where they move the bias."""
+
+    def __eq__(self, other: object) -> bool:
+        """Tensors have no truth of their own."""
+        return isinstance(other, ExpertLoad) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[tuple[int, ...], tuple[int, ...], float | None]:
+        return tuple(self.counts), tuple(self.wanted), self.entropy
 
     @property
     def counts(self) -> list[int]:
