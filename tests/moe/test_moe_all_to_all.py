@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from consilium.config.moe import MoE
 from consilium.config.router import Groups, Raw, Router, Sigmoid, TopK
-from consilium.moe.all_to_all import all_to_all
+from consilium.moe.all_to_all import over
 from consilium.moe.layer import MoELayer
 from consilium.moe.types import LayerMode, Routing
 from consilium.parallel.group import Group
@@ -32,7 +32,7 @@ COUNTS = (5, 23, 0, 8)
 
 def dealt(whole: MoELayer, config: MoE, group: Group) -> MoELayer:
     """The layer with the experts of this process only."""
-    part = MoELayer(config, HIDDEN, 0, all_to_all(group))
+    part = MoELayer(config, HIDDEN, 0, over(group))
     owned = part.experts.owned
     state = whole.state_dict()
     for name in ("experts.up", "experts.down"):

@@ -216,7 +216,7 @@ def with_balance(config: Model, balance: Balance) -> Model:
 def graded(config: Model, accumulate: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
     model = lively(config)
     training = dataclasses.replace(Training(model=config, steps=20, batch=4), accumulate=accumulate)
-    result = gradients(model, build_optimizer(model, training.optimizer), Rows(), training, 0)
+    result = gradients(model, Rows(), training, 0)
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -231,7 +231,7 @@ def test_a_step_of_single_tokens_has_no_loss_ahead_and_is_finite() -> None:
     )
     model = lively(DEEPSEEK)
     training = Training(model=DEEPSEEK, steps=20, batch=4)
-    result = gradients(model, build_optimizer(model, training.optimizer), Fixed(batch), training, 0)
+    result = gradients(model, Fixed(batch), training, 0)
     assert not result.skipped
     assert result.ahead == 0
 

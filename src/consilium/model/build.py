@@ -55,26 +55,27 @@ def allocate(
     dtype: torch.dtype,
     device: str = "cpu",
     transports: Transports = local,
+    processes: int = 1,
 ) -> Decoder:
     """A model whose parameters are still to be written: nothing is drawn and no memory of theirs is touched.
 
-    Raises ConsiliumError for a model that this machine cannot hold.
+    ``processes`` share them. Raises ConsiliumError for a part that this machine cannot hold.
     """
     if device == "meta":
         with torch.device("meta"):
             return Decoder(config, generation, transports=transports).to(dtype)
     if device == "cpu":
-        refuse_too_large(config, dtype)
+        refuse_too_large(config, dtype, processes)
     model = Decoder(config, generation, transports=transports)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
     return model.to(device)
 
 
-def refuse_too_large(config: Model, dtype: torch.dtype) -> None:
-    """Raise ConsiliumError where the weights of ``config`` in ``dtype`` are more than memory and swap."""
+def refuse_too_large(config: Model, dtype: torch.dtype, processes: int = 1) -> None:
+    """Raise ConsiliumError where a process's part of ``config`` in ``dtype`` is more than memory and swap."""
     counts = parameters(config)
-    values = counts.total + counts.mtp
+    values = (counts.total + counts.mtp) // processes
     refuse_beyond_memory(
         values * dtype.itemsize,
         f"{config.family} with {values:,} parameters in {str(dtype).removeprefix('torch.')}",

@@ -16,7 +16,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from consilium.moe.transport import ByToken, Local, LocalTicket, Returning, Sending, Transports
+from consilium.moe.transport import ByToken, Local, LocalTicket, Returning, Sending, Transports, local
 from consilium.moe.types import Routing, Rows
 from consilium.parallel.exchange import Route, Travelling, begin
 from consilium.parallel.group import Group
@@ -29,9 +29,9 @@ COMBINE_BACK: Final = "combine, backward"
 _ELSEWHERE: Final = -1
 
 
-def all_to_all(group: Group) -> Transports:
+def over(group: Group) -> Transports:
     """The transport of every layer whose experts are dealt over ``group``."""
-    return lambda layer: AllToAll(group)
+    return local if group.size == 1 else lambda layer: AllToAll(group)
 
 
 @final
@@ -55,8 +55,8 @@ class AllToAll:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sending[AllToAllTicket]:
         """How many rows go where is all that the host learns before they leave."""
-        local = routing.logits_TE.shape[1] // self.group.size
-        process_TK = (routing.experts_TK // local).masked_fill(~routing.keep_TK, self.group.size)
+        here = routing.logits_TE.shape[1] // self.group.size
+        process_TK = (routing.experts_TK // here).masked_fill(~routing.keep_TK, self.group.size)
         sent_TP = torch.zeros(
             process_TK.shape[0], self.group.size + 1, dtype=torch.bool, device=process_TK.device
         )
@@ -65,10 +65,10 @@ class AllToAll:
         process_S, token_S = sent_TP.t().nonzero().unbind(dim=1)
         by_token = ByToken.of(token_S, token_S.argsort(stable=True), sent_TP.sum(dim=1))
         here_SK = process_TK[token_S] == process_S[:, None]
-        expert_SK = (routing.experts_TK[token_S] % local).masked_fill(~here_SK, _ELSEWHERE)
+        expert_SK = (routing.experts_TK[token_S] % here).masked_fill(~here_SK, _ELSEWHERE)
         weights_SK = routing.weights_TK.index_select(0, token_S).masked_fill(~here_SK, 0)
         parts = (by_token.gather(x_TD), weights_SK, expert_SK.to(torch.int32))
-        return _Sent(begin(route, parts, back=DISPATCH_BACK), by_token, local, routing.weight_on_input)
+        return _Sent(begin(route, parts, back=DISPATCH_BACK), by_token, here, routing.weight_on_input)
 
     def combine(self, y_RD: Tensor, ticket: AllToAllTicket) -> Returning:
         y_GD = ticket.local.by_token.weighted_sum(y_RD, ticket.local.weight_R)
@@ -81,13 +81,14 @@ class AllToAll:
 class _Sent:
     travelling: Travelling
     by_token: ByToken
-    local: int
+    experts: int
+    """That live here."""
     weight_on_input: bool
 
     def finish(self) -> tuple[Rows, AllToAllTicket]:
         """Sort what arrived by the experts here: by process, then by token, inside each."""
         x_GD, weights_GK, expert_GK = self.travelling.finish()
-        decision = _decision(weights_GK, expert_GK.long(), self.local, on_input=self.weight_on_input)
+        decision = _decision(weights_GK, expert_GK.long(), self.experts, on_input=self.weight_on_input)
         rows, ticket = Local().dispatch(x_GD, decision).finish()
         return rows, AllToAllTicket(ticket, self.travelling.route, self.by_token)
 
@@ -105,10 +106,10 @@ class _Returned:
         return self.by_token.sum(y_SD).to(self.dtype)
 
 
-def _decision(weights_GK: Tensor, expert_GK: Tensor, local: int, *, on_input: bool) -> Routing:
+def _decision(weights_GK: Tensor, expert_GK: Tensor, experts: int, *, on_input: bool) -> Routing:
     """The routing of rows that arrived, over the experts here; of scores nothing is known or asked."""
     used_GK = expert_GK != _ELSEWHERE
-    unknown_GL = weights_GK.new_zeros(()).expand(weights_GK.shape[0], local)
+    unknown_GL = weights_GK.new_zeros(()).expand(weights_GK.shape[0], experts)
     return Routing(
         logits_TE=unknown_GL,
         scores_TE=unknown_GL,

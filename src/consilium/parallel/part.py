@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -37,6 +38,14 @@ class Sharding(Protocol):
         """The whole tensor, in every process that has a part; all of them ask together."""
         ...
 
+    def local(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the parameters of ``model`` are plain tensors of what is here, with their gradients.
+
+        They are the same objects each time, so that an optimizer that was made of them moves the model.
+        Nobody computes with the model meanwhile.
+        """
+        ...
+
 
 def whole(tensor: Tensor) -> Part:
     """A tensor that is all here."""
@@ -56,3 +65,6 @@ class Whole:
 
     def gathered(self, tensor: Tensor) -> Tensor:
         return tensor.detach()
+
+    def local(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()

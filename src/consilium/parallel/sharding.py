@@ -6,8 +6,9 @@ not, because every loss is divided by the tokens of all processes before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from consilium.parallel.part import Part, whole
 
@@ -28,6 +30,8 @@ class FullySharded:
     """All processes of a replica."""
     same_experts: DeviceMesh
     """Those that have the same experts."""
+    _plain: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """By sharded parameter: the plain one of what is here, which lives as long."""
 
     def shard(self, model: nn.Module, alone: Iterable[nn.Module], experts: Iterable[nn.Module]) -> None:
         for module in experts:
@@ -48,6 +52,33 @@ class FullySharded:
     @torch.no_grad()
     def gathered(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+    @contextmanager
+    def local(self, model: nn.Module) -> Iterator[None]:
+        sharded = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if isinstance(parameter, DTensor)
+        ]
+        for module, name, parameter in sharded:
+            module.register_parameter(name, self._as_plain(parameter))
+        try:
+            yield
+        finally:
+            for module, name, parameter in sharded:
+                plain = module.get_parameter(name)
+                plain.grad = None
+                module.register_parameter(name, parameter)
+
+    def _as_plain(self, parameter: nn.Parameter) -> nn.Parameter:
+        assert isinstance(parameter, DTensor)
+        if parameter not in self._plain:
+            here = parameter.to_local().detach()
+            self._plain[parameter] = nn.Parameter(here, requires_grad=parameter.requires_grad)
+        plain: nn.Parameter = self._plain[parameter]
+        plain.grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else None
+        return plain
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> None:

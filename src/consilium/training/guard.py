@@ -12,6 +12,7 @@ from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
 from consilium.machine.memory import refuse_beyond_memory
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.planner.memory import run_memory
 from consilium.planner.parameters import parameters
 
@@ -19,10 +20,17 @@ PATIENCE = 10
 """Bad steps in a row after which the run stops: the data or the learning rate is at fault, not chance."""
 
 
-def clip(model: nn.Module, largest: float) -> float:
-    """Scale gradients to a global norm of at most ``largest`` and return the norm before. NaN stays NaN."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(trained, largest, foreach=True))
+def clip(model: nn.Module, largest: float, mesh: Mesh = ALONE) -> float:
+    """Scale gradients to a global norm of at most ``largest`` and return the norm before. NaN stays NaN.
+
+    Every value counts once, in whichever process it is.
+    """
+    with mesh.sharding.local(model):
+        trained = [p for p in model.parameters() if p.grad is not None]
+        here = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+        norm = mesh.replica.sum(here.double().square()).sqrt().to(here.dtype)
+        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm, foreach=True)
+    return float(norm)
 
 
 def is_healthy(loss: float, norm: float) -> bool:

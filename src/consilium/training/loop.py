@@ -102,7 +102,7 @@ class Meter:
 def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     progress = run.progress
     begun = time.perf_counter()
-    result = gradients(run.model, run.optimizer, run.loader, run.config, progress.step)
+    result = gradients(run.model, run.loader, run.config, progress.step)
     if not result.skipped:
         progress.whole = False
         update(run.model, run.optimizer, run.config, result)

@@ -20,7 +20,8 @@ from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Objective, Options
-from consilium.moe.types import Average, Counted, Mode, Reduce, Taken, alone
+from consilium.moe.types import Average, Counted, Mode, Reduce, Taken
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training import guard
 from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
@@ -52,75 +53,89 @@ def train_step(
     loader: Loader,
     config: Training,
     step: int,
-    reduce: Reduce = alone,
+    mesh: Mesh = ALONE,
 ) -> StepResult:
     """Run step ``step`` (from 0): a pure function of weights, optimizer state, configuration and step.
 
-    A non-finite loss or gradient norm leaves weights, moments and balance state untouched. ``reduce`` is how
-    counts of the step meet those of other ranks.
+    A non-finite loss or gradient norm, in whichever process, leaves weights, moments and balance state of all
+    of them untouched.
     """
-    result = gradients(model, optimizer, loader, config, step, reduce)
+    result = gradients(model, loader, config, step, mesh)
     if not result.skipped:
-        update(model, optimizer, config, result, reduce)
+        update(model, optimizer, config, result, mesh)
     return result
 
 
 def gradients(
-    model: Decoder,
-    optimizer: Optimizer,
-    loader: Loader,
-    config: Training,
-    step: int,
-    reduce: Reduce = alone,
+    model: Decoder, loader: Loader, config: Training, step: int, mesh: Mesh = ALONE
 ) -> StepResult:
     """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
-    batch = [loader.micro(step, i, config.accumulate).to(device) for i in range(config.accumulate)]
-    share = Share(sum(int((b.targets_BS >= 0).sum()) for b in batch), config.accumulate)
-    view = _View(config, step, reduce, _averages(model, batch, reduce))
+    batch = {i: loader.micro(step, i, config.accumulate).to(device) for i in mine(config.accumulate, mesh)}
+    targets = torch.stack([(micro.targets_BS >= 0).sum() for micro in batch.values()]).sum()
+    share = Share(int(mesh.world.sum(targets)), config.accumulate)
+    view = _View(config, step, mesh.world.sum, _averages(model, list(batch.values()), mesh.world.sum))
     view = dataclasses.replace(view, whole=_counted_ahead(model, batch, view))
     losses: list[Loss] = []
     loads = LoadCounter()
-    for i, micro in enumerate(batch):
+    for i, micro in batch.items():
         options = view.options(i, loads.counted)
         losses.append(training_loss(model, micro, share, options=options))
         losses[-1].total.backward()
         loads.add(losses[-1].reports.values())
-    norm = guard.clip(model, config.optimizer.clip)
+    norm = guard.clip(model, config.optimizer.clip, mesh)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
-    total = sum(float(loss.total.detach()) for loss in losses)
+    sums = _summed(losses, sum(int(micro.valid_BS.sum()) for micro in batch.values()), mesh)
     return StepResult(
-        loss=total,
-        ce=sum(float(loss.nll) for loss in losses) / max(share.targets, 1),
-        ahead=sum(float(loss.ahead) for loss in losses),
-        balance={name: sum(float(loss.balance[name]) for loss in losses) for name in losses[0].balance},
+        loss=sums["total"],
+        ce=sums["nll"] / max(share.targets, 1),
+        ahead=sums["ahead"],
+        balance={name: sums[f"balance/{name}"] for name in losses[0].balance},
         norm=norm,
         rate=rate,
-        tokens=sum(int(b.valid_BS.sum()) for b in batch),
-        loads=loads.result(reduce),
-        skipped=not guard.is_healthy(total, norm),
+        tokens=int(sums["tokens"]),
+        loads=loads.result(mesh.world.sum),
+        skipped=not guard.is_healthy(sums["total"], norm),
         step=step,
     )
 
 
 def update(
-    model: Decoder,
-    optimizer: Optimizer,
-    config: Training,
-    result: StepResult,
-    reduce: Reduce = alone,
+    model: Decoder, optimizer: Optimizer, config: Training, result: StepResult, mesh: Mesh = ALONE
 ) -> None:
     """Move the weights by their gradients, then the balance by what the routers wanted.
 
     Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).
     """
     set_rate(optimizer, result.rate)
-    optimizer.step()
+    with mesh.sharding.local(model):
+        optimizer.step()
     progress = result.step / config.steps
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
-        moe.balance.step(Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, reduce))
+        moe.balance.step(
+            Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, mesh.world.sum)
+        )
+
+
+def mine(micro_batches: int, mesh: Mesh) -> range:
+    """The micro-batches of a step that this process runs: every so many, as if all ran one after another."""
+    return range(mesh.world.rank, micro_batches, mesh.world.size)
+
+
+def _summed(losses: Sequence[Loss], tokens: int, mesh: Mesh) -> dict[str, float]:
+    """Losses by what they are of, and tokens, of all micro-batches in all processes."""
+    found: dict[str, float] = {
+        "total": sum(float(loss.total.detach()) for loss in losses),
+        "nll": sum(float(loss.nll) for loss in losses),
+        "ahead": sum(float(loss.ahead) for loss in losses),
+        "tokens": tokens,
+    }
+    for name in losses[0].balance:
+        found[f"balance/{name}"] = sum(float(loss.balance[name]) for loss in losses)
+    sums = mesh.world.sum(torch.tensor(list(found.values()), dtype=torch.float64))
+    return dict(zip(found, sums.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +164,7 @@ class _View:
 
 
 @torch.no_grad()
-def _counted_ahead(model: Decoder, batch: Sequence[Batch], view: _View) -> Mapping[int, Counted] | None:
+def _counted_ahead(model: Decoder, batch: Mapping[int, Batch], view: _View) -> Mapping[int, Counted] | None:
     """What all micro-batches will choose, for losses that read it; None where one pass is the whole step.
 
     The passes draw the noise that the passes with gradients draw again.
@@ -158,7 +173,7 @@ def _counted_ahead(model: Decoder, batch: Sequence[Batch], view: _View) -> Mappi
     if moe is None or not moe.balance.counts_ahead or len(batch) == 1:
         return None
     loads = LoadCounter()
-    for i, micro in enumerate(batch):
+    for i, micro in batch.items():
         options = view.options(i, {}, counts_only=True)
         losses = model(Inputs.of(micro), options=options, objective=Objective(micro.targets_BS))
         loads.add(losses.reports.values())

@@ -1,0 +1,155 @@
+"""A step over several processes against the same step in one: loss, gradients, norm, loads, bias, weights.
+
+Legend: EP processes that share experts, DP processes that hold the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from consilium.config.model import Model
+from consilium.config.training import Training
+from consilium.data.batch import Batch
+from consilium.model.decoder import Decoder
+from consilium.model.init import first_experts
+from consilium.parallel.mesh import ALONE, Mesh
+from consilium.parallel.topology import Topology
+from consilium.training.optimizer import build_optimizer
+from consilium.training.spread import allocated, fill
+from consilium.training.step import StepResult, gradients, update
+from processes import together
+from small import DEEPSEEK, SWITCH, lively, random_batch
+from support import relative_error
+
+STEPS = 2
+
+
+class Rows:
+    """Stands for the loader: four micro-batches a step of different lengths and documents."""
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        assert count == 4
+        return random_batch(1 + index % 2, 24, seed=step * count + index)
+
+
+def configuration(model: Model, **changes: object) -> Training:
+    return dataclasses.replace(Training(model=model, steps=10, batch=4, accumulate=4), **changes)
+
+
+def spread(config: Model, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    model = allocated(config, mesh, dtype=dtype)
+    fill(model, lively(config).state_dict(), mesh)
+    return model
+
+
+def trained(config: Training, mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[StepResult]]:
+    """Whole tensors after some steps, and the last step's gradients; the optimizer is AdamW on both sides."""
+    model = spread(config.model, mesh, dtype)
+    with mesh.sharding.local(model):
+        optimizer = build_optimizer(model, config.optimizer)
+    results: list[StepResult] = []
+    found: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        results.append(gradients(model, Rows(), config, step, mesh))
+        if step == 0:
+            found |= {f"grad {name}": value for name, value in whole_gradients(model, mesh).items()}
+        update(model, optimizer, config, results[-1], mesh)
+    found |= {f"weight {name}": value for name, value in whole(model.state_dict(), model, mesh).items()}
+    return found, results
+
+
+def whole_gradients(model: Decoder, mesh: Mesh) -> dict[str, Tensor]:
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values()), "experts without rows have zero gradients"
+    return whole(grads, model, mesh)
+
+
+def whole(tensors: Mapping[str, Tensor], model: Decoder, mesh: Mesh) -> dict[str, Tensor]:
+    """Gathered over data and then, for stacks, over those who share experts."""
+    stacks = first_experts(model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = mesh.sharding.gathered(tensor)
+        if name in stacks and mesh.expert.size > 1:
+            every = here.new_zeros(mesh.expert.size, *here.shape)
+            every[mesh.expert.rank] = here
+            here = mesh.expert.sum(every).flatten(0, 1)
+        found[name] = here.clone()
+    return found
+
+
+def numbers(result: StepResult) -> dict[str, Tensor]:
+    scalars = {"loss": result.loss, "ce": result.ce, "ahead": result.ahead, "norm": result.norm}
+    scalars |= {f"balance {name}": value for name, value in result.balance.items()}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
+
+
+Expected = tuple[dict[str, Tensor], list[StepResult]]
+
+
+@functools.cache
+def in_one_process(name: str, dtype: torch.dtype = torch.float32) -> Expected:
+    """Made before processes are forked, which then all have it."""
+    return trained(CONFIGURATIONS[name], ALONE, dtype)
+
+
+def compare(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
+    ours, results = trained(CONFIGURATIONS[name], mesh, dtype)
+    expected, wanted = in_one_process(name, dtype)
+    assert ours.keys() == expected.keys()
+    for ours_at, at in zip(results, wanted, strict=True):
+        for key, value in numbers(at).items():
+            assert relative_error(numbers(ours_at)[key], value) < tolerance, key
+        for layer, load in at.loads.items():
+            assert ours_at.loads[layer].counts == load.counts, layer
+            assert ours_at.loads[layer].wanted == load.wanted, layer
+        assert ours_at.tokens == at.tokens
+    for key, value in expected.items():
+        assert relative_error(ours[key], value) < tolerance, key
+
+
+CONFIGURATIONS = {
+    "deepseek": configuration(DEEPSEEK),
+    "deepseek, recomputed": configuration(DEEPSEEK, recompute=True),
+    "switch, tied": configuration(SWITCH),
+}
+TOPOLOGIES = {
+    "EP1 DP2": (Topology(data=2), ("deepseek", "switch, tied")),
+    "EP2 DP1": (Topology(expert=2), ("deepseek", "switch, tied")),
+    "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed")),
+    "EP4 DP1": (Topology(expert=4), ("deepseek",)),
+    "EP1 DP4": (Topology(data=4), ("switch, tied",)),
+    "two replicas of EP2": (Topology(replicas=2, expert=2), ("deepseek",)),
+}
+
+
+@pytest.mark.parametrize(("topology", "names"), TOPOLOGIES.values(), ids=TOPOLOGIES)
+def test_a_step_is_the_same_over_processes(topology: Topology, names: tuple[str, ...]) -> None:
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        for name in names:
+            compare(name, mesh)
+        return {}
+
+    for name in names:
+        in_one_process(name)
+    together(topology, work)
+
+
+def test_in_float64_the_strength_of_every_loss_is_that_of_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs know float32 and bfloat16 alone; here the products are as wide as the weights."""
+    monkeypatch.setattr("consilium.training.step.torch_dtype", lambda name: torch.float64)
+
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        compare("deepseek", mesh, torch.float64, 1e-9)
+        return {}
+
+    in_one_process("deepseek", torch.float64)
+    together(Topology(data=2, expert=2), work)
