@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from consilium.config import io
 from consilium.config.model import Model
 from consilium.config.training import Training
 from consilium.data.batch import Batch
@@ -20,6 +21,7 @@ from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology
+from consilium.recipes.variants import with_balance
 from consilium.training.optimizer import build_optimizer
 from consilium.training.spread import allocated, fill
 from consilium.training.step import StepResult, gradients, update
@@ -114,18 +116,21 @@ def compare(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32, tolerance
         assert relative_error(ours[key], value) < tolerance, key
 
 
+UNGROUPED = io.replace(DEEPSEEK, {"moe.router.select.groups": "null"})
 CONFIGURATIONS = {
     "deepseek": configuration(DEEPSEEK),
     "deepseek, recomputed": configuration(DEEPSEEK, recompute=True),
     "switch, tied": configuration(SWITCH),
+    "global counts": configuration(with_balance(DEEPSEEK, "global")),
+    "quantiles": configuration(with_balance(UNGROUPED, "quantile-histogram")),
 }
 TOPOLOGIES = {
     "EP1 DP2": (Topology(data=2), ("deepseek", "switch, tied")),
     "EP2 DP1": (Topology(expert=2), ("deepseek", "switch, tied")),
     "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed")),
-    "EP4 DP1": (Topology(expert=4), ("deepseek",)),
+    "EP4 DP1": (Topology(expert=4), ("global counts",)),
     "EP1 DP4": (Topology(data=4), ("switch, tied",)),
-    "two replicas of EP2": (Topology(replicas=2, expert=2), ("deepseek",)),
+    "two replicas of EP2": (Topology(replicas=2, expert=2), ("quantiles",)),
 }
 
 

@@ -174,7 +174,7 @@ def shares(config: Model, layer: int) -> list[torch.Tensor]:
         seen.append(routing.scores_TE.detach().double().mean(dim=0))
 
     model.moe_modules()[layer].router.register_forward_hook(see)
-    gradients(model, build_optimizer(model, training.optimizer), Rows(), training, 0)
+    gradients(model, Rows(), training, 0)
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])

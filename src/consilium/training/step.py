@@ -66,9 +66,7 @@ def train_step(
     return result
 
 
-def gradients(
-    model: Decoder, loader: Loader, config: Training, step: int, mesh: Mesh = ALONE
-) -> StepResult:
+def gradients(model: Decoder, loader: Loader, config: Training, step: int, mesh: Mesh = ALONE) -> StepResult:
     """Everything of a step up to its gradients, which are clipped: no weight has moved yet."""
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
@@ -114,9 +112,7 @@ def update(
     progress = result.step / config.steps
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
-        moe.balance.step(
-            Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, mesh.world.sum)
-        )
+        moe.balance.step(Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, mesh.world.sum))
 
 
 def mine(micro_batches: int, mesh: Mesh) -> range:
