@@ -9,7 +9,8 @@ import pytest
 from consilium.config import io
 from consilium.config.data import TextPath
 from consilium.config.moe import Capacity
-from consilium.config.training import Bytes, Cosine, Folder, StepDecay, Train, Training
+from consilium.config.optimizer import Cosine, StepDecay
+from consilium.config.training import Bytes, Folder, Train, Training
 from consilium.errors import ConsiliumError
 from small import DEEPSEEK
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,12 +136,18 @@ def test_runs_killed_at_random_moments_reach_the_same_bits(
     assert result["wrong"] == 0, result
 
 
+def measured(finished: Finished) -> tuple[float, Mapping[str, float], dict[int, list[int]]]:
+    assert finished.last is not None
+    counts = {layer: load.counts for layer, load in finished.last.loads.items()}
+    return finished.last.bits_per_byte, finished.last.domains, counts
+
+
 def test_a_finished_run_resumes_to_itself(text: Path, tmp_path: Path) -> None:
     config = configuration(text)
     first = train(config, tmp_path / "run")
     again = train(config, tmp_path / "run", resume=True)
     assert again.steps == first.steps
-    assert again.last == first.last
+    assert measured(again) == measured(first)
 
 
 def test_only_the_newest_checkpoints_stay(text: Path, tmp_path: Path) -> None:
@@ -275,12 +281,12 @@ def test_an_error_in_a_step_saves_the_last_whole_one(
     def fail(*arguments: object) -> object:
         calls.append(1)
         if len(calls) == 6:
-            raise MemoryError
+            raise ZeroDivisionError
         return plain(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, moment, fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(ZeroDivisionError):
             train(config, tmp_path / "run")
     newest = {"gradients": "step-5", "update": "step-3"}[moment]
     assert max(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == newest
@@ -331,7 +337,7 @@ def test_what_may_change_on_a_resume_is_recorded(text: Path, tmp_path: Path) -> 
     state = store.load_training_state(finished.checkpoint)
     assert state.scalars["rows"] == 4 * 4 + 2 * 8
     again = train(longer, tmp_path / "run", resume=True)
-    assert (again.steps, again.last) == (finished.steps, finished.last)
+    assert (again.steps, measured(again)) == (finished.steps, measured(finished))
 
 
 def test_another_batch_reads_on_where_the_text_was(text: Path) -> None:

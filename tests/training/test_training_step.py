@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,6 +145,29 @@ def test_a_step_with_a_bad_weight_changes_nothing_and_says_so(value: float) -> N
     after = model.state_dict()
     assert all(torch.equal(weights[n].nan_to_num(9.0), after[n].nan_to_num(9.0)) for n in weights)
     assert all(torch.equal(moved[n], tensor) for n, tensor in moments(optimizer, model).items())
+
+
+def test_one_bad_value_in_any_gradient_changes_no_bit(record_property: Callable[[str, object], None]) -> None:
+    model, config = lively(DEEPSEEK), settings(DEEPSEEK)
+    optimizer = build_optimizer(model, config.optimizer)
+    train_step(model, optimizer, Rows(), config, 0)
+    weights, moved = state(model), {k: v.clone() for k, v in moments(optimizer, model).items()}
+    choose, parameters = random.Random(0), list(model.parameters())
+    for step in range(1, 51):
+        bad = choose.choice([math.nan, math.inf, -math.inf])
+
+        def spoil(gradient: torch.Tensor, bad: float = bad) -> torch.Tensor:
+            spoiled = gradient.clone()
+            spoiled.view(-1)[choose.randrange(spoiled.numel())] = bad
+            return spoiled
+
+        hook = choose.choice(parameters).register_hook(spoil)
+        assert train_step(model, optimizer, Rows(), config, step).skipped
+        hook.remove()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+        assert all(torch.equal(moved[name], tensor) for name, tensor in moments(optimizer, model).items())
+    record_property("trials", 50)
+    assert not train_step(model, optimizer, Rows(), config, 51).skipped
 
 
 def test_a_run_of_bad_steps_ends_with_one_sentence() -> None:

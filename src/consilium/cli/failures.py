@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from types import MappingProxyType
 
-_ALLOCATION = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|bad allocation",
-    re.IGNORECASE,
-)
-"""How torch words, in a RuntimeError, that an allocation failed."""
+from consilium.machine.memory import asked_for, is_out_of_memory
+
 _NO_MEMORY = (
     "out of memory{asked}: close other programs, or choose a smaller --batch, --seq or --max-tokens, another"
     " --dtype or a smaller model"
@@ -39,13 +35,9 @@ _ELSEWHERE = "check the disk, the network and the limits of this machine, then t
 
 def failure_text(error: BaseException) -> str | None:
     """The sentence for a failure of disk, memory or system; None for a fault of ours."""
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-        return _system(error)
-    if isinstance(error, OSError | MemoryError):
-        return _NO_MEMORY.format(asked="")
-    if isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)):
-        return _NO_MEMORY.format(asked=_asked(str(error)))
-    return None
+    if is_out_of_memory(error):
+        return _NO_MEMORY.format(asked=asked_for(error))
+    return _system(error) if isinstance(error, OSError) else None
 
 
 def _system(error: OSError) -> str:
@@ -55,12 +47,3 @@ def _system(error: OSError) -> str:
     what = (error.strerror or str(error) or type(error).__name__).lower()
     where = " to ".join(names)
     return f"{where}{': ' if where else ''}{what}; {_REMEDIES.get(error.errno or 0, _ELSEWHERE)}"
-
-
-def _asked(text: str) -> str:
-    """``tried to allocate 80000000000 bytes`` and ``Tried to allocate 20.00 GiB`` of torch."""
-    found = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", text, re.IGNORECASE)
-    if found is None:
-        return ""
-    size = f"{int(found[1]) / 2**30:.2f} GiB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
-    return f" ({size} more were asked for)"

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules as data."""
+"""Optimizers, learning-rate schedules and what watches a step, as data."""
 
 from __future__ import annotations
 
@@ -119,6 +119,21 @@ class Muon:
     decay: NonNegativeFloat = 0.1
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
+
+
+@configuration
+class Spikes:
+    """What a loss or gradient norm far above those of the steps before it does.
+
+    Far is more than ``deviations`` times the spread above the median of the newest ``window`` ordinary steps;
+    the spread is 1.4826 times the median distance from the median, a standard deviation where values are
+    normal, and at least 2 % of the median. Neither is moved by a few outliers.
+    """
+
+    action: Literal["tell", "skip"] = "tell"
+    """``skip`` leaves weights, moments and balance as they were, until a level that stays is accepted."""
+    window: Annotated[Size, Field(ge=16, le=10_000)] = 128
+    deviations: PositiveFloat = 6.0
 
 
 def _with_kind(value: object) -> object:

@@ -16,7 +16,7 @@ from consilium.config.data import Data
 from consilium.config.data import TextPath as TextPath  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.model import Model
 from consilium.config.moe import MoE
-from consilium.config.optimizer import WSD, AdamW, Optimizer, Schedule
+from consilium.config.optimizer import WSD, AdamW, Optimizer, Schedule, Spikes
 from consilium.config.router import NoGate, Uniform
 from consilium.errors import ConsiliumError
 
@@ -119,6 +119,7 @@ class Training:
     """Micro-batches a step; divides ``batch``."""
     optimizer: Optimizer = AdamW()
     schedule: Schedule = WSD()
+    spikes: Spikes = Spikes()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products and of what a backward pass keeps. Weights, their gradients and the
     optimizer's arithmetic are float32 in both: a bfloat16 weight of 1 ignores every update below 1/256."""

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from consilium.errors import ConsiliumError
 from consilium.machine import groups
 from consilium.machine.groups import ROOT, read
+
+_ALLOCATION: Final = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|bad allocation",
+    re.IGNORECASE,
+)
+"""How torch words, in a RuntimeError, that an allocation failed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system, Python or torch, on whatever device, had no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None
+    )
+
+
+def asked_for(error: BaseException) -> str:
+    """`` (2.00 GiB more were asked for)`` where torch says so; it has two ways of saying it."""
+    found = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    size = f"{int(found[1]) / 2**30:.2f} GiB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f" ({size} more were asked for)"
 
 
 def physical_memory() -> int:

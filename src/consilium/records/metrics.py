@@ -36,6 +36,7 @@ KEYS: Mapping[str, str] = {
     "train/lr": "lr",
     "train/tok_per_sec": "tok_per_sec",
     "train/skipped": "skipped",
+    "train/spike": "spike",
     "val/bits_per_byte": "bits_per_byte",
     "moe/max_over_mean": "max_over_mean",
     "moe/dead_experts": "dead_experts",

@@ -114,7 +114,9 @@ class StepRecord:
     lr: float | None = None
     tok_per_sec: float | None = None
     skipped: float | None = None
-    """1 where a loss or gradient that was not finite left the weights as they were."""
+    """1 where a loss or gradient, not finite or a spike, left the weights as they were."""
+    spike: float | None = None
+    """1 where the loss or the gradient norm was far above those of the steps before."""
     bits_per_byte: float | None = None
     """Held out, mean over domains."""
     max_over_mean: float | None = None

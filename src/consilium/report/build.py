@@ -53,6 +53,7 @@ def render(run: Run, beside: Run | None = None) -> str:
     bars = tables.bars(run, beside)
     return PAGES.get_template("report.html.j2").render(
         say=say,
+        words=words,
         language=language(),
         run=run,
         runs=runs,

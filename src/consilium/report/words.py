@@ -16,6 +16,22 @@ NEGLIGIBLE = 0.002
 """Shares of the expert choice closer than this are not told apart."""
 
 
+def spikes(run: Run) -> str | None:
+    """Steps whose loss or gradient norm jumped; None where none did."""
+    found = [record for record in run.metrics.records if record.spike]
+    if not found:
+        return None
+    return say(
+        "{run}: loss or gradient norm jumped far above the steps before in {count} steps, first in step"
+        " {first}, last in step {last}; {skipped} of them were skipped.",
+        run=run.name,
+        count=len(found),
+        first=found[0].step,
+        last=found[-1].step,
+        skipped=sum(bool(record.skipped) for record in found),
+    )
+
+
 def balance(run: Run, loads: LoadMap) -> str:
     """How even the loads were at the end."""
     worst, final = loads.worst, loads.final[loads.worst].ratio

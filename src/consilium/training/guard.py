@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
-from consilium.machine.memory import refuse_beyond_memory
+from consilium.machine.memory import asked_for, is_out_of_memory, memory_limit, refuse_beyond_memory
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.planner.memory import run_memory
 from consilium.planner.parameters import parameters
@@ -35,6 +37,25 @@ def clip(model: nn.Module, largest: float, mesh: Mesh = ALONE) -> float:
 
 def is_healthy(loss: float, norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
+
+
+@contextlib.contextmanager
+def memory_told(config: Training, step: int) -> Iterator[None]:
+    """Say in one sentence where memory went and what takes less. Raises ConsiliumError for the failure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        held, limit = run_memory(config).total, memory_limit()
+        there = "" if limit is None else f" of {limit / 2**30:,.2f} GiB"
+        rows, length = config.batch // config.accumulate, config.data.sequence_length
+        raise ConsiliumError(
+            f"out of memory in step {step}{asked_for(error)}: weights, gradients and optimizer state take"
+            f" {held / 2**30:,.2f} GiB{there}, and what {rows} sequences of {length} tokens leave for the"
+            f" backward pass comes on top; set accumulate above {config.accumulate} or recompute to true,"
+            " lower --batch or --seq, or choose optimizer.state.kind int8 in a new run."
+        ) from error
 
 
 def check_patience(skipped_in_a_row: int, step: int) -> None:

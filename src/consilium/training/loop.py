@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,11 @@ from consilium.records.run import checkpoint_at
 from consilium.report.build import REPORT_FILE, build_report
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
 from consilium.training.files import locked
-from consilium.training.guard import check_disk, check_memory, check_patience
+from consilium.training.guard import check_disk, check_memory, check_patience, memory_told
 from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import bias_spread, evaluation_record, step_record
 from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
+from consilium.training.spikes import Spike
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
 from consilium.words.say import say
@@ -102,36 +104,51 @@ class Meter:
 def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     progress = run.progress
     begun = time.perf_counter()
-    result = gradients(run.model, run.loader, run.config, progress.step)
-    if not result.skipped:
-        progress.whole = False
-        update(run.model, run.optimizer, run.config, result)
+    with memory_told(run.config, progress.step + 1):
+        result = gradients(run.model, run.loader, run.config, progress.step)
+        healthy, spike = not result.skipped, run.watch.see(result.loss, result.norm)
+        if spike is not None and run.config.spikes.action == "skip":
+            result = dataclasses.replace(result, skipped=True)
+        if not result.skipped:
+            progress.whole = False
+            update(run.model, run.optimizer, run.config, result)
     meter.add(time.perf_counter() - begun, result)
     progress.step += 1
     progress.tokens += result.tokens
     progress.rows += run.config.batch
     progress.whole = True
-    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
-    speed = result.tokens / meter.recent[-1]
-    if progress.step % max(1, run.config.steps // LOGGED) == 0 or result.skipped:
-        spread = bias_spread(run.model)
-        run.files.log(step_record(progress.step, progress.tokens, speed, result, spread))
+    progress.skipped_in_a_row = 0 if healthy else progress.skipped_in_a_row + 1
+    _record(run, meter, result, spike, emit)
+    check_patience(progress.skipped_in_a_row, progress.step)
+    _every(run, meter, emit)
+
+
+def _record(
+    run: Run, meter: Meter, result: StepResult, spike: Spike | None, emit: Callable[[Event], None]
+) -> None:
+    """Put a step on record and tell it."""
+    progress, speed = run.progress, result.tokens / meter.recent[-1]
+    if progress.step % max(1, run.config.steps // LOGGED) == 0 or result.skipped or spike:
+        bias = bias_spread(run.model)
+        spiked = spike is not None
+        run.files.log(step_record(progress.step, progress.tokens, speed, result, bias=bias, spike=spiked))
     run.files.log_loads(progress.step, result)
     left = (run.config.steps - progress.step) * sum(meter.recent) / len(meter.recent)
     emit(Stepped(progress.step, result, progress.tokens, speed, left))
-    if result.skipped:
-        emit(
-            Notice(
-                say(
-                    "step {step}: loss {loss}, gradient norm {norm}: not finite, skipped",
-                    step=progress.step,
-                    loss=result.loss,
-                    norm=result.norm,
-                )
-            )
+    for text in _alarms(progress.step, result, spike):
+        emit(Notice(text))
+
+
+def _alarms(step: int, result: StepResult, spike: Spike | None) -> Iterator[str]:
+    if spike is not None:
+        yield spike.told(step) + (say(": skipped") if result.skipped else "")
+    elif result.skipped:
+        yield say(
+            "step {step}: loss {loss}, gradient norm {norm}: not finite, skipped",
+            step=step,
+            loss=result.loss,
+            norm=result.norm,
         )
-        check_patience(progress.skipped_in_a_row, progress.step)
-    _every(run, meter, emit)
 
 
 def _every(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:

@@ -19,7 +19,13 @@ from consilium.training.step import StepResult
 
 
 def step_record(
-    step: int, tokens: int, tokens_per_second: float, result: StepResult, bias: float | None
+    step: int,
+    tokens: int,
+    tokens_per_second: float,
+    result: StepResult,
+    *,
+    bias: float | None,
+    spike: bool,
 ) -> StepRecord:
     return StepRecord(
         step=step,
@@ -30,6 +36,7 @@ def step_record(
         lr=result.rate,
         tok_per_sec=tokens_per_second,
         skipped=float(result.skipped),
+        spike=float(spike),
         bias_spread=bias,
         losses=result.balance | ({"mtp": result.ahead} if result.ahead else {}),
         **_routing(result.loads),

@@ -98,11 +98,12 @@ def moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_moments(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Inverse of ``moments``."""
+    """Inverse of ``moments``; what else was saved beside them has no colon in its name."""
     parameters = dict(model.named_parameters())
     for key, value in saved.items():
-        name, _, field = key.rpartition(":")
-        optimizer.remember(parameters[name], field, value.to(parameters[name].device, copy=True))
+        name, colon, field = key.rpartition(":")
+        if colon:
+            optimizer.remember(parameters[name], field, value.to(parameters[name].device, copy=True))
 
 
 def _weights(model: nn.Module, config: Config) -> list[Weight]:

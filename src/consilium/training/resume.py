@@ -31,6 +31,7 @@ _WHY: Final = {
     "freeze": "the optimizer knows the parts that it began with",
     "optimizer": "the optimizer's moments were gathered with it",
     "schedule": "the rates behind it followed that curve, of which --steps moves the end",
+    "spikes": "what it watched for decided which steps counted",
     "dtype": "one run has one arithmetic",
     "seed": "the seed has ordered the text and drawn the weights",
 }

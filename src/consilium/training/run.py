@@ -34,6 +34,7 @@ from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
 from consilium.training.optimizer import Optimizer, build_optimizer, moments, restore_moments
 from consilium.training.resume import changes, newest_checkpoint, put_records_aside
+from consilium.training.spikes import Watch
 from consilium.training.start import as_stored, initial, tokenizer_of
 from consilium.words.say import say
 
@@ -62,6 +63,7 @@ class Run:
     model: Decoder
     optimizer: Optimizer
     files: RunFiles
+    watch: Watch
     progress: Progress
 
 
@@ -109,7 +111,9 @@ def _begin(config: Training, site: Site) -> Run:
         site.notice(text)
     write_json(site.out / META_FILE, _meta(config, site.corpus))
     files, optimizer = RunFiles.start(site.out, config), build_optimizer(model, config.optimizer)
-    return Run(config, site.out, site.corpus, loader, model, optimizer, files, Progress())
+    return Run(
+        config, site.out, site.corpus, loader, model, optimizer, files, Watch(config.spikes), Progress()
+    )
 
 
 def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> Run:
@@ -120,7 +124,8 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     model = build(config.model, seed=config.seed).to(site.device)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer)
-    progress = _restore(checkpoint, stored, model, optimizer, site)
+    watch = Watch(config.spikes)
+    progress = _restore(checkpoint, stored, model, optimizer, watch, site)
     if config.steps < progress.step:
         raise ConsiliumError(
             f"cannot resume {out}: it has run {progress.step} steps, more than the {config.steps} asked for;"
@@ -130,7 +135,7 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     files = RunFiles.reopen(out, progress.step, site.notice)
     if changed:
         _record(changed, config, progress.step, site)
-    return Run(config, out, corpus, loader, model, optimizer, files, progress)
+    return Run(config, out, corpus, loader, model, optimizer, files, watch, progress)
 
 
 def _record(changed: list[tuple[str, str, str]], config: Training, step: int, site: Site) -> None:
@@ -159,7 +164,7 @@ def save_run(run: Run) -> Path:
     """Commit ``checkpoints/step-N`` whole, then prune older ones. Raises ConsiliumError for bad weights."""
     check_weights(run.model, run.progress.step)
     state = store.TrainingState(
-        tensors=moments(run.optimizer, run.model) | controls(run.model),
+        tensors=moments(run.optimizer, run.model) | controls(run.model) | run.watch.state(),
         scalars={
             "step": run.progress.step,
             "tokens": run.progress.tokens,
@@ -191,11 +196,14 @@ def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
         raise
 
 
-def _restore(folder: Path, stored: Training, model: Decoder, optimizer: Optimizer, site: Site) -> Progress:
+def _restore(
+    folder: Path, stored: Training, model: Decoder, optimizer: Optimizer, watch: Watch, site: Site
+) -> Progress:
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
     store.load_weights(model, folder, check_finite=True)
     state = store.load_training_state(folder, verified=True)
     restore_moments(optimizer, model, restore_controls(model, state.tensors))
+    watch.restore(state.tensors)
     scalars = state.scalars
     if scalars["corpus_sha256"] != site.corpus.sha256:
         raise ConsiliumError(
