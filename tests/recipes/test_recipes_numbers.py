@@ -179,7 +179,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "deepseek-v3:671b": {"moe.balance.bias.rate": 0.001, f"{LOSS}.0.coefficient": 1e-4, "mtp.weight": 0.3}
     | {"init.std": 0.006, f"{LOSS}.0.counts": "routed"},
     "deepseek-v3:671b-paper": {"moe.router.scale": 1.0, f"{LOSS}.0.counts": "scores"}
-    | {"moe.balance.bias.rate": 0.001, f"{LOSS}.0.coefficient": 1e-4},
+    | {"moe.balance.bias.rate": 0.001, f"{LOSS}.0.coefficient": 1e-4, "moe.balance.bias_until": 14.3 / 14.8},
     "qwen3-moe:235b": {f"{LOSS}.0.scope": "global", "attention.qk_norm": "head"},
     "olmoe:7b": {f"{LOSS}.1.kind": "z", f"{LOSS}.1.coefficient": 0.001, "attention.qk_norm": "full"},
     "nemotron-moe:e8g8t8": {"attention.rope.fraction": 0.5, f"{LOSS}.0.coefficient": 0.01, "moe.experts": 64},

@@ -16,7 +16,7 @@ from consilium.recipes.recipe import HuggingFace, Published, Recipe
 _YARN = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
 _ROPE = Rope(interleaved=True, scaling=_YARN)
 _RANKED = SequenceLoss(coefficient=1e-4, counts="scores")
-_PRINTED = Balance(losses=(_RANKED,), bias=SignBias(rate=1e-3), sequence="row")
+_PRINTED = Balance(losses=(_RANKED,), bias=SignBias(rate=1e-3), bias_until=14.3 / 14.8, sequence="row")
 _NODES = TopK(k=8, groups=Groups(count=8, keep=4, score="top2_sum"))
 
 
@@ -112,7 +112,7 @@ RECIPE = Recipe(
         "the factor 2.5 is in the released configuration, not in the equations; size 671b-paper has 1",
         "released code scores groups with the bias added; the paper speaks of affinities",
         "the released MTP projection reads [embedding; hidden], the paper writes [hidden; embedding]",
-        "a sequence is a document and counts what it routed; 671b-paper, as printed, ranks scores of a row",
+        "a sequence is a document and counts routes; 671b-paper: a row, ranks, a bias at rest from 14.3T on",
         "the released configuration says 0.001 for the sequence loss; the paper, and this recipe, 0.0001",
         "size 1b is this project's yardstick; size tiny moves its bias by a linear rule of this project",
     ),
