@@ -18,7 +18,7 @@ from consilium.checkpoint.fp8 import Scaled, Stored
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import layout_of
 from consilium.checkpoint.hf.generation import read_generation
-from consilium.checkpoint.hf.naming import covers, named, published, redundant, table_of
+from consilium.checkpoint.hf.naming import covers, is_by_expert, named, published, redundant, table_of
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.config.generation import GenerationDefaults
@@ -78,6 +78,19 @@ class FolderSource:
             return
         for stored_name, view in named(self.config, {name: target}, self.table):
             self.fill_stored(stored_name, view)
+
+    def fill_rows(self, name: str, target: Tensor, first: int) -> None:
+        """Copy the rows of our tensor ``name`` from ``first`` on, as many as ``target`` has.
+
+        Of a stack that lies there expert by expert nothing else is read.
+        """
+        if is_by_expert(self.config, name, self.table):
+            for stored_name, view in named(self.config, {name: target}, self.table, first=first):
+                self.fill_stored(stored_name, view)
+        elif target.shape == self.state[name].shape:
+            self.fill(name, target)
+        else:
+            target.copy_(self.read(name)[first : first + target.shape[0]])
 
     def fill_stored(self, name: str, target: Tensor) -> None:
         """Copy one tensor of the files, by its name there."""

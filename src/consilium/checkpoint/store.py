@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from torch import Tensor
 
-from consilium.checkpoint import safetensors_io
+from consilium.checkpoint import parts, safetensors_io, together
 from consilium.checkpoint.folders import GGUF
 from consilium.checkpoint.fp8 import Stored
 from consilium.checkpoint.gguf.source import open_file
@@ -28,10 +28,12 @@ from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
+from consilium.model.init import first_experts
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.records.run import newest_of_run
 
 STATE: Final = "training_state"
-TENSORS: Final = f"{STATE}/state.safetensors"
+TENSORS: Final = f"{STATE}/{parts.SINGLE}"
 SCALARS: Final = f"{STATE}/state.json"
 Scalar = int | float | str
 
@@ -56,6 +58,8 @@ class TrainingState:
 
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, Scalar]
+    firsts: Mapping[str, int] = field(default_factory=dict)
+    """Of tensors of which this process has a part: the row that it begins with."""
 
 
 def save(
@@ -65,6 +69,7 @@ def save(
     tokenizer: Savable | None = None,
     training_state: TrainingState | None = None,
     files: Filesystem = DISK,
+    mesh: Mesh = ALONE,
 ) -> None:
     """Write ``model`` to ``folder`` so that transformers opens it where it has the architecture.
 
@@ -72,6 +77,11 @@ def save(
     a checkpoint that training can go on from is replaced by another one only. Raises ConsiliumError in one
     sentence on no space, no permission, a failing disk, or a folder with anything else in it.
     """
+    unless = (SCALARS,) if training_state is None else ()
+    if mesh.world.size > 1:
+        assert training_state is not None, "a run over processes saves to go on"
+        _save_together(model, Path(folder), tokenizer, training_state, mesh, files)
+        return
 
     def write(staged: Path) -> None:
         for name, content in _descriptions(model, tokenizer).items():
@@ -83,7 +93,6 @@ def save(
             files.write(staged / SCALARS, [_json(training_state.scalars)])
             safetensors_io.write(staged / TENSORS, training_state.tensors, files=files)
 
-    unless = (SCALARS,) if training_state is None else ()
     commit_folder(Path(folder), write, unless=unless, files=files)
 
 
@@ -117,20 +126,33 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
     return fitted(folder, config, found, model.state_dict(), check_finite=check_finite)
 
 
-def load_weights(model: Decoder, folder: Path | str, *, check_finite: bool = False) -> None:
+def load_weights(
+    model: Decoder, folder: Path | str, *, check_finite: bool = False, mesh: Mesh = ALONE
+) -> None:
     """Copy the weights in ``folder`` into ``model``, tensor by tensor and in the dtypes of ``model``.
 
-    Raises ConsiliumError as ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
+    Over processes each reads its own experts and the rows that it has of all else. Raises ConsiliumError as
+    ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
     """
     folder = Path(folder)
-    found = find(folder, model.config)
-    _fill(model, fitted(folder, model.config, found, model.state_dict(), check_finite=check_finite))
+    shapes = build(model.config, device="meta").state_dict()
+    source = fitted(folder, model.config, find(folder, model.config), shapes, check_finite=check_finite)
+    first = first_experts(model)
+    for name, tensor in model.state_dict().items():
+        part = mesh.sharding.part(tensor)
+        if tensor.ndim:
+            source.fill_rows(name, part.here, first.get(name, 0) + part.rows.start)
+        else:
+            source.fill(name, part.here)
 
 
-def load_training_state(folder: Path | str, *, verified: bool = False) -> TrainingState:
+def load_training_state(
+    folder: Path | str, *, verified: bool = False, rows: parts.Rows = parts.every_row
+) -> TrainingState:
     """Return the training state in ``folder``, or raise ConsiliumError where there is none or it changed.
 
     ``verified``: the caller has compared the folder with its manifest, so the files are not hashed again.
+    ``rows`` says which rows of each tensor are read.
     """
     folder = Path(folder)
     if not (folder / STATE).exists():
@@ -138,8 +160,32 @@ def load_training_state(folder: Path | str, *, verified: bool = False) -> Traini
             f"{folder} has no {STATE}, so no training can go on from it; give a checkpoint of a training run."
         )
     if not verified:
-        manifest.verify(folder, only=(TENSORS, SCALARS))
-    return TrainingState(safetensors_io.read(folder / TENSORS), read_object(folder / SCALARS))
+        names = [name for name in manifest.read_manifest(folder) if name.startswith(f"{STATE}/")]
+        manifest.verify(folder, only=(*names, SCALARS))
+    return TrainingState(parts.read_rows(folder / STATE, rows), read_object(folder / SCALARS))
+
+
+def _save_together(
+    model: Decoder,
+    folder: Path,
+    tokenizer: Savable | None,
+    training_state: TrainingState,
+    mesh: Mesh,
+    files: Filesystem,
+) -> None:
+    state = training_state.tensors
+    contents = together.Contents(
+        weights=together.own_weights(model, mesh),
+        state={name: t for name, t in state.items() if _writes(mesh, part=name in training_state.firsts)},
+        firsts=training_state.firsts,
+        whole=_descriptions(model, tokenizer) | {SCALARS: _json(training_state.scalars)},
+    )
+    together.write(folder, contents, mesh, state=STATE, files=files)
+
+
+def _writes(mesh: Mesh, *, part: bool) -> bool:
+    """Whether this process writes a tensor: a part in the first replica, what all have in the first process."""
+    return mesh.first_replica if part else mesh.world.leads
 
 
 def _descriptions(model: Decoder, tokenizer: Savable | None) -> dict[str, bytes]:

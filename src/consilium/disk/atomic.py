@@ -12,12 +12,13 @@ import contextlib
 import itertools
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Final
 
 from consilium.disk.files import DISK, Filesystem, make_parents, remove_tree, write_failure
-from consilium.disk.manifest import NAME, check_complete, read_manifest, seal, verify
+from consilium.disk.manifest import NAME, Entry, check_complete, read_manifest, seal, verify
 from consilium.errors import ConsiliumError
 
 _STEP: Final = re.compile(r"step-(\d{1,18})")
@@ -68,16 +69,44 @@ def commit_folder(
     named in ``unless``; after a crash it or the new one is complete. Any other is refused. Raises
     ConsiliumError in one sentence on no space, no permission or a failing disk.
     """
+    with staging(destination, unless=unless, files=files) as staged:
+        try:
+            write(staged)
+        except OSError as error:
+            raise write_failure(error, destination.resolve()) from error
+        publish(staged, destination, files=files)
+
+
+@contextlib.contextmanager
+def staging(destination: Path, *, unless: Collection[str] = (), files: Filesystem = DISK) -> Iterator[Path]:
+    """A temporary folder for what will be ``destination``; gone again where anything fails."""
     destination = destination.resolve()
     try:
         _refuse_foreign(destination, unless)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
-        with _staged(destination, files) as staged:
+    except OSError as error:
+        raise write_failure(error, destination) from error
+    with _staged(destination, files) as staged:
+        try:
             files.make_folder(staged)
-            write(staged)
-            seal(staged, files)
-            _publish(staged, destination, files)
+        except OSError as error:
+            raise write_failure(error, destination) from error
+        yield staged
+
+
+def publish(
+    staged: Path,
+    destination: Path,
+    *,
+    known: Mapping[str, Entry] = MappingProxyType({}),
+    files: Filesystem = DISK,
+) -> None:
+    """Seal ``staged`` and make it ``destination``. ``known`` files were made durable by who wrote them."""
+    destination = destination.resolve()
+    try:
+        seal(staged, files, known)
+        _publish(staged, destination, files)
     except OSError as error:
         raise write_failure(error, destination) from error
 

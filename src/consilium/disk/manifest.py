@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Final
 
 from consilium.disk.files import Filesystem
@@ -14,23 +15,34 @@ from consilium.errors import ConsiliumError
 NAME: Final = "manifest.json"
 FORMAT: Final = 1
 _LARGEST: Final = 16 * 2**20
+Entry = dict[str, int | str]
+"""Size and SHA-256 of a file."""
 _READ: Final = frozenset({".json", ".safetensors"})
 """Suffixes of files that a loader opens because they are there: an unlisted one could replace another."""
 
 
-def seal(folder: Path, files: Filesystem) -> None:
-    """Make every file of ``folder`` durable, then its manifest, then the names of both."""
+def seal(folder: Path, files: Filesystem, known: Mapping[str, Entry] = MappingProxyType({})) -> None:
+    """Make every file of ``folder`` durable, then its manifest, then the names of both.
+
+    ``known`` are the entries of files that another process wrote and has made durable.
+    """
     found = list_files(folder)
-    entries: dict[str, dict[str, int | str]] = {}
+    entries: dict[str, Entry] = {}
     for name in found:
-        path = folder / name
-        files.sync_file(path)
-        entries[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        entries[name] = known[name] if name in known else entry_of(folder / name, files)
+    for name in known:
+        _check_size(folder / name, int(entries[name]["bytes"]) if name in entries else 0)
     text = json.dumps({"format": FORMAT, "files": entries}, indent=1)
     files.write(folder / NAME, [text.encode()])
     files.sync_file(folder / NAME)
     for inner in sorted({(folder / name).parent for name in found} | {folder}, reverse=True):
         files.sync_folder(inner)
+
+
+def entry_of(path: Path, files: Filesystem) -> Entry:
+    """What a manifest says of a file, which is durable from now on."""
+    files.sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def check_complete(folder: Path, *, only: Collection[str] | None = None) -> None:
@@ -138,7 +150,7 @@ def _safe(path: Path, name: str) -> str:
     return name
 
 
-def _entry(path: Path, entry: dict[str, int | str]) -> tuple[int, str]:
+def _entry(path: Path, entry: Entry) -> tuple[int, str]:
     size, sha256 = entry["bytes"], entry["sha256"]
     if len(entry) != 2 or type(size) is not int or not isinstance(sha256, str):
         raise damaged(path, "has an entry without a size and a digest")

@@ -107,6 +107,15 @@ class Group:
         sizes_P = [int(size) - 1 for size in sizes]
         return [bytes(t[:n].tolist()).decode() for t, n in zip(held, sizes_P, strict=True)]
 
+    def joined(self, value: Tensor) -> Tensor:
+        """The values of every process, of one shape, one after another along the first axis."""
+        if self.handle is None:
+            return value
+        every = [torch.empty_like(value) for _ in range(self.size)]
+        with self._named("gather"):
+            dist.all_gather(every, value.contiguous(), group=self.handle)
+        return torch.cat(every)
+
     def led(self, work: Callable[[], str]) -> str:
         """What ``work`` returns in the process that leads; its ConsiliumError is raised in all of them."""
         if self.handle is None:

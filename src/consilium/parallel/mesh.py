@@ -26,6 +26,11 @@ class Mesh:
     sharding: Sharding = Whole()
 
     @property
+    def first_replica(self) -> bool:
+        """Whether what this process has is written by it; other replicas have the same."""
+        return self.world.rank < self.replica.size
+
+    @property
     def ledger(self) -> Ledger:
         """What this process has sent to the experts of others."""
         return self.expert.ledger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,3 +44,32 @@ def fill(model: Decoder, whole: Mapping[str, Tensor], mesh: Mesh) -> None:
         begin = first.get(name, 0) + part.rows.start
         source = whole[name]
         part.here.copy_(source[begin : begin + len(part.rows)] if tensor.ndim else source)
+
+
+def stamped(state: Mapping[str, Tensor], model: Decoder, mesh: Mesh) -> dict[str, int]:
+    """Which row each tensor of optimizer state (``weight:field``) begins with, where it is of a part alone.
+
+    Two processes that have the same rows write them once.
+    """
+    rows = _rows(model, mesh)
+    return {
+        key: rows[key.rpartition(":")[0]].start
+        for key, tensor in state.items()
+        if tensor.ndim and key.rpartition(":")[0] in rows
+    }
+
+
+def rows_of(model: Decoder, mesh: Mesh) -> Callable[[str, int], range]:
+    """Which rows of a tensor of optimizer state are this process's."""
+    rows = _rows(model, mesh)
+    return lambda key, count: rows.get(key.rpartition(":")[0], range(count))
+
+
+def _rows(model: Decoder, mesh: Mesh) -> dict[str, range]:
+    """By parameter: the rows of the whole that are here."""
+    first = first_experts(model)
+    found: dict[str, range] = {}
+    for name, parameter in model.named_parameters():
+        rows, begin = mesh.sharding.part(parameter).rows, first.get(name, 0)
+        found[name] = range(begin + rows.start, begin + rows.stop)
+    return found

@@ -74,17 +74,25 @@ def table_of(layout: Architecture | None, names: Iterable[str]) -> Table | None:
     return max(TABLES[layout], key=known)
 
 
-def named(config: Model, state: Mapping[str, Tensor], table: Table | None) -> Iterator[tuple[str, Tensor]]:
+def named(
+    config: Model, state: Mapping[str, Tensor], table: Table | None, *, first: int = 0
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor on disk by its name there, as a view of our ``state``, in the order of ``state``.
 
-    ``table`` None is our own layout. Multi-token prediction module k is layer ``layers`` + k elsewhere.
+    ``table`` None is our own layout. Multi-token prediction module k is layer ``layers`` + k elsewhere. A
+    stack that has a name an expert may be a part, from expert ``first`` on.
     """
     if table is None:
         yield from state.items()
         return
     for name, tensor in state.items():
         pattern, i = _pattern(name, config.layers)
-        yield from _views(table[pattern], i, tensor)
+        yield from _views(table[pattern], i, tensor, first)
+
+
+def is_by_expert(config: Model, name: str, table: Table | None) -> bool:
+    """Whether our stack ``name`` has a tensor on disk for each of its experts."""
+    return table is not None and "{e}" in table[_pattern(name, config.layers)[0]][0]
 
 
 def _pattern(name: str, layers: int) -> tuple[str, int]:
@@ -97,12 +105,13 @@ def _pattern(name: str, layers: int) -> tuple[str, int]:
     return f"layers.{{i}}.{rest}", int(number)
 
 
-def _views(row: Row, i: int, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _views(row: Row, i: int, tensor: Tensor, first: int) -> Iterator[tuple[str, Tensor]]:
     if "{e}" not in row[0]:
         yield from zip((name.format(i=i) for name in row), _pieces(tensor, len(row)), strict=True)
         return
     for e in range(tensor.shape[0]):
-        yield from zip((name.format(i=i, e=e) for name in row), _pieces(tensor[e], len(row)), strict=True)
+        names = (name.format(i=i, e=first + e) for name in row)
+        yield from zip(names, _pieces(tensor[e], len(row)), strict=True)
 
 
 def _pieces(tensor: Tensor, count: int) -> Sequence[Tensor]:

@@ -1,0 +1,115 @@
+"""A checkpoint that several processes write: each its part, hashed by it, and one commits the folder.
+
+The folder is that of one process: a Hugging Face layout of whole tensors, in shards. An expert is written by
+who has it; what is cut over processes is put together one tensor at a time, and each has some to write.
+Training state needs no layout of anybody, and every process writes the rows that it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import parts, safetensors_io, weights
+from consilium.checkpoint.hf.naming import is_by_expert, named, published
+from consilium.disk import manifest
+from consilium.disk.atomic import publish, staging
+from consilium.disk.files import Filesystem
+from consilium.model.decoder import Decoder
+from consilium.model.init import first_experts
+from consilium.parallel.mesh import Mesh
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one process writes. Files of ``whole`` are written by the one that leads."""
+
+    weights: Mapping[str, Tensor]
+    """By their names on disk."""
+    state: Mapping[str, Tensor]
+    firsts: Mapping[str, int]
+    """Of those of ``state`` that are parts: the row that they begin with."""
+    whole: Mapping[str, bytes]
+
+
+def write(folder: Path, contents: Contents, mesh: Mesh, *, state: str, files: Filesystem) -> None:
+    """Commit ``folder`` as every process wrote it, or nowhere. Errors are those of ``commit_folder``.
+
+    ``state`` is the folder inside for training state. All processes see the same file system.
+    """
+    world = mesh.world
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            staged = stack.enter_context(staging(folder, files=files))
+            files.make_folder(staged / state)
+            return str(staged)
+
+        staged = Path(world.led(begin))
+        told = world.agreed(lambda: json.dumps(_write_part(staged, contents, mesh, state, files)))
+
+        def finish() -> str:
+            answers = [json.loads(text) for text in told]
+            for name, content in {**contents.whole, **_indices(answers, state)}.items():
+                files.write(staged / name, [content])
+            known = {name: entry for answer in answers for name, entry in answer["files"].items()}
+            publish(staged, folder, known=known, files=files)
+            return ""
+
+        world.led(finish)
+
+
+@torch.no_grad()
+def own_weights(model: Decoder, mesh: Mesh) -> dict[str, Tensor]:
+    """The tensors that this process writes, by their names on disk; all processes ask together."""
+    table, stacks = published(model.config), first_experts(model)
+    mine: dict[str, Tensor] = {}
+    for turn, (name, tensor) in enumerate(model.state_dict().items()):
+        if name in stacks and is_by_expert(model.config, name, table):
+            part = mesh.sharding.part(tensor)
+            if mesh.first_replica:
+                first = stacks[name] + part.rows.start
+                mine.update(named(model.config, {name: part.here}, table, first=first))
+            continue
+        whole = mesh.sharding.gathered(tensor)
+        if name in stacks:
+            whole = mesh.expert.joined(whole)
+        if turn % mesh.world.size == mesh.world.rank:
+            mine.update(named(model.config, {name: whole}, table))
+    return mine
+
+
+def _write_part(
+    staged: Path, contents: Contents, mesh: Mesh, state: str, files: Filesystem
+) -> dict[str, Any]:
+    """What the one that leads must know of the files that are durable now."""
+    world = mesh.world
+    shard = f"model-{world.rank + 1:05}-of-{world.size:05}.safetensors"
+    of_state = parts.file_of(world.rank, world.size)
+    answer: dict[str, Any] = {"files": {}, "shard": shard, "state": of_state, "firsts": dict(contents.firsts)}
+    for name, tensors in ((shard, contents.weights), (f"{state}/{of_state}", contents.state)):
+        if tensors:
+            safetensors_io.write(staged / name, tensors, files=files)
+            answer["files"][name] = manifest.entry_of(staged / name, files)
+    answer["weights"] = list(contents.weights)
+    answer["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in contents.weights.values())
+    return answer
+
+
+def _indices(answers: Sequence[Mapping[str, Any]], state: str) -> dict[str, bytes]:
+    placed = {name: answer["shard"] for answer in answers for name in answer["weights"]}
+    total = sum(answer["bytes"] for answer in answers)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    written = [answer for answer in answers if f"{state}/{answer['state']}" in answer["files"]]
+    return {
+        weights.INDEX: json.dumps(index, indent=2).encode(),
+        f"{state}/{parts.INDEX}": parts.index_text({answer["state"]: answer["firsts"] for answer in written}),
+    }
