@@ -184,7 +184,7 @@ def _save_together(
 
 
 def _writes(mesh: Mesh, *, part: bool) -> bool:
-    """Whether this process writes a tensor: a part in the first replica, what all have in the first process."""
+    """Whether a tensor is written here: a part in the first replica, what all have in the first process."""
     return mesh.first_replica if part else mesh.world.leads
 
 
