@@ -21,7 +21,6 @@ from checkpoint.gguf_models import DEEPSEEK_LLM, llama
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
-from consilium.data.documents import Document
 from consilium.data.pieces import scores
 from consilium.data.splits import split_of
 from consilium.data.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ def tokenizer_keys(folder: Path, tokenizer: Tokenizer, **config: object) -> dict
 @pytest.fixture(scope="module")
 def learned() -> Tokenizer:
     text = "the cat sat on the mat and the dog sat on the log; " * 20
-    return Tokenizer.train([Document(name="a", domain="prose", text=text, held_out=False)], 300)
+    return Tokenizer.train([text], 300)
 
 
 def test_the_tokenizer_is_that_of_the_folder(learned: Tokenizer, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from checkpoint.gguf_models import BYTES, CASES, DEEPSEEK_LLM
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
-from consilium.data.documents import Document
 from consilium.data.tokenizer import Tokenizer
 from consilium.model.decoder import Decoder
 from support import relative_error
@@ -109,8 +108,7 @@ def deepseek(folder: Path) -> None:
 def deepseek_llm(folder: Path) -> None:
     """Ours, with the cut of DeepSeek-V2."""
     text = re.sub(r"\d", "", "".join(TEXTS))  # a token of two digits would never be cut into them
-    document = Document(name="a", domain="prose", text=text * 9, held_out=False)
-    files = Tokenizer.train([document], 420).files()
+    files = Tokenizer.train([text * 9], 420).files()
     described = json.loads(files["tokenizer.json"]) | {"pre_tokenizer": DEEPSEEK_LLM}
     (folder / "tokenizer.json").write_text(json.dumps(described))
     (folder / "tokenizer_config.json").write_bytes(files["tokenizer_config.json"])

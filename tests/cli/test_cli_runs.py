@@ -18,7 +18,7 @@ from consilium.config import io
 from consilium.config.data import Data, TextPath
 from consilium.config.model import MTP
 from consilium.config.training import Bytes, Training
-from consilium.data.corpus import read_documents
+from consilium.data.library import Library
 from consilium.records.bench import BenchRecord
 from consilium.records.io import from_json, read_json
 from consilium.records.run import SUMMARY_FILE, Summary
@@ -194,9 +194,8 @@ def test_eval_without_data_reads_what_the_run_held_out(run: Path, capsys: pytest
     assert json.loads(said(capsys, "eval", str(inside), "--json")) == found
     data = io.read_yaml(Training, run / "config.yaml").data
     texts: dict[str, list[str]] = {}
-    for document in read_documents(data):
-        if document.held_out:
-            texts.setdefault(document.domain, []).append(document.text)
+    for document in Library.open(data).all_documents(held_out=True):
+        texts.setdefault(document.domain, []).append(document.text)
     again = cs.evaluate(cs.load(run), cs.Tokenizer.load(run), texts=texts, context=data.sequence_length)
     assert found["domains"] == pytest.approx(dict(again.domains), rel=1e-6)
     assert found["bytes"] == again.bytes == sum(len(t.encode()) for held in texts.values() for t in held)

@@ -10,6 +10,7 @@ from consilium.data.corpus import Corpus
 from consilium.data.documents import Document
 from consilium.data.encoding import encode_documents, join
 from consilium.data.tokenizer import Tokenizer
+from consilium.data.writing import Writer
 
 CODE = "def area(width, height):\n    # rectangle\n    return width * height + 1.5\n\n\nname = 'größe'\n"
 PROSE = "The quick brown fox jumps over the lazy dog. 你好，世界。\n"
@@ -29,6 +30,6 @@ def documents(sizes: Sequence[int], domain: str = "prose", *, held_out: bool = F
 
 
 def corpus_of(found: Sequence[Document], tokenizer: Tokenizer = BYTES) -> Corpus:
-    encoded = encode_documents(tokenizer, found, lambda _: None)
+    encoded = [item for batch in encode_documents(Writer(tokenizer), found) for item in batch]
     train, held_out = (join(tokenizer, encoded, held_out=side) for side in (False, True))
     return Corpus(tokenizer, "0" * 64, train, held_out)

@@ -12,8 +12,8 @@ from consilium.data.builtin import domains as builtin
 from consilium.data.builtin.arithmetic import mathematics_texts
 from consilium.data.builtin.bilingual import bilingual_texts
 from consilium.data.builtin.code import Module, question_texts, read_modules
-from consilium.data.builtin.domains import DOMAINS, available_domains, builtin_documents
-from consilium.data.documents import Document, Text
+from consilium.data.builtin.domains import DOMAINS, available_domains, builtin_texts
+from consilium.data.documents import Document, Text, split
 from consilium.errors import ConsiliumError
 
 RESULT = re.compile(r"(\d+) ([-+*/]) (\d+) = (-?\d+)")
@@ -21,7 +21,7 @@ RESULT = re.compile(r"(\d+) ([-+*/]) (\d+) = (-?\d+)")
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    return builtin_documents(0.05)
+    return split(builtin_texts(), 0.05)
 
 
 def test_the_five_domains_are_there_and_large_enough_to_train_on(documents: list[Document]) -> None:
@@ -55,7 +55,7 @@ def test_tests_and_the_text_of_other_domains_are_no_code(documents: list[Documen
 
 
 def test_a_second_reading_is_the_same(documents: list[Document]) -> None:
-    assert builtin_documents(0.05) == documents
+    assert split(builtin_texts(), 0.05) == documents
 
 
 def test_a_python_without_sources_is_refused_with_advice(

@@ -3,10 +3,22 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.data.documents import Document, Text, corpus_sha256, split, stable_fraction
+from consilium.data import documents as module
+from consilium.data.documents import (
+    Document,
+    Text,
+    TextMeasures,
+    parts,
+    split,
+    split_domain,
+    stable_fraction,
+)
+from consilium.data.forms import Completion, Content, Message, Talk
+from consilium.data.survey import Digest
 
 FRACTION = 0.3
 
@@ -63,15 +75,67 @@ def test_a_single_file_gives_its_tail_at_a_paragraph() -> None:
     assert 0.05 < len(held_out.text) / len(text) < 0.25
 
 
-@given(st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), min_size=2, max_size=2, unique=True))
-def test_different_corpora_have_different_hashes(pairs: list[tuple[str, str]]) -> None:
-    first, second = ([Document(text, "prose", name, held_out=False)] for text, name in pairs)
-    assert corpus_sha256(first) != corpus_sha256(second)
+contents = st.one_of(
+    st.text(max_size=5),
+    st.builds(Completion, st.text(max_size=2), st.text(max_size=2)),
+    st.builds(lambda *said: Talk(tuple(Message("user", text) for text in said)), st.text(max_size=2)),
+)
+named = st.tuples(contents, st.text(max_size=5), st.text(max_size=2))
 
 
-def test_the_hash_knows_the_split() -> None:
-    document = Document("text", "prose", "name", held_out=False)
-    assert corpus_sha256([document]) != corpus_sha256([Document("text", "prose", "name", held_out=True)])
+@given(st.lists(st.lists(named, max_size=3), min_size=2, max_size=2, unique_by=repr))
+def test_different_texts_have_different_hashes(sides: list[list[tuple[Content, str, str]]]) -> None:
+    first, second = (Digest(), Digest())
+    for digest, side in zip((first, second), sides, strict=True):
+        for content, domain, name in side:
+            digest.add(Text(content, domain, name, name))
+    assert first.hexdigest() != second.hexdigest()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8),
+    fraction=st.floats(0.05, 0.6),
+    data=st.data(),
+)
+def test_what_trains_begins_each_text_and_a_unit_is_never_on_both_sides_but_for_one_tail(
+    lengths: list[int], fraction: float, data: st.DataObject
+) -> None:
+    units = [f"unit {data.draw(st.integers(0, 3))}" for _ in lengths]
+    found = [
+        Text("x " * n, "d", str(i), unit) for i, (n, unit) in enumerate(zip(lengths, units, strict=True))
+    ]
+    kept = split_domain(TextMeasures.of(found), fraction).tolist()
+    assert all(0 <= n <= len(text.text) for n, text in zip(kept, found, strict=True))
+    whole = [n in {0, len(text.text)} for n, text in zip(kept, found, strict=True)]
+    assert whole.count(False) <= 1
+    if {stable_fraction(unit, salt="held out") < fraction for unit in units} == {False, True}:
+        sides = {
+            unit: {n == 0 for n, other in zip(kept, units, strict=True) if other == unit} for unit in units
+        }
+        assert all(len(side) == 1 for side in sides.values())
+
+
+def test_the_tail_of_a_text_in_many_pieces_is_its_end() -> None:
+    pieces = [Text("word " * 200, "d", f"book ({i})", "book") for i in range(10)]
+    kept = split_domain(TextMeasures.of(pieces), 0.25).tolist()
+    assert kept == [1000] * 7 + [500, 0, 0]
+
+
+def test_conversations_are_held_out_whole() -> None:
+    talks = [Text(Completion("a", "b" * n), "d", str(n), str(n)) for n in range(1, 4)]
+    kept = split_domain(TextMeasures.of(talks), 1e-9).tolist()
+    assert min(kept) == 0
+    assert sum(n > 0 for n in kept) == 2
+    assert split_domain(TextMeasures.of(talks[:1]), 1e-9).tolist() == [2]
+
+
+@given(st.lists(st.text("ab \n", min_size=1, max_size=40), max_size=9), st.integers(1, 30))
+def test_long_texts_are_cut_without_losing_a_letter(pieces: list[str], longest: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LONGEST", longest)
+        found = list(parts(pieces))
+    assert "".join(found) == "".join(pieces)
+    assert all(0 < len(part) <= longest for part in found)
 
 
 def test_another_process_splits_alike() -> None:

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from consilium.config.data import BuiltIn, Data, TextPath
-from consilium.data.corpus import read_documents
+from consilium.data.documents import Document
+from consilium.data.library import Library
 from consilium.errors import ConsiliumError
+
+
+def documents_of(data: Data) -> list[Document]:
+    return Library.open(data).all_documents()
 
 
 @pytest.fixture
@@ -39,19 +44,19 @@ def of(*paths: Path | str) -> Data:
 def test_text_that_would_be_read_twice_is_refused_by_both_names(one: str, two: str, folder: Path) -> None:
     (folder / "link").symlink_to("one", target_is_directory=True)
     with pytest.raises(ConsiliumError, match="are or hold the same files") as refused:
-        read_documents(of(folder / one, folder / two))
+        documents_of(of(folder / one, folder / two))
     assert str(folder / one) in str(refused.value)
     assert str(folder / two) in str(refused.value)
 
 
 def test_a_name_that_only_begins_alike_is_another_source(folder: Path) -> None:
     (folder / "one").rename(folder / "two-more")
-    assert len(read_documents(of(folder / "two", folder / "two-more"))) == 12
+    assert len(documents_of(of(folder / "two", folder / "two-more"))) == 12
 
 
 def test_names_begin_with_their_source_where_there_are_several(folder: Path) -> None:
-    alone = read_documents(of(folder / "one"))
-    both = read_documents(of(folder / "one", folder / "two"))
+    alone = documents_of(of(folder / "one"))
+    both = documents_of(of(folder / "one", folder / "two"))
     assert len({document.name for document in both}) == len(both) == 12
     assert all(sum(document.name.startswith(f"{name}:") for name in ("one", "two")) == 1 for document in both)
     assert not any(document.name.startswith("one:") for document in alone)
@@ -61,7 +66,7 @@ def test_names_begin_with_their_source_where_there_are_several(folder: Path) -> 
 def test_sources_of_the_same_name_are_told_apart_by_more_of_their_paths(folder: Path) -> None:
     for name in ("one", "two"):
         (folder / name / "notes").rename(folder / f"{name}" / "texts")
-    found = read_documents(of(folder / "one/texts", folder / "two/texts"))
+    found = documents_of(of(folder / "one/texts", folder / "two/texts"))
     assert {document.name.partition(":")[0] for document in found} == {"one/texts", "two/texts"}
 
 
@@ -70,19 +75,19 @@ def test_text_and_split_do_not_depend_on_how_a_path_is_written(spelling: str, fo
     for name in ("one", "two"):
         (folder / f"link-{name}").symlink_to(name, target_is_directory=True)
     written = [spelling.format(here=folder.absolute(), name=name) for name in ("one", "two")]
-    assert read_documents(of(*written)) == read_documents(of("one", "two"))
+    assert documents_of(of(*written)) == documents_of(of("one", "two"))
 
 
 def test_another_source_moves_no_text_to_the_other_side(folder: Path) -> None:
-    alone = {document.text: document.held_out for document in read_documents(of("one"))}
-    both = {document.text: document.held_out for document in read_documents(of("one", "two"))}
+    alone = {document.text: document.held_out for document in documents_of(of("one"))}
+    both = {document.text: document.held_out for document in documents_of(of("one", "two"))}
     assert both.items() >= alone.items()
     assert set(alone.values()) == {False, True}
 
 
 def test_a_named_domain_holds_all_text_of_its_source(folder: Path) -> None:
     data = Data(sources=(TextPath(path="one", domain="first"), TextPath(path="two")))
-    assert {(d.name.partition(":")[0], d.domain) for d in read_documents(data)} == {
+    assert {(d.name.partition(":")[0], d.domain) for d in documents_of(data)} == {
         ("one", "first"),
         ("two", "notes"),
     }
@@ -91,16 +96,16 @@ def test_a_named_domain_holds_all_text_of_its_source(folder: Path) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 def test_text_and_split_do_not_depend_on_the_order_of_sources(turned: bool, folder: Path) -> None:
     paths = [folder / "one", folder / "two"]
-    found = read_documents(of(*(reversed(paths) if turned else paths)))
-    assert found == read_documents(of(*paths))
+    found = documents_of(of(*(reversed(paths) if turned else paths)))
+    assert found == documents_of(of(*paths))
     texts = {document.text for document in found if document.held_out}
     assert any(text.startswith("one") for text in texts)
     assert any(text.startswith("two") for text in texts)
 
 
 def test_the_built_in_text_stands_beside_a_path(folder: Path) -> None:
-    built_in = read_documents(Data(held_out=0.3))
-    found = read_documents(Data(sources=(BuiltIn(), TextPath(path=str(folder / "one"))), held_out=0.3))
-    own = read_documents(of(folder / "one"))
+    built_in = documents_of(Data(held_out=0.3))
+    found = documents_of(Data(sources=(BuiltIn(), TextPath(path=str(folder / "one"))), held_out=0.3))
+    own = documents_of(of(folder / "one"))
     assert len(found) == len(built_in) + len(own)
     assert {document.text for document in found} == {document.text for document in [*built_in, *own]}

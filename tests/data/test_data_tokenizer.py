@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from data_corpora import CODE, PROSE, documents
@@ -13,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.data import bpe as module
-from consilium.data.documents import Document
+from consilium.data.documents import stable_fraction
+from consilium.data.template import find_template
 from consilium.data.tokenizer import END, SMALLEST_VOCABULARY, SPECIALS, Tokenizer
-from consilium.engine.template import find_template
 from consilium.errors import ConsiliumError
 
-TEXTS = [Document((CODE + PROSE) * 20, "code", "a", held_out=False)]
+TEXTS = [(CODE + PROSE) * 20]
 BPE = Tokenizer.train(TEXTS, 400)
 BYTES = Tokenizer.of_bytes()
 
@@ -85,31 +86,38 @@ def test_bpe_learns_and_bytes_do_not() -> None:
     assert SMALLEST_VOCABULARY < BPE.vocab_size <= 400
 
 
-def test_held_out_text_teaches_the_tokenizer_nothing() -> None:
-    secret = Document("zyzzyva " * 1000, "code", "secret", held_out=True)
-    assert Tokenizer.train([*TEXTS, secret], 400).files() == BPE.files()
-
-
 def test_the_order_of_reading_does_not_matter() -> None:
-    found = documents([50, 60, 70, 80])
+    found = [document.text for document in documents([50, 60, 70, 80])]
     assert Tokenizer.train(found, 300).files() == Tokenizer.train(found[::-1], 300).files()
 
 
-def test_the_sample_is_balanced_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE_CHARACTERS", 3000)
-    large = documents([400] * 20, "large")
-    other = documents([300] * 20, "other")
-    small = documents([100] * 3, "small")
-    sizes = {
-        name: sum(len(text) for text in module._sample([*large, *other, *small]) if text in known)
-        for name, known in {
-            "large": {d.text[:n] for d in large for n in range(401)},
-            "small": {d.text for d in small},
-        }.items()
+sizes = st.dictionaries(
+    st.sampled_from("abcd"), st.lists(st.integers(0, 900), min_size=1, max_size=20), min_size=1
+)
+
+
+@given(sizes=sizes, budget=st.integers(0, 5000))
+def test_the_sample_is_balanced_and_bounded(sizes: dict[str, list[int]], budget: int) -> None:
+    """As many characters from each domain as far as it has them, whole texts but the last."""
+    counts = {name: np.array(of, dtype=np.int64) for name, of in sizes.items()}
+    order = {
+        name: np.array([stable_fraction(f"{name} {i}", salt="") for i in range(len(of))])
+        for name, of in sizes.items()
     }
-    assert sum(map(len, module._sample([*large, *other, *small]))) == 3000
-    assert sizes["small"] >= 300
-    assert module._sample(small) == [text for text in module._sample(small) if len(text) == 100]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SAMPLE_CHARACTERS", budget)
+        drawn = module.sample(counts, order)
+    totals = {name: int(drawn[name].sum()) for name in sizes}
+    whole = {name: int(counts[name].sum()) for name in sizes}
+    assert sum(totals.values()) == min(budget, sum(whole.values()))
+    least = min(totals.values())
+    assert all(
+        totals[name] == whole[name] or totals[name] + len(sizes) > max(totals.values()) for name in sizes
+    )
+    assert all(totals[name] >= min(least, whole[name]) for name in sizes)
+    for name, of in sizes.items():
+        partly = [i for i, count in enumerate(of) if 0 < drawn[name][i] < count]
+        assert len(partly) <= 1
 
 
 @both
@@ -235,7 +243,7 @@ def test_pieces_to_train_on_are_bounded_and_join_to_the_text(text: str) -> None:
 def test_text_without_a_blank_trains_in_a_time_that_grows_with_it() -> None:
     letters = "".join(random.Random(0).choices("ACGT", k=60_000))
     begun = time.process_time()
-    found = Tokenizer.train([Document(letters, "txt", "a", held_out=False)], 600)
+    found = Tokenizer.train([letters], 600)
     assert time.process_time() - begun < 5
     assert found.vocab_size == 600
 

@@ -14,7 +14,7 @@ TEXTS = [
     Document(PROSE * 3, "code", "b.md", held_out=True),
     Document(CODE, "code", "c.py docstrings", held_out=True),
 ]
-BPE = Tokenizer.train([Document(CODE + PROSE, "code", "d", held_out=False)], 300)
+BPE = Tokenizer.train([CODE + PROSE], 300)
 
 
 def windows(sizes: list[int], length: int, batch: int, limit: int | None = None) -> list[LabelledBatch]:

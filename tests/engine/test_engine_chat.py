@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilium.data.forms import Message
 from consilium.engine.chat import (
     Conversation,
     Questions,
@@ -17,7 +18,6 @@ from consilium.engine.chat import (
     read_conversation,
     write_conversation,
 )
-from consilium.engine.template import Message
 from consilium.errors import ConsiliumError
 from engine.codecs import Bytes
 

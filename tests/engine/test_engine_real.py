@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from consilium.cli.main import main
+from consilium.data.forms import Message
+from consilium.data.template import find_template
 from consilium.data.tokenizer import Tokenizer
-from consilium.engine.template import Message, find_template
 
 pytestmark = [
     pytest.mark.slow,

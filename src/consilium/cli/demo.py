@@ -214,7 +214,7 @@ def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -
     from consilium.analysis.passes import observe_specialisation
     from consilium.checkpoint import store
     from consilium.cli.configure import demo_config
-    from consilium.data.corpus import read_documents
+    from consilium.data.library import Library
     from consilium.engine.engine import Engine
     from consilium.evaluation.baselines import baselines
     from consilium.records.io import write_json
@@ -223,7 +223,7 @@ def _study(out: Path, finished: Finished, corpus: Corpus, dense: Dense | None) -
     from consilium.training.summary import write_summary
 
     model = store.load(finished.checkpoint).eval()
-    compared = baselines(read_documents(demo_config().data))
+    compared = baselines(Library.open(demo_config().data).all_documents())
     write_json(out / SPECIALISATION_FILE, observe_specialisation(model, corpus))
     summary = write_summary(
         out,

@@ -103,8 +103,9 @@ def _documents(
 ) -> tuple[list[Document], str]:
     """All of the user's text, or what the run held out: text that it trained on would flatter it."""
     from consilium.config.data import BUILT_IN, Data
-    from consilium.data.corpus import read_documents, source_texts, whole_documents
+    from consilium.data.corpus import whole_documents
     from consilium.data.documents import Text
+    from consilium.data.library import Library, source_texts
     from consilium.evaluation.texts import limited
 
     if options.data is not None and options.data != [BUILT_IN]:
@@ -116,20 +117,19 @@ def _documents(
             f" {BUILT_IN} for the built-in text."
         )
     data = Data() if options.data is not None or stored is None else stored.data
-    documents = read_documents(data, note)
+    library = Library.open(data, note)
     if options.data is None and run_folder is not None:
-        _check_same(run_folder, documents)
-    held_out = [Text(d.text, d.domain, d.name, d.name) for d in documents if d.held_out]
+        _check_same(run_folder, library.sha256)
+    held_out = [Text(d.content, d.domain, d.name, d.name) for d in library.all_documents(held_out=True)]
     return whole_documents(limited(held_out, options.limit)), f"held out of {_named(data)}"
 
 
-def _check_same(run_folder: Path, documents: list[Document]) -> None:
+def _check_same(run_folder: Path, sha256: str) -> None:
     """What is held out of another text may be what the run was trained on."""
-    from consilium.data.documents import corpus_sha256
     from consilium.records.run import META_FILE
 
     meta = json.loads((run_folder / META_FILE).read_text(encoding="utf-8"))
-    if meta.get("corpus_sha256") != corpus_sha256(documents):
+    if meta.get("corpus_sha256") != sha256:
         raise ConsiliumError(
             f"eval: the text has changed since {run_folder} was trained on it, so what it would hold out now"
             " may be text that it has seen; restore the text, or give --data PATH with text of its own."
@@ -139,7 +139,7 @@ def _check_same(run_folder: Path, documents: list[Document]) -> None:
 def _sources(given: list[str]) -> list[TextPath]:
     """Text of the user's own, all of which is read."""
     from consilium.config.data import TextPath, read_source
-    from consilium.data.corpus import refuse_twice
+    from consilium.data.library import refuse_twice
 
     sources: list[TextPath] = []
     for text in given:

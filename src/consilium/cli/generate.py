@@ -128,7 +128,7 @@ def _asked(
     """Prompts as the engine takes them, and what ends them."""
     if form is None:
         return prompts, tuple(options.stop), None
-    from consilium.engine.template import Message
+    from consilium.data.forms import Message
 
     note(say("format: {name}", name=form.name))
     ids = [form.ids((Message("user", prompt),)) for prompt in prompts]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from consilium.data.documents import Document, stable_fraction
 
 SAMPLE_CHARACTERS = 3_500_000
 """Text that BPE is trained on; more changes little and costs a second a megabyte."""
@@ -24,11 +24,11 @@ _TICK: Final = 2.0
 
 
 def train_bpe(
-    documents: Iterable[Document], vocab_size: int, specials: Sequence[str], report: Callable[[str], None]
+    texts: Iterable[str], vocab_size: int, specials: Sequence[str], report: Callable[[str], None]
 ) -> str:
-    """Return the tokenizer.json of BPE (GPT-2's split) trained on the documents that are not held out.
+    """Return the tokenizer.json of BPE (GPT-2's split) trained on ``texts``.
 
-    The same documents give the same content. Ctrl-C ends the wait, and ``report`` hears of it meanwhile.
+    The same texts give the same content. Ctrl-C ends the wait, and ``report`` hears of it meanwhile.
     """
     tokenizer = _untrained()
     trainer = trainers.BpeTrainer(
@@ -37,7 +37,7 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = [piece for text in _sample(documents) for piece in bounded(text)]
+    pieces = [piece for text in texts for piece in bounded(text)]
     _wait(lambda: tokenizer.train_from_iterator(pieces, trainer), report)
     return tokenizer.to_str()
 
@@ -81,32 +81,27 @@ def _untrained() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _sample(documents: Iterable[Document]) -> list[str]:
-    """Draw training documents, the same number of characters from each domain as far as it has them.
+def sample(
+    domains: Mapping[str, NDArray[np.int64]], order: Mapping[str, NDArray[np.float64]]
+) -> dict[str, NDArray[np.int64]]:
+    """Return how many characters of each text of each domain are drawn, given how many it has.
 
-    A domain that has less leaves its share to the larger ones. Documents are taken in the order of the hash
-    of their names, so that the sample does not depend on the order in which they were read.
+    Each domain gives the same number as far as it has them; one that has less leaves its share to the larger
+    ones. Texts are taken in the order of the hash of their names, so that the sample does not depend on the
+    order in which they are read.
     """
-    by_domain: dict[str, list[Document]] = {}
-    for document in documents:
-        if not document.held_out:
-            by_domain.setdefault(document.domain, []).append(document)
-    sizes = {domain: sum(len(document.text) for document in members) for domain, members in by_domain.items()}
-    sample: list[str] = []
+    drawn: dict[str, NDArray[np.int64]] = {}
     left = SAMPLE_CHARACTERS
-    for index, domain in enumerate(sorted(by_domain, key=lambda domain: (sizes[domain], domain))):
-        chosen = _take(by_domain[domain], left // (len(by_domain) - index))
-        left -= sum(map(len, chosen))
-        sample.extend(chosen)
-    return sample
+    sizes = {domain: int(counts_N.sum()) for domain, counts_N in domains.items()}
+    for index, domain in enumerate(sorted(domains, key=lambda domain: (sizes[domain], domain))):
+        drawn[domain] = _take(domains[domain], order[domain], left // (len(domains) - index))
+        left -= int(drawn[domain].sum())
+    return drawn
 
 
-def _take(documents: Sequence[Document], budget: int) -> list[str]:
-    taken: list[str] = []
-    for document in sorted(documents, key=lambda document: stable_fraction(document.name, salt="sample")):
-        piece = document.text[:budget]
-        taken.append(piece)
-        budget -= len(piece)
-        if budget <= 0:
-            break
-    return taken
+def _take(characters_N: NDArray[np.int64], order_N: NDArray[np.float64], budget: int) -> NDArray[np.int64]:
+    by_hash = np.argsort(order_N, kind="stable")
+    before = np.cumsum(characters_N[by_hash]) - characters_N[by_hash]
+    drawn_N = np.zeros_like(characters_N)
+    drawn_N[by_hash] = np.clip(budget - before, 0, characters_N[by_hash])
+    return drawn_N

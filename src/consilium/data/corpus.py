@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, assert_never, final
+from typing import Final, assert_never, final
 
 import tokenizers
 
-from consilium.config.data import BuiltIn, Data, Source, TextPath
+from consilium.config.data import Data
 from consilium.config.training import Bytes, Folder, StartTokenizer, Train
-from consilium.data.builtin.domains import builtin_documents
-from consilium.data.documents import Document, Text, corpus_sha256, split
-from consilium.data.encoding import Progress, TokenizedText, arrays, encode_documents, join
+from consilium.data.documents import Document, Text
+from consilium.data.encoding import Encoded, Progress, TokenizedText, encode_documents, join
+from consilium.data.library import Library
 from consilium.data.mixture import Owners
 from consilium.data.paths import path_texts
-from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
+from consilium.data.shards import Shard, ShardWriter, join_shards, read_shard
+from consilium.data.store import cache_folder, commit_entry, entry_is_whole, write_entry
+from consilium.data.survey import Digest
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from consilium.data.writing import Writer
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
-FORMAT = 3
+FORMAT: Final = 4
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
-INDEX = "index.json"
+
+
+@final
+class Aside:
+    """A folder that is gone with this object, or with the process."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="consilium-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @final
@@ -36,12 +52,14 @@ class Corpus:
 
     tokenizer: Tokenizer
     sha256: str
-    """Hash of the documents and of their split."""
+    """Hash of the texts and of their split."""
     train: Mapping[str, TokenizedText]
     """By domain; empty where the text is only measured."""
     held_out: Mapping[str, TokenizedText]
     owners: Owners = field(default_factory=dict)
     """Which sources each domain comes from."""
+    aside: Aside | None = None
+    """Where its files are when there is no cache: they go with it."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -53,29 +71,108 @@ def build_corpus(
 ) -> Corpus:
     """Read the text of ``data``, train or load the tokenizer and encode, or take all from the cache.
 
-    ``vocab_size`` is the most that the tokenizer may use; bytes need 259. Raises ConsiliumError for unusable
-    text and for a tokenizer that has more.
+    ``vocab_size`` is the most that the tokenizer may use; bytes need 259. Memory does not grow with the text.
+    Raises ConsiliumError for unusable text and for a tokenizer that has more.
     """
     report = progress or _silent
     tokenizer = _given(start, vocab_size)
-    documents, owners = _read_sources(data, report)
-    _refuse_unmeasured(documents)
-    sha256 = corpus_sha256(documents)
-    folder = cache_folder() / "corpus" / _key(start, tokenizer, vocab_size, sha256)
+    library = Library.open(data, report)
+    _refuse_unmeasured(library)
+    tokenizer = tokenizer or _trained(library, vocab_size, report)
+    shards, aside = _shards(library, tokenizer, report)
+    return Corpus(
+        tokenizer,
+        library.sha256,
+        join_shards(shards, "train"),
+        join_shards(shards, "held_out"),
+        library.owners,
+        aside,
+    )
+
+
+def _trained(library: Library, vocab_size: int, report: Progress) -> Tokenizer:
+    """BPE of a sample of what is not held out: the same number of characters of each domain."""
+    settings = [FORMAT, library.sha256, vocab_size, tokenizers.__version__]
+    folder = cache_folder() / "tokenizers" / _hash(settings)
     if entry_is_whole(folder):
-        report(say("tokenized text from the cache ({folder})", folder=folder))
-        return replace(_read(folder), owners=owners)
-    if tokenizer is None:
-        report(say("training a tokenizer of {n} tokens", n=vocab_size))
-        tokenizer = Tokenizer.train(documents, vocab_size, progress=report)
-    corpus = replace(_tokenize(tokenizer, documents, report), owners=owners)
+        return Tokenizer.load(folder)
+    report(say("training a tokenizer of {n} tokens", n=vocab_size))
+    tokenizer = Tokenizer.train(library.sample(), vocab_size, progress=report)
+    _keep_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Whoever cannot write the cache trains it again, and hears of it when the tokens come."""
     try:
-        write_entry(folder, _files(corpus))
-    except ConsiliumError as error:
-        report(
-            say("the cache cannot be written, so the next run tokenizes again: {sentence}", sentence=error)
-        )
-    return corpus
+        write_entry(folder, tokenizer.files())
+    except ConsiliumError:
+        return
+
+
+def _shards(library: Library, tokenizer: Tokenizer, report: Progress) -> tuple[list[Shard], Aside | None]:
+    """The tokens of every shelf, from the cache or encoded into it; where it cannot be written, beside it."""
+    job = _Job(library, tokenizer, report)
+    folders = [cache_folder() / "shards" / job.key(shelf) for shelf in range(len(library.shelves))]
+    missing = [shelf for shelf, folder in enumerate(folders) if not entry_is_whole(folder)]
+    if not missing:
+        report(say("tokenized text from the cache ({folder})", folder=cache_folder()))
+    aside: Aside | None = None
+    for shelf in missing:
+        try:
+            commit_entry(folders[shelf], functools.partial(job.write, shelf))
+        except ConsiliumError as error:
+            report(
+                say(
+                    "the cache cannot be written, so the next run tokenizes again: {sentence}", sentence=error
+                )
+            )
+            aside = aside or Aside()
+            folders[shelf] = aside.folder / str(shelf)
+            folders[shelf].mkdir()
+            job.write(shelf, folders[shelf])
+    return [read_shard(folder) for folder in folders], aside
+
+
+@final
+class _Job:
+    """Encodes shelves, and tells how far it is."""
+
+    def __init__(self, library: Library, tokenizer: Tokenizer, report: Progress) -> None:
+        self._library, self._report = library, report
+        self._writer = Writer(tokenizer)
+        self._done = 0
+
+    def key(self, shelf: int) -> str:
+        """Hash everything that decides the tokens; syntax labels depend on the version of Python."""
+        found, kept_N = self._library.surveys[shelf], self._library.kept[shelf]
+        split = hashlib.sha256(kept_N.astype("<i8").tobytes()).hexdigest()
+        template = "" if self._writer.template is None else self._writer.template.source
+        made = [fingerprint(self._writer.tokenizer), template, tokenizers.__version__, sys.version_info[:2]]
+        return _hash([FORMAT, found.sha256, split, made])
+
+    def write(self, shelf: int, folder: Path) -> None:
+        """Fill ``folder`` with the shard of a shelf."""
+        found = self._library.surveys[shelf]
+        masked = not bool(found.plain_N.all())
+        shard = ShardWriter(folder, self._writer.tokenizer, sorted(found.domains))
+        total = max(self._library.characters, 1)
+        for encoded in encode_documents(self._writer, self._library.documents(shelf)):
+            shard.add(encoded, masked=masked)
+            self._done += sum(len(item.document.text) for item in encoded)
+            self._report(
+                say(
+                    "encoding the text: {share:.0%} of {size:.1f} M characters",
+                    share=self._done / total,
+                    size=total / 1e6,
+                )
+            )
+        shard.finish()
+        self._writer.close()
+
+
+def _hash(settings: object) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def whole_corpus(path: Path, tokenizer: Tokenizer, *, progress: Progress | None = None) -> Corpus:
@@ -86,22 +183,29 @@ def whole_corpus(path: Path, tokenizer: Tokenizer, *, progress: Progress | None 
 
 def whole_documents(texts: Sequence[Text]) -> list[Document]:
     """Return all ``texts`` as documents to measure on."""
-    return [Document(text.text, text.domain, text.name, held_out=True) for text in texts]
+    return [Document(text.content, text.domain, text.name, held_out=True) for text in texts]
 
 
 def held_out_corpus(data: Data, tokenizer: Tokenizer, *, progress: Progress | None = None) -> Corpus:
     """Encode what a run on ``data`` holds out."""
     report = progress or _silent
-    held_out = [document for document in read_documents(data, report) if document.held_out]
-    return measured_corpus(held_out, tokenizer, progress=report)
+    return measured_corpus(Library.open(data, report).all_documents(held_out=True), tokenizer)
 
 
 def measured_corpus(
     documents: Sequence[Document], tokenizer: Tokenizer, *, progress: Progress | None = None
 ) -> Corpus:
     """Encode documents that are all held out."""
-    encoded = encode_documents(tokenizer, documents, progress or _silent)
-    return Corpus(tokenizer, corpus_sha256(documents), {}, join(tokenizer, encoded, held_out=True))
+    report = progress or _silent
+    digest, encoded, done = Digest(), list[Encoded](), 0
+    with contextlib.closing(Writer(tokenizer)) as writer:
+        for batch in encode_documents(writer, documents):
+            encoded += batch
+            done += len(batch)
+            report(say("encoding the text: {done} of {count} documents", done=done, count=len(documents)))
+    for document in documents:
+        digest.add(Text(document.content, document.domain, document.name, document.name))
+    return Corpus(tokenizer, digest.hexdigest(), {}, join(tokenizer, encoded, held_out=True))
 
 
 def _silent(_: str) -> None:
@@ -128,127 +232,16 @@ def _given(start: StartTokenizer, vocab_size: int) -> Tokenizer | None:
     return found
 
 
-def _refuse_unmeasured(documents: Sequence[Document]) -> None:
+def _refuse_unmeasured(library: Library) -> None:
     """A run is judged by text that it has not seen."""
-    if not any(document.held_out and document.text.strip() for document in documents):
+    if library.held_out_characters == 0:
         raise ConsiliumError(
-            f"data: nothing can be held out of {sum(len(d.text) for d in documents):,} characters, and a run"
-            " is measured on text that it has not seen; give more text, or raise data.held_out."
+            f"data: nothing can be held out of {library.characters:,} characters, and a run is measured on"
+            " text that it has not seen; give more text, or raise data.held_out."
         )
-
-
-def read_documents(data: Data, report: Progress | None = None) -> list[Document]:
-    """Return the text of ``data`` with its split. Raises ConsiliumError for unusable text."""
-    return _read_sources(data, report or _silent)[0]
-
-
-def _read_sources(data: Data, report: Progress) -> tuple[list[Document], Owners]:
-    """Return documents, sorted, and the sources that each domain comes from."""
-    paths = [Path(source.path) for source in data.sources if isinstance(source, TextPath)]
-    refuse_twice(paths)
-    prefixes = _prefixes(paths) if len(data.sources) > 1 else [""] * len(paths)
-    found: list[Document] = []
-    owners: dict[str, list[int]] = {}
-    for index, source in enumerate(data.sources):
-        prefix = prefixes.pop(0) if isinstance(source, TextPath) else ""
-        documents = _of(source, data.held_out, report, prefix)
-        found += documents
-        for domain in {document.domain for document in documents}:
-            owners.setdefault(domain, []).append(index)
-    return sorted(found, key=lambda document: (document.domain, document.name)), owners
-
-
-def _of(source: Source, held_out: float, report: Progress, prefix: str) -> list[Document]:
-    match source:
-        case BuiltIn():
-            return builtin_documents(held_out)
-        case TextPath() as source:
-            # The unit, which decides the split, keeps its name inside the source: no source moves another's.
-            texts = [replace(text, name=prefix + text.name) for text in source_texts(source, report)]
-            return split(texts, held_out)
-        case unknown:
-            assert_never(unknown)
-
-
-def source_texts(source: TextPath, report: Progress | None = None) -> list[Text]:
-    """Return the text of one source. Raises ConsiliumError for unusable text."""
-    texts = path_texts(Path(source.path), report or _silent)
-    return texts if source.domain is None else [replace(text, domain=source.domain) for text in texts]
-
-
-def _prefixes(paths: Sequence[Path]) -> list[str]:
-    """What names begin with beside other sources: the shortest ends of the paths that tell them apart.
-
-    However a path was written, from wherever, and wherever the folder lies, its end is the same.
-    """
-    parts = [path.resolve().parts for path in paths]
-    longest = max(map(len, parts), default=0)
-    ends = ([of[-size:] for of in parts] for size in range(1, longest + 1))
-    told_apart = next((end for end in ends if len(set(end)) == len(paths)), parts)
-    return [f"{'/'.join(end)}:" for end in told_apart]
-
-
-def refuse_twice(paths: Sequence[Path]) -> None:
-    """Raise ConsiliumError for text named twice: it would be trained on and held out at once."""
-    for i, path in enumerate(paths):
-        for other in paths[i + 1 :]:
-            one, two = path.resolve(), other.resolve()
-            if one.is_relative_to(two) or two.is_relative_to(one):
-                raise ConsiliumError(
-                    f"data: {path} and {other} are or hold the same files; name each text once."
-                )
-
-
-def _key(start: StartTokenizer, tokenizer: Tokenizer | None, vocab_size: int, sha256: str) -> str:
-    """Hash everything that decides an entry; syntax labels depend on the version of Python."""
-    made = "" if tokenizer is None else fingerprint(tokenizer)
-    settings = [FORMAT, sha256, start.kind, made, vocab_size, tokenizers.__version__, sys.version_info[:2]]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the files of ``tokenizer``."""
     files = sorted(tokenizer.files().items())
     return hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in files)).hexdigest()
-
-
-def _tokenize(tokenizer: Tokenizer, documents: Sequence[Document], report: Progress) -> Corpus:
-    encoded = encode_documents(tokenizer, documents, report)
-    return Corpus(
-        tokenizer=tokenizer,
-        sha256=corpus_sha256(documents),
-        train=join(tokenizer, encoded, held_out=False),
-        held_out=join(tokenizer, encoded, held_out=True),
-    )
-
-
-def _files(corpus: Corpus) -> dict[str, bytes]:
-    """Return the content of a cache entry. Files are numbered, since a domain's name may be no file name."""
-    files = corpus.tokenizer.files()
-    index: dict[str, Any] = {"sha256": corpus.sha256, "domains": list(corpus.domains)}
-    for side, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
-        index[side] = [text.byte_count for text in texts.values()]
-        for number, text in enumerate(texts.values()):
-            files |= {
-                f"{side}-{number}-{name}.npy": array_bytes(array) for name, array in arrays(text).items()
-            }
-    return files | {INDEX: json.dumps(index).encode()}
-
-
-def _read(folder: Path) -> Corpus:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    sides = {
-        side: {
-            domain: _read_text(folder, f"{side}-{number}", byte_count)
-            for number, (domain, byte_count) in enumerate(zip(index["domains"], index[side], strict=True))
-        }
-        for side in ("train", "held_out")
-    }
-    return Corpus(Tokenizer.load(folder), index["sha256"], sides["train"], sides["held_out"])
-
-
-def _read_text(folder: Path, prefix: str, byte_count: int) -> TokenizedText:
-    ids_T, starts_N, syntax_T, sizes_T = (
-        open_array(folder / f"{prefix}-{name}.npy") for name in ("ids", "starts", "syntax", "sizes")
-    )
-    return TokenizedText(ids_T, starts_N, syntax_T, sizes_T, byte_count)

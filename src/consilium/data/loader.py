@@ -173,7 +173,7 @@ def _label(text: TokenizedText, domain: str, windows: Windows) -> LabelledBatch:
     # Padding repeats the window's first token: any valid id will do.
     source_BS = np.where(valid_BS, first_B[:, None] + position_S, first_B[:, None])
     next_BS = np.where(valid_BS, source_BS + 1, source_BS)
-    fresh_BS = valid_BS & (position_S >= windows.seen_W[:, None])
+    fresh_BS = valid_BS & (position_S >= windows.seen_W[:, None]) & text.learned(next_BS)
     batch = Batch(
         ids_BS=torch.from_numpy(text.ids_T[source_BS].astype(np.int64)),
         targets_BS=torch.from_numpy(np.where(fresh_BS, text.ids_T[next_BS].astype(np.int64), -1)),

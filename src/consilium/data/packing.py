@@ -19,7 +19,10 @@ from consilium.data.shuffle import permutation
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``targets_S`` is one token ahead of ``ids_S``; the target of a document's last token is EOS."""
+    """``targets_S`` is one token ahead of ``ids_S``, -1 where that is not learned.
+
+    The target of a document's last token is what opens the next, learned where the last token is.
+    """
 
     ids_S: NDArray[np.int64]
     targets_S: NDArray[np.int64]
@@ -70,10 +73,15 @@ class PackedDomain:
         epoch_T, within_T = np.divmod(place_T, self._text.token_count)
         source_T, start_T = self._locate(epoch_T, within_T)
         ids_T = self._text.ids_T[source_T].astype(np.int64)
-        start_S = (place_T - within_T + start_T)[:-1]
-        new_S = np.diff(start_S, prepend=start_S[:1]) > 0
+        start_T = place_T - within_T + start_T
+        new_T = np.diff(start_T, prepend=start_T[:1]) > 0
+        learned_T = self._text.learned(source_T)
+        learned_S = np.where(place_T[1:] == start_T[1:], learned_T[:-1], learned_T[1:])
         return Row(
-            ids_T[:-1], ids_T[1:], np.cumsum(new_S, dtype=np.int64), place_T[:-1] - np.maximum(start_S, first)
+            ids_T[:-1],
+            np.where(learned_S, ids_T[1:], -1),
+            np.cumsum(new_T[:-1], dtype=np.int64),
+            place_T[:-1] - np.maximum(start_T[:-1], first),
         )
 
     def _locate(

@@ -1,43 +1,67 @@
-"""The user's own text: .txt, .md, .py and .jsonl files, or a folder of them."""
+"""The user's own text: which files below a path are read, and what each is called."""
 
 from __future__ import annotations
 
-import json
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from consilium.data.documents import Text
-from consilium.errors import ConsiliumError, nearest
+from consilium.data.reading import SUFFIXES, read_texts, shown, suffix_of
+from consilium.errors import ConsiliumError, closest
 from consilium.records.metrics import METRICS_FILE
 from consilium.records.run import CONFIG_FILE
-
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
 
 def _silent(_: str) -> None:
     return
 
 
-def path_texts(path: Path, report: Callable[[str], None] = _silent) -> list[Text]:
-    """Read ``path``: a text a file, or a record of a .jsonl file; each is a unit of the split.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of text below a path."""
 
-    The domain is a record's own ``domain``, else the first folder below ``path``, else the suffix. Linked
-    files and folders are read once, wherever they lie; runs and models below ``path`` are left out and told
-    to ``report``. Raises ConsiliumError for what is missing, empty, binary or malformed.
+    path: Path
+    name: str
+    """Relative, with forward slashes."""
+    domain: str
+    """The first folder below the path, else the suffix."""
+
+
+def found_files(path: Path, report: Callable[[str], None] = _silent) -> list[Found]:
+    """Return the files of ``path``, one or those of a folder, by name.
+
+    Linked files and folders are read once, wherever they lie; runs and models below ``path`` are left out and
+    told to ``report``. Raises ConsiliumError for what is missing, unreadable or of another kind.
+    """
+    return [_found(file, _relative(file, path)) for file in _files(path, report)]
+
+
+def _found(file: Path, relative: Path) -> Found:
+    name = Path(shown(relative))
+    suffix = (suffix_of(file) or "").lstrip(".").partition(".")[0]
+    return Found(file, name.as_posix(), name.parts[0] if len(name.parts) > 1 else suffix)
+
+
+def path_texts(path: Path, report: Callable[[str], None] = _silent) -> list[Text]:
+    """Read all of ``path`` into memory: a text a file or a record, each a unit of the split.
+
+    Raises ConsiliumError for what is missing, empty, binary or malformed.
     """
     texts = [
         text
-        for found in _files(path, report)
-        for text in _read(found, _relative(found, path))
+        for file in found_files(path, report)
+        for text in read_texts(file.path, file.name, file.domain)
         if text.text.strip()
     ]
     if not texts:
-        raise ConsiliumError(
-            f"data: {path} has no text: all its files are empty; give files with text in them."
-        )
+        raise empty(path)
     return texts
+
+
+def empty(path: Path) -> ConsiliumError:
+    return ConsiliumError(f"data: {path} has no text: all its files are empty; give files with text in them.")
 
 
 def _files(path: Path, report: Callable[[str], None]) -> list[Path]:
@@ -48,12 +72,17 @@ def _files(path: Path, report: Callable[[str], None]) -> list[Path]:
         if not found:
             raise ConsiliumError(f"data: the folder {path} has no {_names()} file; give one that has.")
         return found
-    if path.suffix.lower() not in SUFFIXES:
+    if suffix_of(path) is None:
         raise ConsiliumError(
             f"data: {path} ends in {path.suffix or 'nothing'!r}, and only {_names()} files are read;"
-            f" rename or convert it.{nearest(path.suffix, SUFFIXES) if path.suffix else ''}"
+            f" rename or convert it.{_meant(path.suffix)}"
         )
     return [path]
+
+
+def _meant(suffix: str) -> str:
+    near = closest(suffix, SUFFIXES) if suffix else None
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def _names() -> str:
@@ -70,14 +99,14 @@ def _walk(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
         parent = waiting.pop()
         for entry in sorted(_entries(parent), key=lambda path: (path.is_symlink(), path.name)):
             if not entry.is_dir():
-                if entry.suffix.lower() in SUFFIXES:
+                if suffix_of(entry) is not None:
                     yield entry
             elif (identity := _identity(entry)) not in seen:
                 seen.add(identity)
                 if (kind := _other_kind(entry)) is None:
                     waiting.insert(0 if entry.is_symlink() else len(waiting), entry)
                 else:
-                    report(f"{_shown(entry)} is left out of the text: it is {kind}")
+                    report(f"{shown(entry)} is left out of the text: it is {kind}")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -85,7 +114,7 @@ def _entries(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if not path.name.startswith((".", "__pycache__"))]
     except OSError as error:
         raise ConsiliumError(
-            f"data: cannot read the folder {_shown(folder)}: {error.strerror}; check its permissions."
+            f"data: cannot read the folder {shown(folder)}: {error.strerror}; check its permissions."
         ) from None
 
 
@@ -113,81 +142,12 @@ def _identity(path: Path) -> tuple[int, int]:
         status = path.stat()
     except OSError as error:
         raise ConsiliumError(
-            f"data: cannot read {_shown(path)}: {error.strerror}; restore or remove it."
+            f"data: cannot read {shown(path)}: {error.strerror}; restore or remove it."
         ) from None
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise ConsiliumError(f"data: {_shown(path)} is neither a file nor a folder; leave it out.")
+        raise ConsiliumError(f"data: {shown(path)} is neither a file nor a folder; leave it out.")
     return status.st_dev, status.st_ino
-
-
-def _shown(path: Path) -> str:
-    """A name in any bytes as text."""
-    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _relative(found: Path, root: Path) -> Path:
     return found.relative_to(root) if root.is_dir() else Path(found.name)
-
-
-def _read(path: Path, relative: Path) -> list[Text]:
-    name = Path(_shown(relative))
-    suffix = path.suffix.lower()
-    domain = name.parts[0] if len(name.parts) > 1 else suffix.removeprefix(".")
-    content = _decode(path)
-    if suffix == ".jsonl":
-        return list(_records(path, content, name.as_posix(), domain))
-    return [Text(content, domain, name.as_posix(), name.as_posix())]
-
-
-def _decode(path: Path) -> str:
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConsiliumError(
-            f"data: cannot read {_shown(path)}: {error.strerror}; check its permissions."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConsiliumError(
-            f"data: {_shown(path)} is not UTF-8 text (byte {error.start}); convert it or leave it out."
-        ) from None
-    if "\0" in content:
-        raise ConsiliumError(
-            f"data: {_shown(path)} has NUL bytes, so it is binary and not text; leave it out."
-        )
-    return content.replace("\r\n", "\n")
-
-
-def _records(path: Path, content: str, name: str, domain: str) -> Iterator[Text]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            where = f"data: {_shown(path)}, line {number}"
-            record = _record(line, where)
-            text = _string(record, "text", where)
-            chosen = _string(record, "domain", where) if "domain" in record else domain
-            yield Text(text, chosen, f"{name}:{number}", f"{name}:{number}")
-
-
-def _record(line: str, where: str) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConsiliumError(f"{where} is not JSON ({error}); write one object a line.") from None
-    if not isinstance(record, dict):
-        raise ConsiliumError(f'{where} is {type(record).__name__}, not an object; write {{"text": ...}}.')
-    return record
-
-
-def _string(record: dict[str, object], key: str, where: str) -> str:
-    if key not in record:
-        raise ConsiliumError(f"{where} has no key {key!r}.{nearest(key, map(str, record))}")
-    text = record[key]
-    if not isinstance(text, str):
-        raise ConsiliumError(
-            f"{where}: key {key!r} is {type(text).__name__}, not a string; write text in it."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConsiliumError(f"{where}: key {key!r} has half of a surrogate pair; remove it.") from None
-    return text

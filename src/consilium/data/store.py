@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +17,8 @@ from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
 
 Array = NDArray[Any]
-_WAIT: Final = 60.0
-"""Seconds for which another process may be writing its entry."""
+_WAIT: Final = 3600.0
+"""Seconds for which another process may be writing its entry: to encode a large file takes minutes."""
 
 
 def cache_folder() -> Path:
@@ -30,17 +30,23 @@ def cache_folder() -> Path:
 
 
 def write_entry(folder: Path, content: Mapping[str, bytes], *, files: Filesystem = DISK) -> None:
-    """Write the files of an entry in the place of a damaged one; clear what killed processes left beside it.
-
-    Raises ConsiliumError when the disk is full or not ours to write; nothing then stays behind.
-    """
-    kept = folder.parent
+    """Write an entry of these files; errors are those of ``commit_entry``."""
 
     def write(staged: Path) -> None:
         for name, data in content.items():
             files.write(staged / name, [data])
 
-    busy = f"another process has been writing to {kept} for {_WAIT:.0f} seconds; wait for it."
+    commit_entry(folder, write, files=files)
+
+
+def commit_entry(folder: Path, write: Callable[[Path], None], *, files: Filesystem = DISK) -> None:
+    """Let ``write`` fill an entry in the place of a damaged one; clear what killed processes left beside it.
+
+    Who writes keeps the others waiting. Raises ConsiliumError when the disk is full or not ours to write;
+    nothing then stays behind.
+    """
+    kept = folder.parent
+    busy = f"another process has been writing to {kept} for {_WAIT / 60:.0f} minutes; wait for it."
     with held(kept.with_name(f"{kept.name}.lock"), busy=busy, wait=_WAIT, files=files) as alone:
         if alone:
             atomic.sweep(kept, files=files)

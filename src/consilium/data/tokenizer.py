@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilium.data.bpe import train_bpe
-from consilium.data.documents import Document
 from consilium.data.encoder import damaged, encoder, make_slot, source_sizes
 from consilium.data.gguf import tokenizer_files
 from consilium.data.vocabulary import content_of, marker_ids, taken_blanks, template_opening, token_bytes
@@ -99,11 +98,11 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, documents: Iterable[Document], vocab_size: int, *, progress: Callable[[str], None] | None = None
+        cls, texts: Iterable[str], vocab_size: int, *, progress: Callable[[str], None] | None = None
     ) -> Self:
-        """Train byte-level BPE (GPT-2's split) on a sample of the documents that are not held out.
+        """Train byte-level BPE (GPT-2's split) on ``texts``, all of which are read into memory.
 
-        The same documents give the same tokenizer.json. A small text gives fewer tokens than ``vocab_size``.
+        The same texts give the same tokenizer.json. A small text gives fewer tokens than ``vocab_size``.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise ConsiliumError(
@@ -111,7 +110,7 @@ class Tokenizer:
                 f" tokens; use vocab_size {SMALLEST_VOCABULARY} or more."
             )
         report = progress or (lambda _: None)
-        return cls(train_bpe(documents, vocab_size, SPECIALS, report), _own_config())
+        return cls(train_bpe(texts, vocab_size, SPECIALS, report), _own_config())
 
     @classmethod
     def of_bytes(cls) -> Self:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
+from consilium.data.forms import Message, plain_turn
+from consilium.data.template import Template, TemplateCodec, find_template
 from consilium.disk.atomic import write_file
-from consilium.engine.template import Message, Template, TemplateCodec, find_template
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
@@ -82,12 +83,9 @@ class Questions:
         return say('plain text, "Q: ..." and "A: ...", because the model brings no chat template')
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        text = "".join(_PLAIN[message.role].format(message.content) for message in messages)
+        text = "".join(map(plain_turn, messages))
         opening = self.tokenizer.opening_id
         return [*(() if opening is None else (opening,)), *self.tokenizer.encode(text)]
-
-
-_PLAIN: Final = {"system": "{}\n\n", "user": "Q: {}\nA:", "assistant": "{}\n"}
 
 
 def chat_format(model: Path, tokenizer: ChatCodec) -> Format:

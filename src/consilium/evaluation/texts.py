@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -72,10 +73,14 @@ def limited(texts: Sequence[Text], limit: int | None) -> list[Text]:
 
 def _first(texts: Iterable[Text], limit: int) -> Iterable[Text]:
     for text in texts:
-        data = text.text.encode()[:limit]
+        if limit <= 0:
+            return
+        data = text.text.encode()
+        cuts = isinstance(text.content, str) and len(data) > limit
+        whole = data[:limit].decode(errors="ignore") if cuts else text.content
         limit -= len(data)
-        if whole := data.decode(errors="ignore"):
-            yield Text(whole, text.domain, text.name, text.unit)
+        if whole:
+            yield dataclasses.replace(text, content=whole)
 
 
 def _given(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Text]:

@@ -8,21 +8,22 @@ from types import ModuleType
 from consilium.data.builtin.arithmetic import mathematics_texts
 from consilium.data.builtin.bilingual import bilingual_texts
 from consilium.data.builtin.code import code_texts, question_texts, read_modules, standard_library
-from consilium.data.documents import Document, Text, split
+from consilium.data.documents import Text
 from consilium.errors import ConsiliumError
 
 DOMAINS = ("code", "prose", "qa", "mathematics", "bilingual")
 
 
-def builtin_documents(held_out: float) -> list[Document]:
-    """Return the five domains with about ``held_out`` of their files on the other side.
+def builtin_texts() -> list[Text]:
+    """Return the five domains.
 
     Code and the docstrings of one module share a side; prose is split by topic, generated text by shard.
     Raises ConsiliumError where this Python has no sources to read.
     """
     modules = read_modules(standard_library())
     texts = [*code_texts(modules), *question_texts(modules), *prose_texts()]
-    return split([*texts, *mathematics_texts(), *bilingual_texts()], held_out)
+    found = [*texts, *mathematics_texts(), *bilingual_texts()]
+    return sorted(found, key=lambda text: (text.domain, text.name))
 
 
 def available_domains() -> tuple[str, ...]:

@@ -7,14 +7,17 @@ own; then the character goes again, and what is between markers is encoded as te
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
+from consilium.data import render
+from consilium.data.forms import Message
 from consilium.data.tokenizer import TEMPLATE_FILE as FILE
-from consilium.engine import render
 from consilium.errors import ConsiliumError
 from consilium.machine.confined import Confined
 
@@ -29,12 +32,15 @@ _TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE: Final = "Probe"
 _ABSENT: Final = {"tools": None, "documents": None}
 """What transformers always gives a template: ``tools is not none`` holds for what is not defined."""
+_THOUGHT_ENDS: Final = re.compile(r"</think(?:ing)?>\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    role: str
-    content: str
+class Segment:
+    """Texts and ids of markers in order, all of them ``learned``, written by the model, or all only read."""
+
+    parts: tuple[str | int, ...]
+    learned: bool
 
 
 class TemplateCodec(Protocol):
@@ -70,20 +76,59 @@ class Template:
         """
         return tokenizer.encode_parts(self.parts(messages, tokenizer, opened=True))
 
+    def segments(
+        self, messages: Sequence[Message], tokenizer: TemplateCodec, rendered_by: Render, *, opening: str = ""
+    ) -> list[Segment]:
+        """Return what ``parts`` does, told apart: what the assistant wrote, with the marker that ends it.
+
+        Characters that nobody has are put around each answer, and again behind a thought in it: a template
+        may cut the thought out. Up to an answer it is what the model is asked with: the blank before an
+        answer is part of it, but for ``opening``, which ends the question.
+        """
+        markers = tokenizer.markers
+        texts = [message.content for message in messages]
+        guard, begin, end = itertools.islice(_unused("".join((self.source, *texts, *markers))), 3)
+        given = [_guarded(message, markers, guard) for message in messages]
+        marked = [
+            one | {"content": _marked(one["content"], begin, end)} if one["role"] == "assistant" else one
+            for one in given
+        ]
+        rendered = rendered_by(self, self._context(marked, tokenizer, opened=False))
+        pieces = [
+            piece for part in _split(rendered, markers) for piece in re.split(f"([{begin}{end}])", part)
+        ]
+        texts = [text for piece in pieces if (text := piece.replace(guard, ""))]
+        found = _learned([*_with_blanks(texts, markers, begin, opening)], markers, (begin, end))
+        return [
+            Segment(tuple(part for part, _ in run), learned=learned)
+            for learned, run in itertools.groupby(found, key=lambda pair: pair[1])
+        ]
+
+    def opening(self, tokenizer: TemplateCodec, rendered_by: Render) -> str:
+        """Return the blank at the end of a question that waits for its answer."""
+        asked = [{"role": "user", "content": "Hello"}]
+        rendered = rendered_by(self, self._context(asked, tokenizer, opened=True))
+        return rendered[len(rendered.rstrip()) :]
+
+    def _context(
+        self, messages: Sequence[Mapping[str, str]], tokenizer: TemplateCodec, *, opened: bool
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            "add_generation_prompt": opened,
+            **_ABSENT,
+            **_special_texts(tokenizer.config),
+        }
+
     def parts(
         self, messages: Sequence[Message], tokenizer: TemplateCodec, *, opened: bool
     ) -> list[str | int]:
         """Return texts and ids of markers in order; ``opened``: with the opening of an answer at the end."""
         markers = tokenizer.markers
         texts = [message.content for message in messages]
-        guard = _unused("".join((self.source, *texts, *markers)))
-        context = {
-            "messages": [_guarded(message, markers, guard) for message in messages],
-            "add_generation_prompt": opened,
-            **_ABSENT,
-            **_special_texts(tokenizer.config),
-        }
-        rendered = _render(self, context)
+        guard = next(_unused("".join((self.source, *texts, *markers))))
+        given = [_guarded(message, markers, guard) for message in messages]
+        rendered = _render(self, self._context(given, tokenizer, opened=opened))
         return [
             markers[part] if part in markers else part.replace(guard, "")
             for part in _split(rendered, markers)
@@ -98,6 +143,38 @@ class Template:
             return ()
         behind = parts[answer + 1 : answer + 2]
         return tuple(part for part in behind if isinstance(part, int))
+
+
+Render = Callable[[Template, Mapping[str, Any]], str]
+
+
+@final
+class Rendering:
+    """Renders many conversations in one confined process, which starts with the first of them."""
+
+    def __init__(self) -> None:
+        self._process: Confined | None = None
+
+    def render(self, template: Template, context: Mapping[str, Any]) -> str:
+        """Raises ConsiliumError in one sentence where the template fails or does not end."""
+        if self._process is None:
+            self._process = Confined(render.__name__, memory=render.MEMORY)
+        request = {"template": template.source, "context": context}
+        try:
+            return self._process.ask(request, seconds=render.SECONDS)
+        except TimeoutError:
+            why = f"it was stopped after {render.SECONDS:.0f} seconds of work"
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+        self.close()
+        raise ConsiliumError(
+            f"{template.where} fails ({why}); mend it, or write another one into {FILE} beside the weights."
+        )
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
 
 def find_template(model: Path, tokenizer: TemplateCodec) -> Template | None:
@@ -162,9 +239,58 @@ def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _unused(text: str) -> str:
-    """A character that is nowhere in ``text``."""
-    return next(character for character in _NONCHARACTERS if character not in text)
+def _unused(text: str) -> Iterator[str]:
+    """Characters that are nowhere in ``text``."""
+    return (character for character in _NONCHARACTERS if character not in text)
+
+
+def _marked(content: str, begin: str, end: str) -> str:
+    """``content`` between two characters, inside its blanks: a template may strip those."""
+    inner = content.strip()
+    start = content.index(inner)
+    told = _THOUGHT_ENDS.sub(lambda found: found[0] + begin, inner)
+    return f"{content[:start]}{begin}{told}{end}{content[start + len(inner) :]}"
+
+
+def _with_blanks(
+    pieces: Sequence[str], markers: Mapping[str, int], begin: str, opening: str
+) -> Iterator[str]:
+    """Move the blank before an answer into the answer, but for ``opening``."""
+    for piece, behind in itertools.zip_longest(pieces, pieces[1:], fillvalue=""):
+        text = piece.rstrip()
+        if behind != begin or piece in markers:
+            yield piece
+            continue
+        kept = text + (opening if piece[len(text) :].startswith(opening) else "")
+        if kept:
+            yield kept
+        if blank := piece[len(kept) :]:
+            yield begin
+            yield blank
+
+
+def _learned(
+    pieces: Sequence[str], markers: Mapping[str, int], borders: tuple[str, str]
+) -> Iterator[tuple[str | int, bool]]:
+    """Parts and whether the assistant wrote them; a marker right behind an answer, or a blank, is its."""
+    begin, end = borders
+    inside = False
+    for i, piece in enumerate(pieces):
+        if piece in borders:
+            inside = piece == begin
+            continue
+        yield markers.get(piece, piece), inside or _ends_turn(pieces, i, markers, end)
+
+
+def _ends_turn(pieces: Sequence[str], place: int, markers: Mapping[str, int], end: str) -> bool:
+    """Whether a piece is the marker behind an answer, or the blank before that."""
+    piece = pieces[place]
+    before = pieces[place - 1] if place else ""
+    if piece in markers:
+        blank = before not in markers and not before.strip() and place > 1
+        return before == end or (blank and pieces[place - 2] == end)
+    behind = pieces[place + 1] if place + 1 < len(pieces) else ""
+    return not piece.strip() and before == end and behind in markers
 
 
 def _guarded(message: Message, markers: Mapping[str, int], guard: str) -> dict[str, str]:
@@ -203,15 +329,5 @@ def _any_of(markers: Mapping[str, int]) -> re.Pattern[str]:
 
 
 def _render(template: Template, context: Mapping[str, Any]) -> str:
-    process = Confined(render.__name__, memory=render.MEMORY)
-    try:
-        return process.ask({"template": template.source, "context": context}, seconds=render.SECONDS)
-    except TimeoutError:
-        why = f"it was stopped after {render.SECONDS:.0f} seconds of work"
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-    finally:
-        process.close()
-    raise ConsiliumError(
-        f"{template.where} fails ({why}); mend it, or write another one into {FILE} beside the weights."
-    )
+    with contextlib.closing(Rendering()) as once:
+        return once.render(template, context)

@@ -14,9 +14,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from consilium.data import render
+from consilium.data.forms import Message
+from consilium.data.template import Template, TemplateCodec, find_template
 from consilium.data.tokenizer import Tokenizer
-from consilium.engine import render
-from consilium.engine.template import Message, Template, TemplateCodec, find_template
 from consilium.errors import ConsiliumError
 from engine.templates import CHATML, END, ORDINARY, SPECIAL, TEMPLATES, write_tokenizer
 
@@ -59,7 +60,7 @@ def rendered_here(template: Template, context: Mapping[str, Any]) -> str:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates are rendered in this process: the same arithmetic in a hundredth of the time."""
-    monkeypatch.setattr("consilium.engine.template._render", rendered_here)
+    monkeypatch.setattr("consilium.data.template._render", rendered_here)
 
 
 @every
@@ -106,7 +107,7 @@ def test_no_text_becomes_a_role(name: str, data: st.DataObject) -> None:
 
     def found(texts: Sequence[str]) -> list[int]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("consilium.engine.template._render", rendered_here)
+            patch.setattr("consilium.data.template._render", rendered_here)
             ids = template.ids(conversation("sys", *texts), tokenizer)
         return [token for token in ids if token in markers]
 

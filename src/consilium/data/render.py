@@ -9,6 +9,7 @@ The environment is that of transformers' chat templates, so that a template mean
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, final
@@ -72,7 +73,12 @@ def _now(form: str) -> str:
 
 def render(template: str, context: dict[str, Any]) -> str:
     """Raises what jinja raises, MemoryError, or OverflowError for a text beyond all use."""
-    return "".join(_bounded(environment().from_string(template).generate(**context)))
+    return "".join(_bounded(_compiled(template).generate(**context)))
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(template: str) -> jinja2.Template:
+    return environment().from_string(template)
 
 
 def _bounded(pieces: Iterator[str]) -> Iterator[str]:
