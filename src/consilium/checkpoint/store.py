@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from torch import Tensor
@@ -21,6 +23,7 @@ from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.source import Source, as_stored, find, fitted, stored_dtype
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder
@@ -61,39 +64,77 @@ class TrainingState:
     firsts: Mapping[str, int] = field(default_factory=dict)
     """Of tensors of which this process has a part: the row that it begins with."""
 
+    def copied(self) -> TrainingState:
+        return TrainingState(_copied(self.tensors), dict(self.scalars))
 
-def save(
-    model: Decoder,
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What ``save`` writes of a model."""
+
+    config: Model
+    generation: GenerationDefaults
+    weights: Mapping[str, Tensor]
+    """By state name: views of a model, or values of their own."""
+
+    @staticmethod
+    def of(model: Decoder) -> Content:
+        """Views: what trains on changes them."""
+        return Content(model.config, model.generation, model.state_dict())
+
+    def copied(self) -> Content:
+        """In the memory of the host, so that nothing changes it."""
+        return dataclasses.replace(self, weights=_copied(self.weights))
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def save(  # noqa: PLR0913 - by keyword
+    model: Decoder | Content,
     folder: Path | str,
     *,
     tokenizer: Savable | None = None,
     training_state: TrainingState | None = None,
+    beside: Mapping[str, Content] = MappingProxyType({}),
     files: Filesystem = DISK,
     mesh: Mesh = ALONE,
 ) -> None:
     """Write ``model`` to ``folder`` so that transformers opens it where it has the architecture.
 
     The folder appears complete or not at all. It replaces one that was saved there and is still as it was;
-    a checkpoint that training can go on from is replaced by another one only. Raises ConsiliumError in one
-    sentence on no space, no permission, a failing disk, or a folder with anything else in it.
+    a checkpoint that training can go on from is replaced by another one only. Models ``beside`` it get
+    folders of their own inside, by name. Raises ConsiliumError in one sentence on no space, no permission, a
+    failing disk, or a folder with anything else in it.
     """
     unless = (SCALARS,) if training_state is None else ()
     if mesh.world.size > 1:
         assert training_state is not None, "a run over processes saves to go on"
+        assert isinstance(model, Decoder)
+        assert not beside
         _save_together(model, Path(folder), tokenizer, training_state, mesh, files)
         return
+    content = model if isinstance(model, Content) else Content.of(model)
 
     def write(staged: Path) -> None:
-        for name, content in _descriptions(model, tokenizer).items():
-            files.write(staged / name, [content])
-        tensors = dict(named(model.config, model.state_dict(), published(model.config)))
-        safetensors_io.write_sharded(staged, tensors, files=files)
+        _write(staged, content, tokenizer, files)
+        for name, other in beside.items():
+            files.make_folder(staged / name)
+            _write(staged / name, other, tokenizer, files)
         if training_state is not None:
             files.make_folder(staged / STATE)
             files.write(staged / SCALARS, [_json(training_state.scalars)])
             safetensors_io.write(staged / TENSORS, training_state.tensors, files=files)
 
     commit_folder(Path(folder), write, unless=unless, files=files)
+
+
+def _write(folder: Path, model: Content, tokenizer: Savable | None, files: Filesystem) -> None:
+    for name, content in _descriptions(model, tokenizer).items():
+        files.write(folder / name, [content])
+    tensors = dict(named(model.config, model.weights, published(model.config)))
+    safetensors_io.write_sharded(folder, tensors, files=files)
 
 
 def load(
@@ -109,7 +150,7 @@ def load(
     source = open_folder(folder, dtype=dtype, check_finite=check_finite)
     kind = source.state["embed.weight"].dtype
     model = allocate(source.config, source.generation, dtype=kind, device=device)
-    _fill(model, source)
+    _fill(Content.of(model), source)
     return model
 
 
@@ -146,6 +187,13 @@ def load_weights(
             source.fill(name, part.here)
 
 
+def load_content(content: Content, folder: Path | str, *, check_finite: bool = False) -> None:
+    """Copy the weights in ``folder`` into those of ``content``; errors are those of ``load``."""
+    folder, weights = Path(folder), dict(content.weights)
+    found = find(folder, content.config)
+    _fill(content, fitted(folder, content.config, found, weights, check_finite=check_finite))
+
+
 def load_training_state(
     folder: Path | str, *, verified: bool = False, rows: parts.Rows = parts.every_row
 ) -> TrainingState:
@@ -178,7 +226,7 @@ def _save_together(
         weights=together.own_weights(model, mesh),
         state={name: t for name, t in state.items() if _writes(mesh, part=name in training_state.firsts)},
         firsts=training_state.firsts,
-        whole=_descriptions(model, tokenizer) | {SCALARS: _json(training_state.scalars)},
+        whole=_descriptions(Content.of(model), tokenizer) | {SCALARS: _json(training_state.scalars)},
     )
     together.write(folder, contents, mesh, state=STATE, files=files)
 
@@ -188,11 +236,11 @@ def _writes(mesh: Mesh, *, part: bool) -> bool:
     return mesh.first_replica if part else mesh.world.leads
 
 
-def _descriptions(model: Decoder, tokenizer: Savable | None) -> dict[str, bytes]:
+def _descriptions(model: Content, tokenizer: Savable | None) -> dict[str, bytes]:
     generation = model.generation
     if tokenizer is not None:
         generation = generation.or_tokens(tokenizer.bos_id, tokenizer.eos_id)
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    dtype = str(model.weights["embed.weight"].dtype).removeprefix("torch.")
     return {
         CONFIG: _json(to_hugging_face(model.config, dtype=dtype, generation=generation)),
         GENERATION: _json(generation_config(generation)),
@@ -211,6 +259,6 @@ def _open(folder: Path) -> tuple[Model, dict[str, Stored]]:
     return as_stored(config, found), found
 
 
-def _fill(model: Decoder, source: Source) -> None:
-    for name, target in model.state_dict().items():
+def _fill(model: Content, source: Source) -> None:
+    for name, target in model.weights.items():
         source.fill(name, target)

@@ -136,6 +136,46 @@ class Spikes:
     deviations: PositiveFloat = 6.0
 
 
+@configuration
+class NoAverage:
+    """The weights that train are all there is."""
+
+    kind: Literal["none"] = "none"
+
+
+@configuration
+class Exponential:
+    """An average beside the weights: a += (1 - decay) (w - a) after each step, the mean of all at first."""
+
+    kind: Literal["exponential"] = "exponential"
+    decay: Fraction = 0.999
+
+
+Average = Annotated[NoAverage | Exponential, Field(discriminator="kind")]
+
+
+@configuration
+class NoRamp:
+    """The batch is as large from the first step on."""
+
+    kind: Literal["none"] = "none"
+
+
+@configuration
+class LinearRamp:
+    """From ``start`` sequences to the whole batch over the first ``share`` of the steps.
+
+    DeepSeek-V3 (2412.19437 section 4.2) goes from 3072 to 15360 in 469 of 14,800 billion tokens.
+    """
+
+    kind: Literal["linear"] = "linear"
+    start: Size
+    share: Annotated[float, Field(gt=0, le=1)] = 0.03
+
+
+Ramp = Annotated[NoRamp | LinearRamp, Field(discriminator="kind")]
+
+
 def _with_kind(value: object) -> object:
     """Before there was a choice, the keys of AdamW stood alone."""
     return {"kind": "adamw", **cast("dict[str, Any]", value)} if isinstance(value, dict) else value

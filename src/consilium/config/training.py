@@ -16,7 +16,18 @@ from consilium.config.data import Data
 from consilium.config.data import TextPath as TextPath  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.model import Model
 from consilium.config.moe import MoE
-from consilium.config.optimizer import WSD, AdamW, Optimizer, Schedule, Spikes
+from consilium.config.optimizer import (
+    WSD,
+    AdamW,
+    Average,
+    LinearRamp,
+    NoAverage,
+    NoRamp,
+    Optimizer,
+    Ramp,
+    Schedule,
+    Spikes,
+)
 from consilium.config.router import NoGate, Uniform
 from consilium.errors import ConsiliumError
 
@@ -72,6 +83,8 @@ def _saving(value: object) -> object:
     return value
 
 
+Saving = Literal["blocking", "background"]
+
 SaveEvery = Annotated[Size | str, BeforeValidator(_saving)]
 
 
@@ -119,6 +132,10 @@ class Training:
     """Micro-batches a step; divides ``batch``."""
     optimizer: Optimizer = AdamW()
     schedule: Schedule = WSD()
+    ramp: Ramp = NoRamp()
+    """How the batch begins; it stays divisible by ``accumulate``."""
+    average: Average = NoAverage()
+    """Weights to evaluate beside those that train: ``checkpoints/step-N/average`` is a model of its own."""
     spikes: Spikes = Spikes()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products and of what a backward pass keeps. Weights, their gradients and the
@@ -127,6 +144,8 @@ class Training:
     threads: Annotated[Size, Field(le=1024)] | None = None
     save_every: SaveEvery = EVERY_TEN_MINUTES
     """Steps between checkpoints, or minutes such as ``10m``; the last step is always saved."""
+    saving: Saving = "blocking"
+    """``background`` copies what is saved and trains on while it is written: memory for speed."""
     keep: Size = 2
     eval_every: Size | None = None
     """Steps between validations; before the first and after the last step there is always one."""
@@ -148,6 +167,7 @@ class Training:
                 f"train: batch {self.batch} is not divisible into {self.accumulate} micro-batches;"
                 " choose accumulate that divides batch."
             )
+        _check_ramp(self.ramp, self.batch, self.accumulate)
         if self.batch * self.data.sequence_length > MOST_TOKENS:
             raise ConsiliumError(
                 f"train: {self.batch} sequences of {self.data.sequence_length} tokens are more than the"
@@ -158,6 +178,14 @@ class Training:
                 f"train: sequences of {self.data.sequence_length} tokens exceed model.max_length"
                 f" {self.model.max_length}; lower --seq or raise the model's length."
             )
+
+
+def _check_ramp(ramp: Ramp, batch: int, accumulate: int) -> None:
+    if isinstance(ramp, LinearRamp) and (ramp.start > batch or ramp.start % accumulate):
+        raise ConsiliumError(
+            f"train: ramp.start {ramp.start} is no batch to begin with: it must not exceed batch {batch} and"
+            f" be divisible into {accumulate} micro-batches; choose another."
+        )
 
 
 def _check_gate(moe: MoE | None) -> None:

@@ -5,7 +5,8 @@ Legend: B rows, S tokens a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -31,9 +32,18 @@ class Loader:
     """Deals rows from the domains in the shares that ``data`` asks for. To resume takes the step alone."""
 
     def __init__(
-        self, corpus: Corpus, data: Data, *, batch: int, seed: int, dealt: tuple[int, int] = (0, 0)
+        self,
+        corpus: Corpus,
+        data: Data,
+        *,
+        batch: int,
+        seed: int,
+        first: Sequence[int] = (),
+        dealt: tuple[int, int] = (0, 0),
     ) -> None:
-        """``batch`` is global, in rows. ``dealt`` are the steps and rows before this batch size began.
+        """``batch`` is global, in rows, behind the ``first`` steps, which have batches of their own.
+
+        ``dealt`` are the steps and rows before the batches were these.
 
         Raises ConsiliumError when no domain fills one sequence, and for weights that do not fit the text.
         """
@@ -60,7 +70,8 @@ class Loader:
             if domain not in long_enough
         )
         self._batch = batch
-        self._first_row = dealt[1] - dealt[0] * batch
+        self._ramp = [0, *itertools.accumulate(first)]
+        self._first_row = dealt[1] - self.rows_before(dealt[0])
         self._packed = [PackedDomain(corpus.train[d], sequence_length, seed, d) for d in self.domains]
         shares = domain_shares(data, long_enough, corpus.owners)
         self._schedule = DomainSchedule([shares[domain] for domain in self.domains])
@@ -75,16 +86,25 @@ class Loader:
         """Fraction of the rows that each domain gets."""
         return dict(zip(self.domains, self._schedule.shares, strict=True))
 
+    def rows_before(self, step: int) -> int:
+        """Rows that steps before ``step`` have, were their batches these."""
+        ramped = min(step, len(self._ramp) - 1)
+        return self._ramp[ramped] + (step - ramped) * self._batch
+
+    def size(self, step: int) -> int:
+        """Rows of the global batch of ``step``."""
+        return self.rows_before(step + 1) - self.rows_before(step)
+
     def batch(self, step: int) -> Batch:
         """Return the global batch of ``step``, counted from 0."""
         return self.micro(step, 0, 1)
 
     def micro(self, step: int, index: int, count: int) -> Batch:
         """Return part ``index`` of the ``count`` equal parts that the batch of ``step`` consists of."""
-        assert self._batch % count == 0
+        assert self.size(step) % count == 0
         assert 0 <= index < count
-        size = self._batch // count
-        first = self._first_row + step * self._batch + index * size
+        size = self.size(step) // count
+        first = self._first_row + self.rows_before(step) + index * size
         return _stack([self._row(number) for number in range(first, first + size)])
 
     def part(self, step: int, micro: tuple[int, int], rank: tuple[int, int]) -> Batch:
@@ -97,8 +117,8 @@ class Loader:
 
     def row_domains(self, step: int) -> tuple[str, ...]:
         """Return the domain of each row of the batch of ``step``."""
-        first = self._first_row + step * self._batch
-        return tuple(self.domains[self._schedule.row(first + row)[0]] for row in range(self._batch))
+        first = self._first_row + self.rows_before(step)
+        return tuple(self.domains[self._schedule.row(first + row)[0]] for row in range(self.size(step)))
 
     def _row(self, number: int) -> Row:
         domain, rank = self._schedule.row(number)

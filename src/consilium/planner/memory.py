@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from consilium.config.attention import GQA, MLA, Attention
 from consilium.config.model import Model
+from consilium.config.optimizer import Exponential
 from consilium.config.training import Training, is_frozen
 from consilium.errors import ConsiliumError
 from consilium.planner.kv import values_per_token
@@ -41,15 +42,18 @@ class RunMemory:
     weights: int
     gradients: int
     optimizer: int
+    average: int = 0
+    copy: int = 0
+    """Of what is being saved, while a run trains on."""
 
     @property
     def checkpoint(self) -> int:
         """What it saves to go on from."""
-        return self.weights + self.optimizer
+        return self.weights + self.optimizer + self.average
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.checkpoint + self.gradients + self.copy
 
 
 def run_memory(config: Training) -> RunMemory:
@@ -59,11 +63,18 @@ def run_memory(config: Training) -> RunMemory:
         return not is_frozen(name, config.freeze)
 
     sizes = {name: FLOAT32 * math.prod(shape) for name, shape in shapes(config.model)}
-    return RunMemory(
+    trained = sum(size for name, size in sizes.items() if trains(name))
+    held = RunMemory(
         weights=sum(sizes.values()),
-        gradients=sum(size for name, size in sizes.items() if trains(name)),
+        gradients=trained,
         optimizer=state_bytes(config.model, config.optimizer, trains=trains),
+        average=trained * isinstance(config.average, Exponential),
     )
+    match config.saving:
+        case "blocking":
+            return held
+        case "background":
+            return replace(held, copy=held.checkpoint)
 
 
 def serving(model: Model, *, context: int | None = None, batch: int = 1, dtype: str = "bfloat16") -> Serving:

@@ -24,6 +24,8 @@ META_FILE = "meta.json"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its ``step-N``."""
+AVERAGE = "average"
+"""The folder of a checkpoint that holds the averaged model, where a run averages."""
 
 
 def checkpoint_at(run: Path, step: int) -> Path:

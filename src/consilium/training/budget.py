@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from consilium.config.optimizer import NoRamp
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
@@ -17,6 +18,7 @@ from consilium.model.build import build
 from consilium.training.freeze import freeze
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
+from consilium.training.schedule import mean_batch
 from consilium.training.step import train_step
 from consilium.words.say import say
 
@@ -56,7 +58,8 @@ def with_budget(
         case Steps() | Tokens():
             steps = steps_of(budget, config)
         case Minutes(count=count):
-            seconds = step_seconds(config, corpus)
+            whole = dataclasses.replace(config, ramp=NoRamp())
+            seconds = step_seconds(whole, corpus) * mean_batch(config) / config.batch
             steps = _at_least_one(count * 60 / seconds, budget)
             notice(
                 say(
@@ -71,7 +74,7 @@ def with_budget(
 
 def steps_of(budget: Steps | Tokens, config: Training) -> int:
     """What needs no measuring. Raises ConsiliumError for less than one step."""
-    size = 1 if isinstance(budget, Steps) else config.batch * config.data.sequence_length
+    size = 1 if isinstance(budget, Steps) else mean_batch(config) * config.data.sequence_length
     return _at_least_one(budget.count / size, budget)
 
 

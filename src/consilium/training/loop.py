@@ -25,7 +25,7 @@ from consilium.training.files import locked
 from consilium.training.guard import check_disk, check_memory, check_patience, memory_told
 from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import bias_spread, evaluation_record, step_record
-from consilium.training.run import Run, Site, open_run, save_run, saved_on_error
+from consilium.training.run import Run, Site, open_run, save_run, saved, saved_on_error
 from consilium.training.spikes import Spike
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
@@ -115,7 +115,8 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     meter.add(time.perf_counter() - begun, result)
     progress.step += 1
     progress.tokens += result.tokens
-    progress.rows += run.config.batch
+    progress.rows += run.loader.size(progress.step - 1)
+    run.average.add(run.model, progress.step)
     progress.whole = True
     progress.skipped_in_a_row = 0 if healthy else progress.skipped_in_a_row + 1
     _record(run, meter, result, spike, emit)
@@ -153,14 +154,21 @@ def _alarms(step: int, result: StepResult, spike: Spike | None) -> Iterator[str]
 
 def _every(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     step, config = run.progress.step, run.config
+    _tell_saved(run, emit, wait=False)
     if step == config.steps:
         return
     if _is_due(config, step):
         _evaluate(run, emit)
     if _save_is_due(config, step, time.monotonic() - meter.saved_at):
-        folder = save_run(run)
+        _tell_saved(run, emit, wait=True)
+        save_run(run)
         meter.saved_at = time.monotonic()
-        emit(Saved(step, folder))
+        _tell_saved(run, emit, wait=False)
+
+
+def _tell_saved(run: Run, emit: Callable[[Event], None], *, wait: bool) -> None:
+    if (written := saved(run, wait=wait)) is not None:
+        emit(Saved(written.step, written.folder))
 
 
 def _save_is_due(config: Training, step: int, seconds: float) -> bool:
@@ -188,7 +196,7 @@ def _limit(run: Run) -> int:
     """Held-out tokens a domain; before the first step, all domains are a tenth of the run at most."""
     if run.progress.step > 0:
         return run.config.eval_tokens
-    trained = run.config.steps * run.config.batch * run.config.data.sequence_length
+    trained = run.loader.rows_before(run.config.steps) * run.config.data.sequence_length
     share = FIRST_EVALUATION * trained / max(len(run.corpus.domains), 1)
     return min(run.config.eval_tokens, max(int(share), 1))
 
@@ -200,8 +208,12 @@ def _is_due(config: Training, step: int) -> bool:
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
     """Save first; a stop that was asked for does not wait for a validation."""
     folder = checkpoint_at(run.out, run.progress.step)
+    earlier = saved(run)
+    if earlier is not None and earlier.folder != folder:
+        emit(Saved(earlier.step, earlier.folder))
     if run.progress.saved != run.progress.step:
         save_run(run)
+        saved(run)
     emit(Saved(run.progress.step, folder))
     interrupted = run.progress.step < run.config.steps
     last = None if interrupted else _evaluate(run, emit)

@@ -21,7 +21,7 @@ from consilium.words.say import say
 
 MAY_CHANGE: Final = frozenset(
     {"steps", "batch", "accumulate", "optimizer.learning_rate", "optimizer.router_learning_rate"}
-    | {"eval_every", "eval_tokens", "save_every", "keep", "threads", "recompute"}
+    | {"eval_every", "eval_tokens", "save_every", "saving", "keep", "threads", "recompute"}
 )
 _WHY: Final = {
     "model": "its weights fit that model alone",
@@ -31,6 +31,8 @@ _WHY: Final = {
     "freeze": "the optimizer knows the parts that it began with",
     "optimizer": "the optimizer's moments were gathered with it",
     "schedule": "the rates behind it followed that curve, of which --steps moves the end",
+    "ramp": "it decided what had been read",
+    "average": "it has averaged so far as it began",
     "spikes": "what it watched for decided which steps counted",
     "dtype": "one run has one arithmetic",
     "seed": "the seed has ordered the text and drawn the weights",

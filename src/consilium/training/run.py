@@ -27,13 +27,25 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
 from consilium.records.io import read_json, write_json, write_text
-from consilium.records.run import CHECKPOINTS, META_FILE, Change, Hardware, RunMeta, Versions, checkpoint_at
+from consilium.records.run import (
+    AVERAGE,
+    CHECKPOINTS,
+    META_FILE,
+    Change,
+    Hardware,
+    RunMeta,
+    Versions,
+    checkpoint_at,
+)
+from consilium.training.average import Averaged
 from consilium.training.controls import controls, restore_controls
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
 from consilium.training.optimizer import Optimizer, build_optimizer, moments, restore_moments
 from consilium.training.resume import changes, newest_checkpoint, put_records_aside
+from consilium.training.saving import Saver, Written
+from consilium.training.schedule import first_batches
 from consilium.training.spikes import Watch
 from consilium.training.start import as_stored, initial, tokenizer_of
 from consilium.words.say import say
@@ -64,6 +76,8 @@ class Run:
     optimizer: Optimizer
     files: RunFiles
     watch: Watch
+    average: Averaged
+    saver: Saver
     progress: Progress
 
 
@@ -111,8 +125,10 @@ def _begin(config: Training, site: Site) -> Run:
         site.notice(text)
     write_json(site.out / META_FILE, _meta(config, site.corpus))
     files, optimizer = RunFiles.start(site.out, config), build_optimizer(model, config.optimizer)
+    watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
+    saver = Saver(config.saving)
     return Run(
-        config, site.out, site.corpus, loader, model, optimizer, files, Watch(config.spikes), Progress()
+        config, site.out, site.corpus, loader, model, optimizer, files, watch, average, saver, Progress()
     )
 
 
@@ -124,8 +140,10 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     model = build(config.model, seed=config.seed).to(site.device)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer)
-    watch = Watch(config.spikes)
+    watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
     progress = _restore(checkpoint, stored, model, optimizer, watch, site)
+    if (averaged := average.content(model)) is not None:
+        store.load_content(averaged, checkpoint / AVERAGE, check_finite=True)
     if config.steps < progress.step:
         raise ConsiliumError(
             f"cannot resume {out}: it has run {progress.step} steps, more than the {config.steps} asked for;"
@@ -135,7 +153,8 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     files = RunFiles.reopen(out, progress.step, site.notice)
     if changed:
         _record(changed, config, progress.step, site)
-    return Run(config, out, corpus, loader, model, optimizer, files, watch, progress)
+    saver = Saver(config.saving)
+    return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress)
 
 
 def _record(changed: list[tuple[str, str, str]], config: Training, step: int, site: Site) -> None:
@@ -157,13 +176,45 @@ def _record(changed: list[tuple[str, str, str]], config: Training, step: int, si
 
 
 def loader_of(config: Training, corpus: Corpus, dealt: tuple[int, int] = (0, 0)) -> Loader:
-    return Loader(corpus, config.data, batch=config.batch, seed=config.seed, dealt=dealt)
+    first = first_batches(config)
+    return Loader(corpus, config.data, batch=config.batch, seed=config.seed, first=first, dealt=dealt)
 
 
-def save_run(run: Run) -> Path:
-    """Commit ``checkpoints/step-N`` whole, then prune older ones. Raises ConsiliumError for bad weights."""
+def save_run(run: Run) -> None:
+    """Commit ``checkpoints/step-N`` whole, then prune older ones: ``saved`` says when that is done.
+
+    Behind the run a copy is written, taken now. Raises ConsiliumError for bad weights.
+    """
     check_weights(run.model, run.progress.step)
-    state = store.TrainingState(
+    content, average, state = store.Content.of(run.model), run.average.content(run.model), _state(run)
+    folder = checkpoint_at(run.out, run.progress.step)
+    run.files.sync()
+    match run.config.saving:
+        case "blocking":
+            pass
+        case "background":
+            content, state = content.copied(), state.copied()
+            average = None if average is None else average.copied()
+    beside = {} if average is None else {AVERAGE: average}
+
+    def write() -> None:
+        tokenizer = run.corpus.tokenizer
+        store.save(content, folder, tokenizer=tokenizer, training_state=state, beside=beside)
+        atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
+
+    run.saver.begin(Written(run.progress.step, folder), write)
+
+
+def saved(run: Run, *, wait: bool = True) -> Written | None:
+    """What has been saved since the last call. Raises ConsiliumError where it could not be written."""
+    written = run.saver.finished(wait=wait)
+    if written is not None:
+        run.progress.saved = written.step
+    return written
+
+
+def _state(run: Run) -> store.TrainingState:
+    return store.TrainingState(
         tensors=moments(run.optimizer, run.model) | controls(run.model) | run.watch.state(),
         scalars={
             "step": run.progress.step,
@@ -175,25 +226,28 @@ def save_run(run: Run) -> Path:
             "torch": str(torch.__version__),
         },
     )
-    folder = checkpoint_at(run.out, run.progress.step)
-    run.files.sync()
-    store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state)
-    run.progress.saved = run.progress.step
-    atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
-    return folder
 
 
 @contextlib.contextmanager
 def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
-    """Save the last whole step before an error in a step or a listener goes on to the caller."""
+    """Save the last whole step before an error in a step or a listener goes on to the caller.
+
+    However it ends, what is being written is waited for: the folder is another's then.
+    """
     try:
         yield
     except Exception:
+        with contextlib.suppress(Exception):
+            saved(run)
         if run.progress.whole and run.progress.step not in (0, run.progress.saved):
             # The error is the news: what fails here, a full disk or the same listener, must not hide it.
             with contextlib.suppress(Exception):
-                notice(say("saved {folder} before the error ends the run", folder=save_run(run)))
+                save_run(run)
+                if (written := saved(run)) is not None:
+                    notice(say("saved {folder} before the error ends the run", folder=written.folder))
         raise
+    finally:
+        run.saver.close()
 
 
 def _restore(

@@ -1,10 +1,11 @@
-"""Learning rates as pure functions of the step, so that a resume needs no schedule state."""
+"""Learning rates and batch sizes as pure functions of the step, so that a resume needs no schedule state."""
 
 from __future__ import annotations
 
 import math
 
-from consilium.config.optimizer import WSD, Constant, Cosine, Schedule, StepDecay
+from consilium.config.optimizer import WSD, Constant, Cosine, LinearRamp, NoRamp, Schedule, StepDecay
+from consilium.config.training import Training
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
@@ -13,6 +14,27 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
     if step < warm:
         return peak * (step + 1) / warm
     return peak * _after_warmup(schedule, step, warm, steps)
+
+
+def first_batches(config: Training) -> tuple[int, ...]:
+    """Sequences of each of the first steps, before ``config.batch`` holds: whole sequences a micro-batch."""
+    match config.ramp:
+        case NoRamp():
+            return ()
+        case LinearRamp(start=start, share=share):
+            steps = _share(share, config.steps)
+            micro = config.accumulate
+            risen = ((config.batch - start) * (step + 0.5) / steps for step in range(steps))
+            return tuple(micro * math.floor((start + more) / micro + 0.5) for more in risen)
+
+
+def mean_batch(config: Training) -> float:
+    """Sequences a step over the whole run, about: how many steps so much text is."""
+    match config.ramp:
+        case NoRamp():
+            return config.batch
+        case LinearRamp(start=start, share=share):
+            return config.batch - share * (config.batch - start) / 2
 
 
 def _after_warmup(schedule: Schedule, step: int, warm: int, steps: int) -> float:
