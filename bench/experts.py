@@ -9,6 +9,7 @@ Legend: R rows, E experts, D hidden size, F width.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 import statistics
@@ -40,9 +41,12 @@ class Shape:
     skew: float
     """Standard deviation of the logits that rows are drawn to experts by."""
 
-    def counts(self) -> tuple[int, ...]:
-        generator = torch.Generator().manual_seed(0)
-        share = torch.softmax(torch.randn(self.experts, generator=generator) * self.skew, 0)
+    def counts(self, seed: int = 0) -> tuple[int, ...]:
+        """Rows of each expert; as in training no two seeds give the same."""
+        share = torch.softmax(
+            torch.randn(self.experts, generator=torch.Generator().manual_seed(0)) * self.skew, 0
+        )
+        generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(share, self.rows, replacement=True, generator=generator)
         return tuple(torch.bincount(drawn, minlength=self.experts).tolist())
 
@@ -56,20 +60,19 @@ SHAPES = {
 }
 
 
-def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[], None]]:
+def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[int], None]]:
     """One forward and backward a backend, on shared tensors; gradients are made anew as in training."""
-    counts = shape.counts()
     x = torch.randn(shape.rows, shape.hidden, dtype=dtype, requires_grad=True)
     up = torch.randn(shape.experts, 2 * shape.width, shape.hidden, requires_grad=True)
     down = torch.randn(shape.experts, shape.hidden, shape.width, requires_grad=True)
     grad = torch.randn_like(x)
 
-    def step(backend: Backend) -> None:
+    def step(backend: Backend, seed: int) -> None:
         x.grad = up.grad = down.grad = None
         stacks = DenseStack(up), DenseStack(down)
-        stacked_feed_forward(x, counts, *stacks, "swiglu", backend).backward(grad)
+        stacked_feed_forward(x, shape.counts(seed), *stacks, "swiglu", backend).backward(grad)
 
-    return {backend: lambda backend=backend: step(backend) for backend in BACKENDS}
+    return {backend: functools.partial(step, backend) for backend in BACKENDS}
 
 
 def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[Backend, list[float]]:
@@ -79,7 +82,7 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[Backend, lis
     for repeat in range(repeats + 1):
         for backend, run in runs.items():
             start = time.process_time()
-            run()
+            run(repeat)
             if repeat:
                 times[backend].append((time.process_time() - start) * 1e3)
     return times

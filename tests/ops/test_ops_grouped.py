@@ -248,6 +248,15 @@ def test_choice_on_a_processor_follows_the_size_of_the_pre_activations(rows: int
     assert choose(torch.empty(rows, 8), (rows // 2, rows // 2), network) == chosen
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="bfloat16 is fast with AVX-512 only"
+)
+@pytest.mark.parametrize(("counts", "chosen"), [((4, 4), "padded"), ((2, 8), "loop")])
+def test_choice_in_bfloat16_follows_the_padding(counts: tuple[int, ...], chosen: Backend) -> None:
+    network = Network(torch.empty(2, 512, 8), torch.empty(2, 8, 256), "swiglu")
+    assert choose(torch.empty(sum(counts), 8, dtype=LOW), counts, network) == chosen
+
+
 def test_counts_that_do_not_fit_the_rows_are_refused() -> None:
     x, up, down, _ = problem((3, 4))
     with pytest.raises(AssertionError, match="rows disagree"):

@@ -88,12 +88,8 @@ def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
         return "grouped" if x_RD.dtype == torch.bfloat16 else "padded"
     if x_RD.device.type != "cpu":
         return "loop"
-    if (
-        x_RD.dtype == torch.bfloat16
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _padding(counts_E) <= 1.3
-    ):
-        return "padded"
+    if x_RD.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return "padded" if _padding(counts_E) <= 1.3 else "loop"
     hidden_bytes = x_RD.shape[0] * network.up_EGD.shape[1] * x_RD.element_size()
     return "loop" if hidden_bytes > CACHE_BYTES else "grouped"
 
