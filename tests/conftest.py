@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["MKL_NUM_THREADS"] = str(THREADS)
 os.environ["NO_COLOR"] = "1"
 os.environ["CONSILIUM_LANG"] = "en"
+
+# A shell lets what it starts in the background ignore some; the commands under test would ignore them too.
+for known in signal.Signals:
+    if known.name in {"SIGINT", "SIGTERM", "SIGHUP"} and signal.getsignal(known) is signal.SIG_IGN:
+        signal.signal(known, signal.default_int_handler if known.name == "SIGINT" else signal.SIG_DFL)
 
 # The same examples on every machine: a failure seen once is a failure that can be repeated.
 settings.register_profile("consilium", derandomize=True, deadline=None, database=None, max_examples=50)
