@@ -10,6 +10,7 @@ import pytest
 
 from consilium.cli.main import VERBS, main, verb_parser
 from consilium.errors import closest
+from consilium.recipes.balances import TEXTS
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -122,6 +123,7 @@ def test_completion_knows_every_verb_and_option(capsys: pytest.CaptureFixture[st
     for name in VERBS:
         assert f"_shtab_consilium_{name}_option_strings" in script
     assert "--balance" in script
+    assert all(name in script for name in TEXTS)
     assert main(["--completion", "bsh"]) == 2
     assert "Did you mean 'bash'?" in capsys.readouterr().err
 

@@ -52,6 +52,9 @@ def test_a_pass_without_experts_asks_the_device_for_nothing(config: Model) -> No
 class Even:
     """A transport that knows on the host how many rows each expert gets, all that a device is asked for."""
 
+    def owned(self, experts: int) -> range:
+        return range(experts)
+
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> Sending[LocalTicket]:
         sending: Any = Local().dispatch(x_TD, routing)
         experts, copies = routing.logits_TE.shape[1], routing.keep_TK.numel()

@@ -236,6 +236,34 @@ def test_a_step_of_single_tokens_has_no_loss_ahead_and_is_finite() -> None:
     assert result.ahead == 0
 
 
+@pytest.mark.parametrize("statistics", ["exact", "histogram"])
+def test_recomputation_and_padding_are_in_no_margin(statistics: str) -> None:
+    """Twice the margins, or those of padding, would be other quantiles."""
+    assert DEEPSEEK.moe is not None
+    router = dataclasses.replace(DEEPSEEK.moe.router, select=TopK(k=2))
+    balance = Balance(bias=QuantileBias(statistics=statistics))
+    moe = dataclasses.replace(DEEPSEEK.moe, router=router, balance=balance)
+    config = dataclasses.replace(DEEPSEEK, moe=moe)
+    kept, again = (stepped(config, accumulate=2, recompute=recompute)[1] for recompute in (False, True))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    batch = random_batch(4, 20)
+    wide = dataclasses.replace(
+        batch,
+        **{
+            field.name: torch.nn.functional.pad(getattr(batch, field.name), (0, 7), value=fill)
+            for field, fill in zip(dataclasses.fields(batch), (5, -1, 0, 0, False), strict=True)
+        },
+    )
+    moved = []
+    for rows in (batch, wide):
+        model = lively(config)
+        training = Training(model=config, steps=20, batch=4)
+        train_step(model, build_optimizer(model, training.optimizer), Fixed(rows), training, 0)
+        moved.append([module.balance.bias_E for module in model.moe_modules().values()])
+    for plain, padded in zip(*moved, strict=True):
+        assert relative_error(padded, plain) < 1e-5
+
+
 @kinds
 def test_recomputation_counts_nothing_twice(kind: Model) -> None:
     config = balanced(kind, "global")
