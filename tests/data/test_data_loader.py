@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from consilium.config.data import Data
 from consilium.data.batch import Batch
 from consilium.data.loader import Loader
-from consilium.data.schedule import MOST_DOMAINS, PERIOD, DomainSchedule
+from consilium.data.schedule import MOST_DOMAINS, PERIOD, DomainSchedule, Schedule
 from consilium.data.shuffle import permutation
 from consilium.errors import ConsiliumError
 
@@ -116,6 +116,25 @@ def test_domains_are_spread_evenly_over_a_period() -> None:
     for start in range(0, PERIOD, 16):
         drawn = Counter(schedule.row(start + number)[0] for number in range(16))
         assert abs(drawn[0] - 12) <= 1
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(1, 400), st.lists(st.floats(1e-3, 1), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_domain_goes_on_where_it_was_when_shares_change(parts: list[tuple[int, list[float]]]) -> None:
+    schedule, row = Schedule([1, 2, 3]), 0
+    for rows, weights in parts:
+        row += rows
+        schedule.change(row, weights)
+    seen = [0, 0, 0]
+    for number in range(row + 300):
+        domain, rank = schedule.row(number)
+        assert rank == seen[domain]
+        seen[domain] += 1
 
 
 @given(count=st.integers(0, 300), key=st.integers())

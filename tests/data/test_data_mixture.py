@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ from data_corpora import corpus_of, documents
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.config.data import BuiltIn, Data, Source, TextPath, read_source, spelled
+from consilium.config.data import BuiltIn, Data, Dynamic, Preset, Source, TextPath, read_source, spelled
 from consilium.data.corpus import build_corpus
 from consilium.data.loader import Loader
-from consilium.data.mixture import domain_shares
+from consilium.data.mixture import LLAMA, SHEARED, domain_shares, next_shares, start_shares
 from consilium.data.schedule import PERIOD
 from consilium.errors import ConsiliumError
 
@@ -106,6 +107,54 @@ def test_rows_come_out_in_the_shares_that_were_asked_for(
     rows = [domain for step in range(PERIOD // 8) for domain in loader.row_domains(step)]
     assert rows.count("one") == PERIOD * 3 // 4
     assert loader.shares == {"one": 0.75, "two": 0.25}
+
+
+names = st.lists(st.sampled_from("uvwxyz"), min_size=1, unique=True)
+losses = st.floats(0, 12)
+
+
+@given(names=names, rate=st.floats(1e-3, 3), floor=st.sampled_from([0.0, 1e-4, 0.1]), data=st.data())
+def test_shares_follow_losses_as_the_equation_says(
+    names: list[str], rate: float, floor: float, data: st.DataObject
+) -> None:
+    raw = {name: data.draw(st.floats(1e-3, 1)) for name in names}
+    shares = {name: value / sum(raw.values()) for name, value in raw.items()}
+    loss, reference = ({name: data.draw(losses) for name in names} for _ in range(2))
+    found = next_shares(Dynamic(rate=rate, floor=floor), shares, loss, reference)
+    assert sum(found.values()) == pytest.approx(1)
+    assert min(found.values()) >= floor * (1 - 1e-12)
+    powers = {n: shares[n] * math.exp(rate * (loss[n] - reference[n])) for n in names}
+    for name in names:
+        free = powers[name] / sum(powers.values())
+        assert found[name] == pytest.approx(floor + (1 - floor * len(names)) * free, rel=1e-9, abs=1e-300)
+
+
+def test_presets_are_the_published_shares_of_the_domains_that_are_there() -> None:
+    sizes = dict.fromkeys(LLAMA, 5)
+    for name, weights in (("llama", LLAMA), ("sheared", SHEARED)):
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
+        found = start_shares(Data(mixture=Preset(name=name)), sizes, {})
+        assert found == pytest.approx(dict(weights))
+    two = start_shares(Data(mixture=Dynamic(start="llama")), {"cc": 1, "c4": 9}, {})
+    assert two == pytest.approx({"cc": 0.67 / 0.82, "c4": 0.15 / 0.82})
+    assert start_shares(Data(mixture=Dynamic()), {"a": 1, "b": 9}, {}) == {"a": 0.5, "b": 0.5}
+    weighted = Data(sources=(path("p", a=1, b=3),), mixture=Dynamic(start="given"))
+    assert start_shares(weighted, {"a": 1, "b": 1}, {}) == {"a": 0.25, "b": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Data(mixture=Preset()), r"no domain 'gitub'.*Did you mean 'github'"),
+        (Data(sources=(path("p", 0.5),), mixture=Preset()), r"sets all shares, and p:0.5 has a weight"),
+        (Data(sources=(path("p", gitub=1),), mixture=Dynamic()), r"sets all shares"),
+    ],
+)
+def test_a_mixture_that_does_not_fit_is_refused(data: Data, message: str) -> None:
+    with pytest.raises(ConsiliumError, match=message):
+        start_shares(data, {"gitub": 1}, {})
+    with pytest.raises(ConsiliumError, match="lower the floor"):
+        next_shares(Dynamic(floor=0.6), {"a": 0.5, "b": 0.5}, {"a": 1, "b": 1}, {"a": 1, "b": 1})
 
 
 def test_a_corpus_without_owners_takes_every_weight_of_one_source() -> None:

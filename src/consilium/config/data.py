@@ -87,6 +87,59 @@ def read_source(text: str, *, where: str = "--data") -> Source:
 
 
 @configuration
+class Given:
+    """The weights of the sources, from the first step to the last."""
+
+    kind: Literal["given"] = "given"
+
+
+@configuration
+class Preset:
+    """Static weights of LLaMA or of Sheared LLaMA (2310.06694), for SlimPajama's domains by their names."""
+
+    kind: Literal["preset"] = "preset"
+    name: Literal["llama", "sheared"] = "sheared"
+
+
+@configuration
+class Measured:
+    """Reference losses of a model on the held-out text: that of a folder, else the run's own at its start."""
+
+    kind: Literal["measured"] = "measured"
+    path: str | None = None
+
+
+@configuration
+class Losses:
+    """Reference losses in nats a token, one for each domain."""
+
+    kind: Literal["losses"] = "losses"
+    losses: Annotated[Mapping[Name, float], Field(min_length=1)]
+
+
+Reference = Annotated[Measured | Losses, Field(discriminator="kind")]
+
+
+@configuration
+class Dynamic:
+    """Shares that follow the held-out losses (2310.06694, as in LLaMA-MoE, 2406.16554).
+
+    Every ``every`` steps w <- softmax(log w + rate (loss - reference)), and no share below ``floor``.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    start: Literal["given", "llama", "uniform"] = "uniform"
+    """The shares before the first change: the sources' weights, LLaMA's, or all alike."""
+    every: Size = 340
+    rate: Weight = 1.0
+    floor: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    reference: Reference = Measured()
+
+
+Mixture = Annotated[Given | Preset | Dynamic, Field(discriminator="kind")]
+
+
+@configuration
 class Data:
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (BuiltIn(),)
     """Domains of the same name in several sources without weights are one domain."""
@@ -96,3 +149,4 @@ class Data:
     """Fraction of files held out for validation."""
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Domains without a weight are sampled in proportion to size ** temperature: 1 is by size, 0 uniform."""
+    mixture: Mixture = Given()

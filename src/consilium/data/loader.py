@@ -6,7 +6,7 @@ Legend: B rows, S tokens a row, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,9 +18,9 @@ from consilium.config.data import Data
 from consilium.data.batch import Batch
 from consilium.data.corpus import Corpus
 from consilium.data.encoding import TokenizedText
-from consilium.data.mixture import domain_shares
+from consilium.data.mixture import start_shares
 from consilium.data.packing import PackedDomain, Row
-from consilium.data.schedule import MOST_DOMAINS, DomainSchedule
+from consilium.data.schedule import MOST_DOMAINS, Schedule
 from consilium.data.syntax import UNKNOWN
 from consilium.data.windows import Windows, cut_windows, limit_windows
 from consilium.errors import ConsiliumError
@@ -73,8 +73,10 @@ class Loader:
         self._ramp = [0, *itertools.accumulate(first)]
         self._first_row = dealt[1] - self.rows_before(dealt[0])
         self._packed = [PackedDomain(corpus.train[d], sequence_length, seed, d) for d in self.domains]
-        shares = domain_shares(data, long_enough, corpus.owners)
-        self._schedule = DomainSchedule([shares[domain] for domain in self.domains])
+        shares = start_shares(data, long_enough, corpus.owners)
+        self.asked: Mapping[str, float] = shares
+        """Shares at the first step as they were asked for; rows come as near as a period allows."""
+        self._schedule = Schedule([shares[domain] for domain in self.domains])
 
     @property
     def rows_per_epoch(self) -> int:
@@ -94,6 +96,10 @@ class Loader:
     def size(self, step: int) -> int:
         """Rows of the global batch of ``step``."""
         return self.rows_before(step + 1) - self.rows_before(step)
+
+    def change_shares(self, row: int, shares: Mapping[str, float]) -> None:
+        """Deal by ``shares`` from row ``row`` of the run on, behind every change before."""
+        self._schedule.change(row, [shares[domain] for domain in self.domains])
 
     def batch(self, step: int) -> Batch:
         """Return the global batch of ``step``, counted from 0."""

@@ -2,17 +2,86 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
 
-from consilium.config.data import Data, Source, spelled
+from consilium.config.data import Data, Dynamic, Given, Preset, Source, spelled
 from consilium.errors import ConsiliumError, nearest
 
 Owners = Mapping[str, Sequence[int]]
 """Domain -> the sources, by place in ``Data.sources``, that have text of it; all where it is absent."""
 
 
+LLAMA: Final[Mapping[str, float]] = MappingProxyType(
+    {"cc": 0.67, "c4": 0.15, "github": 0.045, "wiki": 0.045, "book": 0.045, "arxiv": 0.025, "stack": 0.02}
+)
+SHEARED: Final[Mapping[str, float]] = MappingProxyType(
+    {"cc": 0.361, "c4": 0.492, "github": 0.008, "wiki": 0.031, "book": 0.091, "arxiv": 0.007, "stack": 0.01}
+)
+"""Both as in LLaMA-MoE, 2406.16554."""
+
+
+def start_shares(data: Data, sizes: Mapping[str, int], owners: Owners) -> dict[str, float]:
+    """Return the share of the rows of each domain of ``sizes``, in tokens, at the first step.
+
+    Raises ConsiliumError for weights that do not fit the text.
+    """
+    match data.mixture:
+        case Given() | Dynamic(start="given"):
+            return domain_shares(data, sizes, owners)
+        case Preset(name="sheared"):
+            return _preset(data, SHEARED, sizes)
+        case Preset() | Dynamic(start="llama"):
+            return _preset(data, LLAMA, sizes)
+        case Dynamic():
+            _refuse_weights(data)
+            return dict.fromkeys(sizes, 1 / len(sizes))
+
+
+def next_shares(
+    dynamic: Dynamic, shares: Mapping[str, float], losses: Mapping[str, float], reference: Mapping[str, float]
+) -> dict[str, float]:
+    """W <- softmax(log w + rate (loss - reference)), then shrunk so far that nothing is below the floor.
+
+    Losses are nats a token. Raises ConsiliumError where the floor leaves nothing to share.
+    """
+    left = 1 - dynamic.floor * len(shares)
+    if left <= 0:
+        raise ConsiliumError(
+            f"data.mixture: {len(shares)} domains at a floor of {dynamic.floor:g} each are more than there"
+            " is; lower the floor."
+        )
+    raised = {d: math.log(w) + dynamic.rate * (losses[d] - reference[d]) for d, w in shares.items()}
+    largest = max(raised.values())
+    powers = {domain: math.exp(value - largest) for domain, value in raised.items()}
+    total = sum(powers.values())
+    return {domain: dynamic.floor + left * power / total for domain, power in powers.items()}
+
+
+def _preset(data: Data, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    _refuse_weights(data)
+    for domain in sizes:
+        if domain not in weights:
+            raise ConsiliumError(
+                f"data.mixture: the preset has no domain {domain!r}; name the sources as its own."
+                f"{nearest(domain, weights)}"
+            )
+    total = sum(weights[domain] for domain in sizes)
+    return {domain: weights[domain] / total for domain in sizes}
+
+
+def _refuse_weights(data: Data) -> None:
+    for source in data.sources:
+        if source.weight is not None or source.weights:
+            raise ConsiliumError(
+                f"data.mixture sets all shares, and {spelled(source)} has a weight; take one of them out."
+            )
+
+
 def domain_shares(data: Data, sizes: Mapping[str, int], owners: Owners) -> dict[str, float]:
-    """Return the share of the rows of each domain of ``sizes``, in tokens; shares sum to 1.
+    """Return the shares that the weights of the sources give the domains of ``sizes``; they sum to 1.
 
     First the sources divide the rows, then each source divides its own among its domains; both times what has
     a weight gets it and what has none shares the rest by size ** temperature. Raises ConsiliumError for

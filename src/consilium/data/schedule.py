@@ -5,6 +5,7 @@ Legend: D domains, P rows a period.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import final
 
@@ -41,6 +42,44 @@ class DomainSchedule:
         period, place = divmod(number, PERIOD)
         domain = int(self._domain_P[place])
         return domain, period * int(self._counts_D[domain]) + int(self._rank_P[place])
+
+    def dealt(self, number: int) -> NDArray[np.int64]:
+        """Return how many rows of each domain are among the first ``number``."""
+        period, place = divmod(number, PERIOD)
+        begun_D = np.bincount(self._domain_P[:place], minlength=len(self._counts_D))
+        return period * self._counts_D + begun_D
+
+
+@final
+class Schedule:
+    """Schedules one after the other: from some row on the domains have other shares.
+
+    A domain goes on where it was, so that no text is dealt twice or left out.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._first: list[int] = [0]
+        self._before: list[NDArray[np.int64]] = [np.zeros(len(weights), dtype=np.int64)]
+        self._parts: list[DomainSchedule] = [DomainSchedule(weights)]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Those of the newest part."""
+        return self._parts[-1].shares
+
+    def change(self, number: int, weights: Sequence[float]) -> None:
+        """Deal by ``weights`` from the ``number``-th row on, which lies behind every change before."""
+        assert number > self._first[-1], (number, self._first)
+        dealt_D = self._before[-1] + self._parts[-1].dealt(number - self._first[-1])
+        self._first.append(number)
+        self._before.append(dealt_D)
+        self._parts.append(DomainSchedule(weights))
+
+    def row(self, number: int) -> tuple[int, int]:
+        """Return (domain, how many rows of that domain came before) of the ``number``-th row of the run."""
+        part = bisect.bisect_right(self._first, number) - 1
+        domain, rank = self._parts[part].row(number - self._first[part])
+        return domain, int(self._before[part][domain]) + rank
 
 
 def _apportion(weights_D: NDArray[np.float64], total: int) -> NDArray[np.int64]:

@@ -43,6 +43,8 @@ class Evaluation:
     """Whether no prediction saw later tokens; otherwise the figure is none of prediction."""
     loads: Mapping[int, ExpertLoad] = field(default_factory=dict)
     """By layer."""
+    nats_per_token: Mapping[str, float] = field(default_factory=dict)
+    """Loss by domain, which is that of one tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,11 @@ def measure(
     moe = model.config.moe
     whole = sum(held_out_tokens(text, reading.limit_tokens) for text in corpus.held_out.values())
     domains: dict[str, float] = {}
+    nats_per_token: dict[str, float] = {}
     loads, tokens, size = LoadCounter(), 0, 0
     device = next(model.parameters()).device
     for domain in corpus.domains:
-        nats, domain_size = 0.0, 0
+        nats, domain_size, before = 0.0, 0, tokens
         for labelled in reading.batches(corpus, domain):
             here = labelled.batch.to(device)
             objective = Objective(here.targets_BS, ahead=False)
@@ -95,6 +98,7 @@ def measure(
                 progress(tokens, whole)
         if domain_size:
             domains[domain] = nats / math.log(2) / domain_size
+            nats_per_token[domain] = nats / max(tokens - before, 1)
             size += domain_size
     return Evaluation(
         bits_per_byte=sum(domains.values()) / max(len(domains), 1),
@@ -106,4 +110,5 @@ def measure(
         stride=reading.stride or reading.context,
         causal=moe is None or moe.causal,
         loads=loads.result(),
+        nats_per_token=nats_per_token,
     )

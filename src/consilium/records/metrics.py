@@ -24,6 +24,7 @@ _SHOWN = 200
 _DOMAIN = "val/bits_per_byte/"
 _LAYER = re.compile(r"moe/layer_([0-9]{1,6})/max_over_mean")
 _LOSS = "moe/loss/"
+_SHARE = "data/share/"
 _FLAT = TypeAdapter(dict[str, float | None])
 
 
@@ -61,6 +62,7 @@ def to_line(record: StepRecord) -> str:
     flat |= {_DOMAIN + name: value for name, value in record.domains.items()}
     flat |= {f"moe/layer_{layer}/max_over_mean": value for layer, value in record.layers.items()}
     flat |= {_LOSS + name: value for name, value in record.losses.items()}
+    flat |= {_SHARE + name: value for name, value in record.shares.items()}
     flat |= record.other
     finite = {key: value if math.isfinite(value) else None for key, value in flat.items()}
     return json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"
@@ -69,7 +71,7 @@ def to_line(record: StepRecord) -> str:
 def from_line(line: str | bytes) -> StepRecord:
     """Parse one line. Raises ValueError when it is not a whole record."""
     data: dict[str, float | None] = _FLAT.validate_json(line)
-    fields: dict[str, Any] = {"domains": {}, "layers": {}, "losses": {}, "other": {}}
+    fields: dict[str, Any] = {"domains": {}, "layers": {}, "losses": {}, "shares": {}, "other": {}}
     for key, value in data.items():
         _place(fields, key, math.nan if value is None else value)
     return adapter(StepRecord).validate_python(fields)
@@ -82,6 +84,8 @@ def _place(fields: dict[str, Any], key: str, value: float) -> None:
         fields["domains"][key.removeprefix(_DOMAIN)] = value
     elif key.startswith(_LOSS):
         fields["losses"][key.removeprefix(_LOSS)] = value
+    elif key.startswith(_SHARE):
+        fields["shares"][key.removeprefix(_SHARE)] = value
     elif layer := _LAYER.fullmatch(key):
         fields["layers"][int(layer[1])] = value
     else:

@@ -135,6 +135,8 @@ class StepRecord:
     """max_over_mean by block index."""
     losses: Mapping[str, float] = Field(default_factory=dict[str, float])
     """Balance losses by name, coefficients included."""
+    shares: Mapping[str, float] = Field(default_factory=dict[str, float])
+    """Share of the rows of each domain from this step on, where it changes."""
     other: Mapping[str, float] = Field(default_factory=dict[str, float])
     """Numbers under keys that this version does not know; kept, so that nothing is lost."""
 

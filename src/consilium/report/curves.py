@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -100,14 +100,25 @@ def norm_chart(runs: Sequence[Run]) -> LineChart:
 
 def losses_chart(runs: Sequence[Run]) -> LineChart:
     """Balance losses and tokens further ahead, by name, coefficients included."""
+    series = _by_name(runs, lambda record: record.losses)
+    return LineChart(say("losses beside the next token"), say("step"), say("nats per token"), series)
+
+
+def shares_chart(runs: Sequence[Run]) -> LineChart:
+    """Shares of the domains, where they follow the losses."""
+    series = _by_name(runs, lambda record: record.shares)
+    return LineChart(say("share of the rows by domain"), say("step"), say("share of the rows"), series)
+
+
+def _by_name(runs: Sequence[Run], values: Callable[[StepRecord], Mapping[str, float]]) -> tuple[Series, ...]:
     series: list[Series] = []
     for number, run in enumerate(runs):
-        names = {name: None for record in run.metrics.records for name in record.losses}
+        names = {name: None for record in run.metrics.records for name in values(record)}
         for place, name in enumerate(names):
             label = name if len(runs) == 1 else f"{run.name}: {name}"
-            curve = points((r.step, r.losses.get(name)) for r in run.metrics.records)
+            curve = points((r.step, values(r).get(name)) for r in run.metrics.records)
             series.append(Series(label, curve, place, "line" if number == 0 else "dashed"))
-    return LineChart(say("losses beside the next token"), say("step"), say("nats per token"), tuple(series))
+    return tuple(series)
 
 
 def _measure(

@@ -118,6 +118,12 @@ class RunFiles:
     def log(self, record: StepRecord) -> None:
         append_step(self._metrics, record)
 
+    def log_once(self, record: StepRecord) -> None:
+        """Of a change of shares: a run that goes on there makes it again."""
+        records = read_metrics(self._metrics).records
+        if not any(known.step == record.step and known.shares for known in records):
+            self.log(record)
+
     def sync(self) -> None:
         """Make every record durable, before the checkpoint that relies on them."""
         sync_metrics(self._metrics)

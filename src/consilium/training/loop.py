@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from consilium.data.corpus import Corpus, build_corpus
 from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
+from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.records.run import checkpoint_at
 from consilium.report.build import REPORT_FILE, build_report
@@ -24,7 +25,8 @@ from consilium.training.events import Evaluated, Event, Finished, Listener, Noti
 from consilium.training.files import locked
 from consilium.training.guard import check_disk, check_memory, check_patience, memory_told
 from consilium.training.interrupt import borrowed_signals
-from consilium.training.measures import bias_spread, evaluation_record, step_record
+from consilium.training.measures import bias_spread, evaluation_record, shares_record, step_record
+from consilium.training.mixing import mix
 from consilium.training.run import Run, Site, open_run, save_run, saved, saved_on_error
 from consilium.training.spikes import Spike
 from consilium.training.step import StepResult, gradients, update
@@ -101,7 +103,25 @@ class Meter:
         self.recent.append(seconds)
 
 
+def _mix(run: Run, emit: Callable[[Event], None]) -> None:
+    """Shares change before a step and not after one, so that a stop between the two loses no change."""
+
+    def losses(model: Decoder) -> Mapping[str, float]:
+        reading = Reading(run.config.data.sequence_length, limit_tokens=run.config.eval_tokens)
+        options = Options(dtype=torch_dtype(run.config.dtype))
+        return measure(model, run.corpus, reading, options=options).nats_per_token
+
+    progress = run.progress
+    at = (progress.step, progress.rows)
+    if mix(run.config.data, progress.mixing, run.loader, run.model, at, losses):
+        newest = progress.mixing.changes[-1]
+        run.files.log_once(shares_record(newest.step, progress.tokens, newest.shares))
+        told = ", ".join(f"{domain} {share:.1%}" for domain, share in newest.shares.items())
+        emit(Notice(say("from step {step} on rows are {shares}", step=newest.step, shares=told)))
+
+
 def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
+    _mix(run, emit)
     progress = run.progress
     begun = time.perf_counter()
     with memory_told(run.config, progress.step + 1):

@@ -55,6 +55,10 @@ def evaluation_record(step: int, tokens: int, evaluation: Evaluation) -> StepRec
     )
 
 
+def shares_record(step: int, tokens: int, shares: Mapping[str, float]) -> StepRecord:
+    return StepRecord(step=step, tokens=tokens, shares=shares)
+
+
 def layer_ratios(loads: Mapping[int, ExpertLoad]) -> dict[int, float]:
     """max/mean load of each MoE layer."""
     return {layer: max_over_mean(load.counts) for layer, load in loads.items()}

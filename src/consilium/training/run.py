@@ -7,7 +7,7 @@ import dataclasses
 import datetime as dt
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ from consilium.training.controls import controls, restore_controls
 from consilium.training.files import CONFIG_FILE, RunFiles, run_in
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
+from consilium.training.mixing import Mixing
 from consilium.training.optimizer import Optimizer, build_optimizer, moments, restore_moments
 from consilium.training.resume import changes, newest_checkpoint, put_records_aside
 from consilium.training.saving import Saver, Written
@@ -62,6 +63,7 @@ class Progress:
     skipped_in_a_row: int = 0
     saved: int | None = None
     """The newest step that a complete checkpoint holds."""
+    mixing: Mixing = field(default_factory=Mixing)
     whole: bool = True
     """False while weights move: what an error leaves then is no step."""
 
@@ -150,6 +152,7 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
             " give --steps beyond that."
         )
     loader = loader_of(config, corpus, (progress.step, progress.rows))
+    progress.mixing.apply(loader)
     files = RunFiles.reopen(out, progress.step, site.notice)
     if changed:
         _record(changed, config, progress.step, site)
@@ -224,6 +227,7 @@ def _state(run: Run) -> store.TrainingState:
             "corpus_sha256": run.corpus.sha256,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "mixing": run.progress.mixing.to_json(),
         },
     )
 
@@ -281,6 +285,7 @@ def _restore(
         rows=int(scalars.get("rows", step * stored.batch)),
         skipped_in_a_row=int(scalars["skipped_in_a_row"]),
         saved=step,
+        mixing=Mixing.from_json(str(scalars["mixing"])) if "mixing" in scalars else Mixing(),
     )
 
 
