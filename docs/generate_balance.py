@@ -261,7 +261,12 @@ def claims() -> Iterable[Claim]:
             f"{score}-quantile",
             f"{score}-bias",
         )
-        yield Claim("and than a clamped rule with momentum", TIME, f"{score}-quantile", f"{score}-smebu")
+        yield Claim(
+            "and fewer than a clamped rule with momentum (the same)",
+            TIME,
+            f"{score}-quantile",
+            f"{score}-smebu",
+        )
         yield Claim(
             "balance by sequence costs loss that balance by batch does not (2412.19437, section 4.5.3)",
             BITS,

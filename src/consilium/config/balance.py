@@ -200,7 +200,8 @@ class QuantileBias:
     A token's margin at an expert is its selection value there less its (k + 1)-th highest: it chooses where
     that is above zero. With T k / E tokens for each of E experts, c is the next highest margin. Nothing is to
     be tuned: b has the scale of the scores. ``statistics="exact"`` keeps the margins of a step, T E numbers
-    a layer; "histogram" counts them in 16 bins an octave, and its memory does not grow with the step.
+    a layer, and asks ranks for 32 sums of counts; "histogram" counts them in 16 bins an octave, in memory
+    that does not grow with the step, and asks for one.
     """
 
     kind: Literal["quantile"] = "quantile"
