@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consilium.config.balance import (
+    SMEBU,
     Balance,
     BalanceLoss,
+    BiasRule,
     CommunicationLoss,
     DeviceLoss,
     ImportanceLoss,
+    LinearBias,
+    PIDBias,
     QuantileBias,
     SequenceLoss,
+    SignBias,
     SwitchLoss,
     ZLoss,
 )
@@ -32,9 +37,10 @@ from consilium.config.router import NoGate, Router, Sigmoid, Sinkhorn, TopK, Two
 from consilium.moe.layer import MoELayer
 from consilium.moe.ordering import capacities, capacity, highest
 from consilium.moe.transport import Local
-from consilium.moe.types import LayerMode, Override, Routing, Rows, Tokens
+from consilium.moe.types import LayerMode, Override, Routing, Rows, Taken, Tokens
 from consilium.ops.counting import occurrences
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
+from support import relative_error
 
 LOSSES: tuple[BalanceLoss, ...] = (
     SwitchLoss(),
@@ -185,3 +191,43 @@ def test_a_step_of_decoding_asks_for_counts_alone() -> None:
     assert full.entropy is not None
     assert brief.entropy is None
     assert torch.equal(brief.load_E, full.load_E)
+
+
+RULES: tuple[BiasRule, ...] = (
+    SignBias(rate=0.1),
+    LinearBias(rate=0.1),
+    SMEBU(rate=0.1),
+    PIDBias(),
+    QuantileBias(),
+    QuantileBias(statistics="histogram"),
+)
+
+
+def moved(config: MoE, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Experts of a layer after its bias has moved twice, and its balance state."""
+    built, every, x_TD = layer(config).to(device), tokens(200, padding=9), vectors(200).to(device)
+    names = ("ids_T", "sequence_T", "position_T", "valid_T")
+    every = replace(every, **{name: getattr(every, name).to(device) for name in names})
+    for _ in range(2):
+        report = built(x_TD, every, LayerMode(training=True)).report
+        built.balance.step(Taken(report.wanted_E, margins=report.margins))
+    routing = built(x_TD, every, LayerMode(training=True)).routing
+    return routing.experts_TK.cpu(), {name: value.cpu() for name, value in built.balance.named_buffers()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_bias_moves_alike_on_both_devices(rule: BiasRule) -> None:
+    config = moe(MOVED, balance=Balance(bias=rule))
+    (here, state), (there, other) = moved(config, "cpu"), moved(config, "cuda")
+    assert (here == there).double().mean() > 0.99
+    assert state.keys() == other.keys()
+    assert all(relative_error(other[name], value) < 1e-3 for name, value in state.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_a_plan_is_equal_on_both_devices() -> None:
+    (here, _), (there, _) = (moved(BUSY["sinkhorn"], device) for device in ("cpu", "cuda"))
+    assert (here == there).double().mean() > 0.99

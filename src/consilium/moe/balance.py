@@ -72,15 +72,14 @@ class Balance(nn.Module):
         """
         load_E = admitted.load_E()
         wanted_E = load_E if admitted.keep_TK is admitted.wanted_TK else admitted.wanted_E()
-        count = tokens.valid_T.sum()
-        if mode.counts_only and not mode.training:
-            return Report(self.layer, {}, load_E, wanted_E, count, None)
-        counted = Counted(wanted_E, count, self._sent(admitted, mode))
+        counted = Counted(wanted_E, tokens.valid_T.sum(), self._sent(admitted, mode))
+        if mode.counts_only:
+            return Report(self.layer, {}, load_E, wanted_E, counted.tokens, None, counted.sent_N)
         with no_autocast(admitted.logits_TE):
-            losses = {} if mode.counts_only else self._losses(admitted, tokens, mode, counted)
-            disorder = None if mode.counts_only else entropy(admitted.scores_TE.detach(), tokens.valid_T)
-            beside = self._margins(admitted, tokens) if mode.training and not mode.counts_only else None
-        return Report(self.layer, losses, load_E, wanted_E, count, disorder, counted.sent_N, beside)
+            losses = self._losses(admitted, tokens, mode, counted) if mode.training else {}
+            disorder = entropy(admitted.scores_TE.detach(), tokens.valid_T)
+            beside = self._margins(admitted, tokens) if mode.training else None
+        return Report(self.layer, losses, load_E, wanted_E, counted.tokens, disorder, counted.sent_N, beside)
 
     def _losses(
         self, admitted: Routing, tokens: Tokens, mode: LayerMode, counted: Counted
@@ -88,7 +87,7 @@ class Balance(nn.Module):
         """By kind; those of one kind are added up."""
         losses: dict[str, Tensor] = {}
         seen = Seen(admitted, tokens, mode, counted, self.config.sequence, self.coefficient)
-        for loss in self.config.losses if mode.training else ():
+        for loss in self.config.losses:
             value = balance_loss(loss, seen)
             losses[loss.kind] = losses[loss.kind] + value if loss.kind in losses else value
         return losses
