@@ -1,10 +1,13 @@
-"""Kill training runs with SIGKILL at random moments until they end, and print how they ended as JSON.
+"""Kill training runs with SIGKILL at random moments, let each go on, and print how they ended as JSON.
 
-usage: kills.py FOLDER TEXT KILLS. One process imports torch once and forks every run.
+usage: kills.py FOLDER TEXT STOPS CHAINED CELL ... One process imports torch once and forks every run. A CELL
+is a kind of optimizer and a dtype such as ``muon-bfloat16``. STOPS runs of each are killed once, and one more
+CHAINED times. A ``Launch`` says in what a run takes place: other topologies are other functions of that type.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,48 +17,77 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from consilium.checkpoint import store
-from consilium.config.data import Data, TextPath
-from consilium.config.model import MTP
-from consilium.config.training import Bytes, Training
+from consilium.config.balance import AdaptiveLoss, Balance, PIDBias
+from consilium.config.model import MTP, Model
+from consilium.config.moe import Capacity
+from consilium.config.optimizer import AdamW, BlockState, Exponential, LinearRamp, Muon, Optimizer, Spikes
+from consilium.config.router import Jitter
+from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.disk import atomic
 from consilium.records.run import CHECKPOINTS
 from consilium.training.loop import train
+from consilium.training.optimizer import build_optimizer
 from small import DEEPSEEK
 
-LONGEST_RUN = 60.0
+LONGEST_RUN = 120.0
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": AdamW(),
+    "int8": AdamW(state=BlockState(block=64, smallest=64)),
+    "muon": Muon(router_learning_rate=1e-3),
+}
+Launch = Callable[[Training, Path], int]
+"""Start a run, or go on with it, in a new process group; its process id, by which it can be killed."""
 
 
-def configuration(text: Path) -> Training:
-    data = Data(sources=(TextPath(path=str(text)),), sequence_length=24)
-    model = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
+def model() -> Model:
+    """One of everything that is state: a bias with a memory, a coefficient that moves, noise, two losses."""
+    assert DEEPSEEK.moe is not None
+    router = dataclasses.replace(DEEPSEEK.moe.router, noise=Jitter(epsilon=0.1))
+    balance = Balance(losses=(AdaptiveLoss(start=0.5, most=1.0, slope=0.3, momentum=0.75),), bias=PIDBias())
+    moe = dataclasses.replace(DEEPSEEK.moe, router=router, balance=balance, admission=Capacity(factor=1.0))
+    return dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1), moe=moe)
+
+
+def configuration(text: Path, cell: str) -> Training:
+    kind, dtype = cell.split("-")
     return Training(
-        model=model,
+        model=model(),
         tokenizer=Bytes(),
-        data=data,
-        steps=16,
+        data=Data(sources=(TextPath(path=str(text)),), sequence_length=24),
+        steps=8,
         batch=4,
+        accumulate=2,
         save_every=2,
-        eval_every=7,
+        eval_every=5,
         eval_tokens=64,
+        optimizer=OPTIMIZERS[kind],
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        ramp=LinearRamp(start=2, share=0.5),
+        average=Exponential(decay=0.7),
+        spikes=Spikes(action="skip", window=16),
     )
 
 
-def run_in_child(config: Training, out: Path) -> int:
+def in_one_process(config: Training, out: Path) -> int:
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            os.setpgid(0, 0)
             train(config, out, resume=True)
             code = 0
         except BaseException:  # noqa: BLE001 - the parent judges by the exit code
             traceback.print_exc()
         finally:
             os._exit(code)
+    with contextlib.suppress(OSError):  # the child was faster
+        os.setpgid(child, child)
     return child
 
 
@@ -71,10 +103,11 @@ def outcome(child: int, seconds: float) -> int | None:
 
 
 def fingerprint(out: Path) -> str:
-    """Hash of the last checkpoint's weights and training state, the metrics' steps and the load matrices."""
+    """Hash of the last checkpoint's weights, averages and training state, of metrics and load matrices."""
     folder = atomic.latest(out / CHECKPOINTS)
     assert folder is not None
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    digest.update((folder / "average/model.safetensors").read_bytes())
     state = store.load_training_state(folder)
     for name, tensor in sorted(state.tensors.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
@@ -87,30 +120,61 @@ def fingerprint(out: Path) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    folder, text, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    config = configuration(text)
-    begun = time.monotonic()
-    assert outcome(run_in_child(config, folder / "whole"), LONGEST_RUN) == 0
-    typical = time.monotonic() - begun
-    expected = fingerprint(folder / "whole")
-    chance, kills, chains, wrong = random.Random(0), 0, 0, 0
-    while kills < wanted:
-        out = folder / f"chain-{chains}"
+@dataclasses.dataclass
+class Trial:
+    """A cell: its whole run, and what a run that was killed is compared with."""
+
+    config: Training
+    folder: Path
+    launch: Launch
+    chance: random.Random
+
+    def __post_init__(self) -> None:
+        begun = time.monotonic()
+        assert outcome(self.launch(self.config, self.folder / "whole"), LONGEST_RUN) == 0
+        self.typical = time.monotonic() - begun
+        self.expected = fingerprint(self.folder / "whole")
+
+    def killed(self, name: str, kills: int) -> bool:
+        """Kill a run so many times and let it end; whether it is the whole run then."""
+        out, landed = self.folder / name, 0
         code: int | None = None
         while code is None:
-            child = run_in_child(config, out)
-            moment = chance.uniform(0, typical * 0.6) if kills < wanted else LONGEST_RUN
-            code = outcome(child, moment)
+            # What is written, and what goes on meanwhile, is no part of a run's result.
+            saving = self.chance.choice(["blocking", "background"])
+            child = self.launch(dataclasses.replace(self.config, saving=saving), out)
+            moment = self.chance.uniform(0, self.typical * (0.9 if kills == 1 else 0.5))
+            code = outcome(child, moment if landed < kills else LONGEST_RUN)
             if code is None:
-                os.kill(child, signal.SIGKILL)
+                assert landed < kills, "a run hangs"
+                os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                kills += 1
-        chains += 1
-        wrong += code != 0 or fingerprint(out) != expected
+                landed += 1
+        return code == 0 and fingerprint(out) == self.expected
+
+
+def trials(
+    config: Training, folder: Path, *, stops: int, chained: int, launch: Launch = in_one_process
+) -> dict[str, int]:
+    trial = Trial(config, folder, launch, random.Random(folder.name))
+    ends = [trial.killed(f"stop-{i}", 1) for i in range(stops)]
+    if chained:
+        ends.append(trial.killed("chain", chained))
+    return {"runs": len(ends), "wrong": ends.count(False)}
+
+
+def main() -> None:
+    folder, text, stops, chained, *cells = sys.argv[1:]
+    torch.set_num_threads(1)
+    build_optimizer(torch.nn.Linear(1, 1), AdamW())  # torch imports its compiler now, not in every child
+    found = {
+        cell: trials(
+            configuration(Path(text), cell), Path(folder) / cell, stops=int(stops), chained=int(chained)
+        )
+        for cell in cells
+    }
     # The output of this script is its result.
-    print(json.dumps({"kills": kills, "chains": chains, "wrong": wrong, "seconds_a_run": round(typical, 2)}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

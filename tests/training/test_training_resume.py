@@ -2,12 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,26 +110,6 @@ def test_a_run_that_crashed_reaches_the_same_bits(
     finished = train(config, tmp_path / "broken", resume=True)
     assert (finished.steps, finished.interrupted) == (8, False)
     assert_same(tmp_path / "whole", tmp_path / "broken")
-
-
-@pytest.mark.timeout(400)
-def test_runs_killed_at_random_moments_reach_the_same_bits(
-    text: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "training/kills.py"), str(tmp_path), str(text), "50"],
-        capture_output=True,
-        text=True,
-        timeout=390,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    record_property("trials", result["kills"])
-    record_property("failures", result["wrong"])
-    assert result["kills"] >= 50
-    assert result["wrong"] == 0, result
 
 
 def measured(finished: Finished) -> tuple[float, Mapping[str, float], dict[int, list[int]]]:
