@@ -54,10 +54,10 @@ def empty_layer(config: GQA | MLA, batch: int, capacity: int) -> DenseLayer:
 
 def uncached(module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor) -> Tensor:
     """One plain causal pass from position 0."""
-    return module(x_BSD, build_context(module.config, counted(x_BSD.shape[0], x_BSD.shape[1])))
+    return module(x_BSD, build_context(module.config, counted(x_BSD.shape[0], x_BSD.shape[1]))).y_BSD
 
 
 def cached(
     module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor, position_BS: Tensor, layer: DenseLayer
 ) -> Tensor:
-    return module(x_BSD, build_context(module.config, position_BS, cached=True), layer)
+    return module(x_BSD, build_context(module.config, position_BS, cached=True), layer).y_BSD

@@ -48,7 +48,7 @@ def test_any_cut_into_chunks_equals_one_pass(
     for chunk in x.split(lengths, 1):
         position = counted(batch, chunk.shape[1], start)
         context = replace(build_context(config, position, cached=True), latent_path=path)
-        pieces.append(module(chunk, context, layer))
+        pieces.append(module(chunk, context, layer).y_BSD)
         start += chunk.shape[1]
     assert relative_error(torch.cat(pieces, 1), uncached(module, x)) < 1e-5
 
@@ -86,7 +86,7 @@ def test_absorbed_equals_expanded_far_into_a_sequence(position: int, tokens: int
         context = build_context(config, counted(1, tokens, position), cached=True)
         x = random_x(1, tokens, seed=1)
         expanded, absorbed = (
-            module(x, replace(context, latent_path=path), layer) for path in ("expanded", "absorbed")
+            module(x, replace(context, latent_path=path), layer).y_BSD for path in ("expanded", "absorbed")
         )
     assert expanded.norm() > 0.01 * x.norm()
     assert relative_error(absorbed, expanded) < 1e-5
@@ -98,14 +98,14 @@ def test_no_weight_is_read_past_its_module(path: LatentPath) -> None:
     module, x, layer = built(REALISTIC), random_x(1, 4), empty_layer(REALISTIC, 1, 4)
     context = replace(build_context(REALISTIC, counted(1, 4), cached=True), latent_path=path)
     with torch.no_grad():
-        whole = module(x, context, layer)
+        whole = module(x, context, layer).y_BSD
         for part in module.children():
             kept = {name: p.clone() for name, p in part.named_parameters()}
             for p in part.parameters():
                 p.fill_(torch.nan)
             part.register_forward_pre_hook(lambda part, _, kept=kept: _fill(part, kept))
             part.register_forward_hook(lambda part, _, y, kept=kept: _fill(part, dict.fromkeys(kept)))
-        assert torch.equal(module(x, context, layer), whole)
+        assert torch.equal(module(x, context, layer).y_BSD, whole)
 
 
 def _fill(part: torch.nn.Module, values: Mapping[str, Tensor | None]) -> None:
@@ -143,7 +143,8 @@ def test_the_path_that_cost_prefers_is_the_path_that_runs() -> None:
     context = build_context(REALISTIC, counted(1, 1, 40), cached=True)
     x = random_x(1, 1, seed=1)
     auto, absorbed, expanded = (
-        module(x, replace(context, latent_path=path), layer) for path in ("auto", "absorbed", "expanded")
+        module(x, replace(context, latent_path=path), layer).y_BSD
+        for path in ("auto", "absorbed", "expanded")
     )
     assert torch.equal(auto, absorbed)
     assert not torch.equal(auto, expanded)
@@ -191,7 +192,7 @@ def test_pages_equal_one_pass(config: GQA | MLA, size: int, path: LatentPath) ->
 
     def passed(part: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         context = replace(build_context(config, position, cached=True), latent_path=path)
-        return module(part, context, pages)
+        return module(part, context, pages).y_BSD
 
     prompt = passed(x[:, :7], counted(3, 7))
     rows = torch.arange(3)

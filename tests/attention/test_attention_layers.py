@@ -78,7 +78,7 @@ def compared(
         seen &= valid[:, None, :]
     context = build_context(config, position, sequence_BS=sequence, valid_BS=valid)
     fast, slow = x.clone().requires_grad_(), x.double().requires_grad_()
-    y = module(fast, replace(context, latent_path=path))
+    y = module(fast, replace(context, latent_path=path)).y_BSD
     expected = naive(config, weights, slow, position, seen)
     if valid is not None:  # what padding itself sees is nobody's concern
         y, expected = y * valid[..., None], expected * valid[..., None]
@@ -139,7 +139,7 @@ def test_packed_documents_are_separate_sequences(config: GQA | MLA) -> None:
     x = random_x(1, sum(lengths))
     sequence = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]])
     position = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed = module(x, build_context(config, position, sequence_BS=sequence))
+    packed = module(x, build_context(config, position, sequence_BS=sequence)).y_BSD
     alone = torch.cat([uncached(module, document) for document in x.split(lengths, 1)], 1)
     assert relative_error(packed, alone) < 1e-5
 
@@ -151,7 +151,7 @@ def test_what_padding_holds_changes_nothing(config: GQA | MLA) -> None:
     x = random_x(2, 7)
     other = torch.where(valid[..., None], x, 1e3 * random_x(2, 7, seed=3))
     context = build_context(config, position, valid_BS=valid)
-    y, changed = module(x, context), module(other, context)
+    y, changed = module(x, context).y_BSD, module(other, context).y_BSD
     assert torch.equal(y[valid], changed[valid])
     assert bool(y.isfinite().all())
 
@@ -161,7 +161,7 @@ def test_padding_passes_finite_gradients_and_receives_none(config: GQA | MLA) ->
     module = built(config)
     valid = torch.tensor([[False, False, True, True, False]])
     x = random_x(1, 5).requires_grad_()
-    y = module(x, build_context(config, counted(1, 5), valid_BS=valid))
+    y = module(x, build_context(config, counted(1, 5), valid_BS=valid)).y_BSD
     y[valid].square().sum().backward()
     assert x.grad is not None
     assert bool(x.grad[~valid].eq(0).all())

@@ -47,7 +47,9 @@ def by_hand(block: Block, config: Model, x_BSD: Tensor) -> Tensor:
         return torch.stack(rows).view_as(x)
 
     context = build_context(config.attention, inputs.positions())
-    x_BSD = x_BSD + normed("attention_post_norm", block.attention(normed("attention_norm", x_BSD), context))
+    x_BSD = x_BSD + normed(
+        "attention_post_norm", block.attention(normed("attention_norm", x_BSD), context).y_BSD
+    )
     inner = normed("feed_forward_norm", x_BSD)
     if block.feed_forward is not None:
         y_BSD = block.feed_forward(inner)

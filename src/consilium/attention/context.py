@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consilium.attention.types import Context
+from consilium.attention.types import Context, Peaks
 from consilium.config.attention import GQA, MLA
 from consilium.ops.documents import Documents
 from consilium.ops.rope import rotary_tables
@@ -21,6 +21,7 @@ def build_context(
     sequence_BS: Tensor | None = None,
     valid_BS: Tensor | None = None,
     cached: bool = False,
+    peaks_above: float | None = None,
 ) -> Context:
     """The context of a pass over tokens at ``position_BS``.
 
@@ -30,7 +31,7 @@ def build_context(
 
     With a cache a token sees the slots up to its own position. Every row of the batch is one sequence (no
     ``sequence_BS``), and padding stands to the right and counts on the positions of its row: it lies behind
-    every token that matters and needs no mask.
+    every token that matters and needs no mask. ``peaks_above`` asks for the largest logits, without a cache.
     """
     assert not cached or sequence_BS is None, "a cache holds one sequence a row, not packed documents"
     cos_BSR, sin_BSR = rotary_tables(config.rope, _rotated_width(config), position_BS)
@@ -40,6 +41,7 @@ def build_context(
         sin_BSR,
         documents=None if cached else Documents.find(sequence_BS, valid_BS),
         seen_BSL=_slot_mask(position_BS) if cached else None,
+        peaks=None if peaks_above is None else Peaks(peaks_above, valid_BS),
     )
 
 

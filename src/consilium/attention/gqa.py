@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.attention.tiles import attend_tiles
-from consilium.attention.types import Context
+from consilium.attention.types import Attended, Context
 from consilium.config.attention import GQA
 from consilium.kv.types import LayerCache
 from consilium.ops.documents import attend_documents
@@ -36,7 +36,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = _norm(config, config.heads, norm_epsilon)
         self.k_norm = _norm(config, config.kv_heads, norm_epsilon)
 
-    def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Attended:
         """Attend over the new tokens, or over the cache once they are written to it: [B, S, D]."""
         q_BSHP = self._rotated(self.q(x_BSD), self.q_norm, context)
         k_BSGP = self._rotated(self.k(x_BSD), self.k_norm, context)
@@ -44,12 +44,12 @@ class GroupedQueryAttention(nn.Module):
         scale, softcap = self.config.softmax_scale, self.config.softcap
         if cache is None:
             y_BSHP = attend_documents(q_BSHP, k_BSGP, v_BSGP, context.documents, scale=scale, softcap=softcap)
-            return self.o(y_BSHP.flatten(-2))
+            return Attended(self.o(y_BSHP.flatten(-2)))
         view = cache.view(context.keys)
         cache.write(torch.cat((k_BSGP.flatten(-2), v_BSGP.flatten(-2)), -1), context.position_BS)
         tiles = [self._keys_and_values(rows_BLC) for rows_BLC in view.tiles(x_BSD.dtype)]
         y_BHSP = attend_tiles(q_BSHP.transpose(1, 2), tiles, context, scale=scale, softcap=softcap)
-        return self.o(y_BHSP.transpose(1, 2).flatten(-2))
+        return Attended(self.o(y_BHSP.transpose(1, 2).flatten(-2)))
 
     def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, L, P] of cached rows."""

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from consilium.attention.tiles import attend_tiles
-from consilium.attention.types import Context
+from consilium.attention.types import Attended, Context
 from consilium.config.attention import MLA
 from consilium.kv.types import LayerCache
 from consilium.ops.attention import attend_latent
 from consilium.ops.documents import attend_documents
 from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
+from consilium.ops.peaks import largest_logits
 from consilium.ops.rope import rotate
 from consilium.ops.weights import Dense, Matrix
 
@@ -103,7 +104,7 @@ class LatentAttention(nn.Module):
         self.kv_up = LatentUp(config)
         self.o = Linear(config.heads * config.v_dim, hidden_size)
 
-    def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Attended:
         """Attend over the new tokens, or over the cache once they are written to it: [B, S, D]."""
         nope_BSHN, rope_BSHR = self._queries(x_BSD, context)
         rows_BSC = self._rows(x_BSD, context)
@@ -113,10 +114,27 @@ class LatentAttention(nn.Module):
             cache.write(rows_BSC, context.position_BS)
             tiles = view.tiles(x_BSD.dtype)
         if self._absorbs(context, cached=cache is not None):
-            y_BSHV = self._absorbed(nope_BSHN, rope_BSHR, tiles, context)
+            y_BSHV, largest_H = self._absorbed(nope_BSHN, rope_BSHR, tiles, context), None
         else:
-            y_BSHV = self._expanded(nope_BSHN, rope_BSHR, tiles, context)
-        return self.o(y_BSHV.flatten(-2))
+            y_BSHV, largest_H = self._expanded(nope_BSHN, rope_BSHR, tiles, context)
+        return Attended(self.o(y_BSHV.flatten(-2)), largest_H)
+
+    @torch.no_grad()
+    def cool(self, share_H: Tensor) -> None:
+        """Multiply the logits of each head by its share, a number of at most 1, through the weights.
+
+        Queries and keys without position take a root of it each. The rotated key is shared by all heads and
+        stays, so that rotated queries take all of it. What is frozen stays as it is.
+        """
+        config = self.config
+        query, key = self.q if config.q_rank is None else self.q_up, self.kv_up
+        parts_H11 = share_H[:, None, None]
+        if query.weight.requires_grad:
+            query_HXI = query.weight.unflatten(0, (config.heads, -1))
+            query_HXI[:, : config.nope_dim] *= parts_H11.sqrt()
+            query_HXI[:, config.nope_dim :] *= parts_H11
+        if key.weight.requires_grad:
+            key.weight.unflatten(0, (config.heads, -1))[:, : config.nope_dim] *= parts_H11.sqrt()
 
     def _queries(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries of every head, the part without position and the rotated part."""
@@ -147,14 +165,21 @@ class LatentAttention(nn.Module):
 
     def _expanded(
         self, nope_BSHN: Tensor, rope_BSHR: Tensor, tiles: Sequence[Tensor], context: Context
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Values [B, S, H, V], and the largest logits [H] where they were asked for."""
         q_BSHK, scale = torch.cat((nope_BSHN, rope_BSHR), -1), self.config.softmax_scale
         expanded = [self._keys_and_values(rows_BLC) for rows_BLC in tiles]
+        largest_H = None
+        if (peaks := context.peaks) is not None:
+            largest_H = largest_logits(
+                q_BSHK, expanded[0][0], context.documents, peaks.valid_BS, scale=scale, above=peaks.above
+            )
         if context.documents is not None:
             ((k_BSHK, v_BSHV),) = expanded
-            return attend_documents(q_BSHK, k_BSHK, v_BSHV, context.documents, scale=scale)
+            y_BSHV = attend_documents(q_BSHK, k_BSHK, v_BSHV, context.documents, scale=scale)
+            return y_BSHV, largest_H
         heads = [(k_BLHK.transpose(1, 2), v_BLHV.transpose(1, 2)) for k_BLHK, v_BLHV in expanded]
-        return attend_tiles(q_BSHK.transpose(1, 2), heads, context, scale=scale).transpose(1, 2)
+        return attend_tiles(q_BSHK.transpose(1, 2), heads, context, scale=scale).transpose(1, 2), largest_H
 
     def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, L, H, N + R] and values [B, L, H, V] of every head."""

@@ -1,6 +1,7 @@
 """What a pass tells every attention layer. Built once a pass, shared by all layers.
 
-Legend: B sequences, S new tokens, L keys visible to the pass (cached and new), R rotated dimensions / 2.
+Legend: B sequences, S new tokens, L keys visible to the pass (cached and new), D hidden, H heads, R rotated
+dimensions / 2.
 """
 
 from __future__ import annotations
@@ -16,6 +17,22 @@ LatentPath = Literal["auto", "expanded", "absorbed"]
 
 
 @dataclass(frozen=True, slots=True)
+class Peaks:
+    """Asks latent attention for the largest logit of each head, exact where it exceeds ``above``."""
+
+    above: float
+    valid_BS: Tensor | None
+    """bool; None where every token is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    y_BSD: Tensor
+    largest_H: Tensor | None = None
+    """float32, as ``ops.peaks`` says; None where nobody asked, and of attention that is not latent."""
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     position_BS: Tensor
     """int64 position inside the token's own document; also the cache slot it is written to."""
@@ -28,6 +45,8 @@ class Context:
     """With a cache: bool, True where a query sees a slot; None is plain causal attention over new tokens."""
     latent_path: LatentPath = "auto"
     """How latent attention computes: by cost, or as told."""
+    peaks: Peaks | None = None
+    """Without a cache."""
 
     @property
     def keys(self) -> int:

@@ -113,6 +113,9 @@ class Muon:
     """Dtype of the Newton-Schulz products. bfloat16 is what the published runs on accelerators use."""
     rms: PositiveFloat = 0.2
     """Root mean square of an update before the learning rate."""
+    qk_clip: PositiveFloat | None = None
+    """Largest logit of a head of latent attention (Kimi K2, 2507.20534: 100): after a step in which one was
+    larger its queries and keys shrink so that it would not have been."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8

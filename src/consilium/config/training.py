@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
+from consilium.config.attention import MLA
 from consilium.config.balance import AdaptiveLoss, BalanceLoss, ImportanceLoss
 from consilium.config.base import Size, configuration
 from consilium.config.data import BuiltIn as BuiltIn  # noqa: PLC0414 - where older scripts look for it
@@ -21,6 +22,7 @@ from consilium.config.optimizer import (
     AdamW,
     Average,
     LinearRamp,
+    Muon,
     NoAverage,
     NoRamp,
     Optimizer,
@@ -167,6 +169,7 @@ class Training:
                 f"train: batch {self.batch} is not divisible into {self.accumulate} micro-batches;"
                 " choose accumulate that divides batch."
             )
+        _check_clip(self.optimizer, self.model)
         _check_ramp(self.ramp, self.batch, self.accumulate)
         if self.batch * self.data.sequence_length > MOST_TOKENS:
             raise ConsiliumError(
@@ -178,6 +181,13 @@ class Training:
                 f"train: sequences of {self.data.sequence_length} tokens exceed model.max_length"
                 f" {self.model.max_length}; lower --seq or raise the model's length."
             )
+
+
+def _check_clip(optimizer: Optimizer, model: Model) -> None:
+    if isinstance(optimizer, Muon) and optimizer.qk_clip is not None and not isinstance(model.attention, MLA):
+        raise ConsiliumError(
+            f"train: optimizer.qk_clip is for latent attention, and {model.family} has another; take it out."
+        )
 
 
 def _check_ramp(ramp: Ramp, batch: int, accumulate: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from consilium.attention.build import build_attention
-from consilium.attention.types import Context
+from consilium.attention.types import Attended, Context
 from consilium.config.model import Model
 from consilium.kv.types import Cache, LayerCache
 from consilium.model.types import BlockResult, Options
@@ -50,15 +50,16 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
     ) -> BlockResult:
-        y_BSD = self.attention(self.attention_norm(x_BSD), context, cache)
-        x_BSD = x_BSD + self.attention_post_norm(y_BSD)
+        attended: Attended = self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + self.attention_post_norm(attended.y_BSD)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
-            return BlockResult(x_BSD + self.feed_forward_post_norm(self.feed_forward(normed_BSD)))
+            y_BSD = self.feed_forward_post_norm(self.feed_forward(normed_BSD))
+            return BlockResult(x_BSD + y_BSD, largest_H=attended.largest_H)
         assert self.moe is not None, "a block is dense or routes"
         result = self.moe(normed_BSD.flatten(0, 1), tokens, mode.at(self.moe.layer))
         y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
-        return BlockResult(x_BSD + y_BSD, result.routing, result.report)
+        return BlockResult(x_BSD + y_BSD, result.routing, result.report, attended.largest_H)
 
 
 def _post_norm(config: Model) -> nn.Module:

@@ -91,6 +91,7 @@ class Decoder(nn.Module):
             targets=(objective.targets_BS != IGNORE).sum(),
             reports={report.layer: report for p in passes for report in p.reports},
             routings={layer: routing for p in passes for layer, routing in p.routings.items()},
+            largest={layer: largest_H for p in passes for layer, largest_H in p.largest.items()},
         )
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
     def hidden(self, inputs: Inputs, *, cache: Cache | None = None, options: Options = Options()) -> Hidden:
         """Run the blocks and the last norm: ``forward`` without the head."""
         self._check_override(options.mode)
-        context = self._context(inputs, cached=cache is not None)
+        context = self._context(inputs, options, cached=cache is not None)
         tokens = inputs.tokens()
         x_BSD = self._embed(inputs.ids_BS, options)
         results: dict[int, BlockResult] = {}
@@ -120,7 +121,8 @@ class Decoder(nn.Module):
         outputs: list[Hidden] = []
         for k, module in enumerate(self.mtp):
             ahead = shifted(inputs, k + 1)
-            embedded_BSD, context = self._embed(ahead.ids_BS, options), self._context(ahead, cached=False)
+            embedded_BSD = self._embed(ahead.ids_BS, options)
+            context = self._context(ahead, options, cached=False)
             result: BlockResult = module(hidden_BSD, embedded_BSD, context, ahead.tokens(), options)
             hidden_BSD = result.x_BSD
             outputs.append(_hidden(hidden_BSD, {self.config.layers + k: result}, options))
@@ -156,13 +158,14 @@ class Decoder(nn.Module):
         """States whose products with the head are logits: a factor of D values instead of V."""
         return hidden_BSD * self.config.logit_scale
 
-    def _context(self, inputs: Inputs, *, cached: bool) -> Context:
+    def _context(self, inputs: Inputs, options: Options, *, cached: bool) -> Context:
         return build_context(
             self.config.attention,
             inputs.positions(),
             sequence_BS=inputs.sequence_BS,
             valid_BS=inputs.valid_BS,
             cached=cached,
+            peaks_above=options.peaks_above,
         )
 
 
@@ -173,4 +176,5 @@ def _hidden(final_BSD: Tensor, results: Mapping[int, BlockResult], options: Opti
         routings={
             layer: r.routing for layer, r in results.items() if options.routings and r.routing is not None
         },
+        largest={layer: r.largest_H for layer, r in results.items() if r.largest_H is not None},
     )

@@ -1,6 +1,6 @@
 """What goes into a pass of the decoder and what comes out.
 
-Legend: B sequences, S tokens, D hidden size, V vocabulary, T = B * S flat tokens.
+Legend: B sequences, S tokens, D hidden size, V vocabulary, H heads, T = B * S flat tokens.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Options:
     """Keep only block inputs and recompute the rest in the backward pass."""
     routings: bool = False
     """Return every layer's decision, graph included; otherwise it goes when its layer is done."""
+    peaks_above: float | None = None
+    """Return the largest logit of each head of latent attention, exact where it exceeds this."""
 
     def __post_init__(self) -> None:
         if self.recompute and self.mode.observer is not None:
@@ -82,6 +84,7 @@ class BlockResult:
     x_BSD: Tensor
     routing: Routing | None = None
     report: Report | None = None
+    largest_H: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ class Hidden:
     """Of every MoE layer that ran; each says which it is."""
     routings: Mapping[int, Routing]
     """By index of the MoE layer; empty unless ``Options.routings`` asks for them."""
+    largest: Mapping[int, Tensor]
+    """float32 [H] by index of the block; empty unless ``Options.peaks_above`` asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +132,5 @@ class Losses:
     reports: Mapping[int, Report]
     """By index of the MoE layer, those of the modules included."""
     routings: Mapping[int, Routing]
+    largest: Mapping[int, Tensor]
+    """Largest logits [H] by index of the block, those of the modules included; empty unless asked for."""

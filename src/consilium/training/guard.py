@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from consilium.config.optimizer import AdamW, Float32State
 from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
@@ -56,6 +57,16 @@ def memory_told(config: Training, step: int) -> Iterator[None]:
             f" backward pass comes on top; set accumulate above {config.accumulate} or recompute to true,"
             " lower --batch or --seq, or choose optimizer.state.kind int8 in a new run."
         ) from error
+
+
+def check_alone(config: Training, mesh: Mesh) -> None:
+    """Raise ConsiliumError for what reads whole matrices, where each process has some of their rows."""
+    plain = isinstance(config.optimizer, AdamW) and isinstance(config.optimizer.state, Float32State)
+    if mesh.world.size > 1 and not plain:
+        raise ConsiliumError(
+            f"train: optimizer {config.optimizer.kind} with this state runs in one process: it needs whole"
+            " matrices, and each of several has some of their rows; take adamw with state float32."
+        )
 
 
 def check_patience(skipped_in_a_row: int, step: int) -> None:

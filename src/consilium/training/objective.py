@@ -39,6 +39,8 @@ class Loss:
     """Summed over layers, as each enters ``total``."""
     reports: Mapping[int, Report]
     """By index of the MoE layer."""
+    largest: Mapping[int, Tensor]
+    """Largest logits of each head by index of the block; empty unless the options ask for them."""
 
 
 def training_loss(model: Decoder, batch: Batch, share: Share, *, options: Options) -> Loss:
@@ -54,7 +56,7 @@ def training_loss(model: Decoder, batch: Batch, share: Share, *, options: Option
     balance = _sum_by_name(losses.reports, share.micro_batches)
     total = losses.nll / targets + ahead + sum(balance.values(), start=losses.nll.new_zeros(()))
     parts = {name: value.detach() for name, value in balance.items()}
-    return Loss(total, losses.nll.detach(), ahead.detach(), parts, losses.reports)
+    return Loss(total, losses.nll.detach(), ahead.detach(), parts, losses.reports, losses.largest)
 
 
 def _sum_by_name(reports: Mapping[int, Report], micro_batches: int) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from consilium.config.optimizer import Muon
 from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.data.loader import Loader
@@ -26,6 +27,7 @@ from consilium.training import guard
 from consilium.training.freeze import balancing_layers
 from consilium.training.objective import Loss, Share, training_loss
 from consilium.training.optimizer import Optimizer, set_rate
+from consilium.training.qk_clip import clip_heads
 from consilium.training.schedule import learning_rate
 
 
@@ -45,6 +47,8 @@ class StepResult:
     skipped: bool
     step: int
     """Steps of the run that were done before."""
+    largest: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """float32 [H] largest logit of each head by index of the block, where heads are to be clipped."""
 
 
 def train_step(
@@ -96,6 +100,7 @@ def gradients(model: Decoder, loader: Loader, config: Training, step: int, mesh:
         loads=loads.result(mesh.world.sum),
         skipped=not guard.is_healthy(sums["total"], norm),
         step=step,
+        largest=_largest(losses),
     )
 
 
@@ -106,13 +111,22 @@ def update(
 
     Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).
     """
+    guard.check_alone(config, mesh)
     set_rate(optimizer, result.rate)
     with mesh.sharding.local(model):
         optimizer.step()
+    if isinstance(config.optimizer, Muon) and config.optimizer.qk_clip is not None:
+        clip_heads(model, result.largest, config.optimizer.qk_clip)
     progress = result.step / config.steps
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
         moe.balance.step(Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, mesh.world.sum))
+
+
+def _largest(losses: Sequence[Loss]) -> dict[int, Tensor]:
+    return {
+        layer: torch.stack([loss.largest[layer] for loss in losses]).amax(0) for layer in losses[0].largest
+    }
 
 
 def mine(micro_batches: int, mesh: Mesh) -> range:
@@ -156,7 +170,13 @@ class _View:
             reduce=self.reduce,
             counts_only=counts_only,
         )
-        return Options(mode=mode, dtype=torch_dtype(self.config.dtype), recompute=self.config.recompute)
+        above = self.config.optimizer.qk_clip if isinstance(self.config.optimizer, Muon) else None
+        return Options(
+            mode=mode,
+            dtype=torch_dtype(self.config.dtype),
+            recompute=self.config.recompute,
+            peaks_above=above,
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,21 @@
+"""QK-Clip: heads whose logits grew too large get smaller queries and keys (Kimi K2, 2507.20534 section 2.1).
+
+Legend: H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from consilium.attention.mla import LatentAttention
+from consilium.model.block import Block
+from consilium.model.decoder import Decoder
+
+
+def clip_heads(model: Decoder, largest: Mapping[int, Tensor], most: float) -> None:
+    """Scale each head whose largest logit of the step, ``largest`` [H] by block, was above ``most``."""
+    for module in model.modules():
+        if isinstance(module, Block) and isinstance(module.attention, LatentAttention):
+            module.attention.cool((most / largest[module.layer]).clamp(max=1.0))
