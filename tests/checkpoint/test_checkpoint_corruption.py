@@ -80,13 +80,15 @@ def remove(path: Path, choose: random.Random) -> None:
     path.unlink()
 
 
+@pytest.mark.parametrize("trials", [75, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", [flip, cut, lengthen, remove])
 def test_damage_to_any_saved_file_is_found_and_the_file_named(
-    damage: Damage, single: Path, tmp_path: Path
+    damage: Damage, trials: int, single: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("trials", trials)
     choose = random.Random(damage.__name__)
     files = sorted(path for path in single.rglob("*") if path.is_file())
-    for trial in range(75):
+    for trial in range(trials):
         folder = Path(shutil.copytree(single, tmp_path / str(trial)))
         file = folder / files[trial % len(files)].relative_to(single)
         damage(file, choose)
