@@ -40,7 +40,8 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
         name: (*command, name, *more, "--out", str(records / f"{name}.json")) for name, more in speed.items()
     }
     study = (sys.executable, str(ROOT / "bench" / "jacobs.py"), "--out", str(records / "jacobs.json"))
-    return {**commands, "jacobs": study}
+    sieve = (sys.executable, str(ROOT / "bench" / "filters.py"), "--out", str(records / "filters.json"))
+    return {"filters": sieve, **commands, "jacobs": study}
 
 
 def is_done(record: Path) -> bool:

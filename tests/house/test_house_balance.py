@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from consilium.benchmarking.record import once, record
+from consilium.config.data import TextPath
 from consilium.config.router import Sinkhorn
-from consilium.config.training import TextPath
 from consilium.data.corpus import build_corpus
 from consilium.errors import ConsiliumError
 from consilium.planner.parameters import parameters

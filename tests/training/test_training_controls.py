@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from consilium.checkpoint import store
 from consilium.config.balance import SMEBU, Balance, BiasRule, PIDBias, QuantileBias
+from consilium.config.data import Data, TextPath
 from consilium.config.model import Model
 from consilium.config.router import Sinkhorn, TopK
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.model.build import build
 from consilium.training.controls import controls, restore_controls
 from consilium.training.events import Event, Stepped

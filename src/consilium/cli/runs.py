@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -20,10 +21,38 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="where to look; default runs",
     )
+    parser.add_argument(
+        "--dropped",
+        action="store_true",
+        help="list the texts that filters took out of the data of the run DIR",
+    )
     json_flag(parser)
 
 
 def run(options: Namespace) -> int:
+    if options.dropped:
+        return _dropped(options)
+    return _runs(options)
+
+
+def _dropped(options: Namespace) -> int:
+    from consilium.records.dropped import read_dropped
+    from consilium.records.run import META_FILE
+    from consilium.report.plain import columns
+
+    if not (options.folder / META_FILE).is_file():
+        raise ConsiliumError(f"runs: {options.folder} is no run; give the folder of one with --dropped.")
+    found = read_dropped(options.folder)
+    if options.json:
+        print(json.dumps({"dropped": [dataclasses.asdict(one) for one in found]}))
+    elif not found:
+        print(say("no filter took anything out of the data of {folder}", folder=options.folder))
+    else:
+        print(columns([(one.filter, f"{one.score:.3f}", one.domain, one.name) for one in found]))
+    return 0
+
+
+def _runs(options: Namespace) -> int:
     from consilium.report import compare
     from consilium.report.plain import columns
 

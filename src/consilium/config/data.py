@@ -139,6 +139,30 @@ class Dynamic:
 Mixture = Annotated[Given | Preset | Dynamic, Field(discriminator="kind")]
 
 
+Chance = Annotated[float, Field(gt=0, lt=1)]
+
+
+@configuration
+class Advertisement:
+    """Drops texts that are advertisements (2406.16554)."""
+
+    kind: Literal["advertisement"] = "advertisement"
+    least: Chance = 0.5
+    """Texts below this chance of being none are dropped."""
+
+
+@configuration
+class Fluency:
+    """Drops texts that are no fluent language: lists of words, repetitions, garbled letters (2406.16554)."""
+
+    kind: Literal["fluency"] = "fluency"
+    least: Chance = 0.5
+    """Texts below this chance of being fluent are dropped."""
+
+
+Filter = Annotated[Advertisement | Fluency, Field(discriminator="kind")]
+
+
 @configuration
 class Data:
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (BuiltIn(),)
@@ -150,3 +174,5 @@ class Data:
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Domains without a weight are sampled in proportion to size ** temperature: 1 is by size, 0 uniform."""
     mixture: Mixture = Given()
+    filters: tuple[Filter, ...] = ()
+    """What takes texts out before the split, one after the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -30,6 +31,7 @@ from consilium.data.survey import Digest
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from consilium.data.writing import Writer
 from consilium.errors import ConsiliumError
+from consilium.records.dropped import Dropped
 from consilium.words.say import say
 
 FORMAT: Final = 4
@@ -58,6 +60,8 @@ class Corpus:
     held_out: Mapping[str, TokenizedText]
     owners: Owners = field(default_factory=dict)
     """Which sources each domain comes from."""
+    dropped: tuple[Dropped, ...] = ()
+    """What the filters took out."""
     aside: Aside | None = None
     """Where its files are when there is no cache: they go with it."""
 
@@ -77,6 +81,7 @@ def build_corpus(
     report = progress or _silent
     tokenizer = _given(start, vocab_size)
     library = Library.open(data, report)
+    _tell_dropped(library, report)
     _refuse_unmeasured(library)
     tokenizer = tokenizer or _trained(library, vocab_size, report)
     shards, aside = _shards(library, tokenizer, report)
@@ -86,8 +91,14 @@ def build_corpus(
         join_shards(shards, "train"),
         join_shards(shards, "held_out"),
         library.owners,
+        library.dropped,
         aside,
     )
+
+
+def _tell_dropped(library: Library, report: Progress) -> None:
+    for kind, count in collections.Counter(one.filter for one in library.dropped).items():
+        report(say("{count:,} texts are dropped by the {kind} filter", count=count, kind=kind))
 
 
 def _trained(library: Library, vocab_size: int, report: Progress) -> Tokenizer:

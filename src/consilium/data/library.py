@@ -16,7 +16,7 @@ from typing import Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.config.data import BuiltIn, Data, Source, TextPath
+from consilium.config.data import BuiltIn, Data, Filter, Source, TextPath, spelled
 from consilium.data.bpe import sample
 from consilium.data.builtin.domains import builtin_texts
 from consilium.data.documents import Document, Text, TextMeasures, cut, split_domain, stable_fraction
@@ -26,6 +26,7 @@ from consilium.data.paths import Found, empty, found_files, path_texts
 from consilium.data.reading import read_texts
 from consilium.data.survey import Digest, Shelf, Survey, survey
 from consilium.errors import ConsiliumError
+from consilium.records.dropped import Dropped
 from consilium.words.say import say
 
 _LARGE: Final = 2**23
@@ -50,12 +51,12 @@ class Library:
     def open(data: Data, report: Progress = _silent) -> Library:
         """Survey and split the text of ``data``. Raises ConsiliumError for unusable text."""
         shelves = tuple(_shelves(data, report))
-        surveys = tuple(_surveyed(shelves, report))
+        surveys = tuple(_surveyed(shelves, data.filters, report))
         kept = [np.zeros(0, dtype=np.int64)] * len(shelves)
         for index, source in enumerate(data.sources):
             own = [place for place, shelf in enumerate(shelves) if shelf.source == index]
-            if isinstance(source, TextPath) and not any(len(surveys[place].domain_N) for place in own):
-                raise empty(Path(source.path))
+            if not any(len(surveys[place].domain_N) for place in own):
+                raise _nothing(source, filtered=any(surveys[place].dropped for place in own))
             parts = _split([surveys[place] for place in own], data.held_out)
             for place, part in zip(own, parts, strict=True):
                 kept[place] = part
@@ -88,6 +89,16 @@ class Library:
     def held_out_characters(self) -> int:
         return self.characters - sum(int(kept.sum()) for kept in self.kept)
 
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """What the filters took out."""
+        return tuple(one for found in self.surveys for one in found.dropped.values())
+
+    def _texts(self, shelf: int) -> Iterator[Text]:
+        """Read those that no filter took out."""
+        dropped = self.surveys[shelf].dropped
+        return (text for place, text in enumerate(self.shelves[shelf].read()) if place not in dropped)
+
     def documents(self, shelf: int) -> Iterator[Document]:
         """Read the texts of a shelf again, and cut where one is on both sides.
 
@@ -95,7 +106,7 @@ class Library:
         """
         digest = Digest()
         kept = iter(self.kept[shelf].tolist())
-        for text in self.shelves[shelf].read():
+        for text in self._texts(shelf):
             digest.add(text)
             yield from cut(text, next(kept, 0))
         if digest.hexdigest() != self.surveys[shelf].sha256:
@@ -121,9 +132,9 @@ class Library:
         for name, mask in masks.items():
             drawn_N[mask] = drawn[name]
         ends = np.cumsum([len(kept) for kept in self.kept])[:-1]
-        for shelf, kept, part_N in zip(self.shelves, self.kept, np.split(drawn_N, ends), strict=True):
+        for shelf, (kept, part_N) in enumerate(zip(self.kept, np.split(drawn_N, ends), strict=True)):
             if part_N.any():
-                for text, size, count in zip(shelf.read(), kept.tolist(), part_N.tolist(), strict=True):
+                for text, size, count in zip(self._texts(shelf), kept.tolist(), part_N.tolist(), strict=True):
                     yield cut(text, size)[0].text[:count]
 
     def all_documents(self, *, held_out: bool | None = None) -> list[Document]:
@@ -133,9 +144,18 @@ class Library:
         return sorted(chosen, key=lambda document: (document.domain, document.name))
 
 
-def _surveyed(shelves: Sequence[Shelf], report: Progress) -> Iterator[Survey]:
+def _nothing(source: Source, *, filtered: bool) -> ConsiliumError:
+    if filtered:
+        return ConsiliumError(
+            f"data: the filters drop every text of {spelled(source)}; lower data.filters.0.least or take the"
+            " filter out."
+        )
+    return empty(Path(source.path if isinstance(source, TextPath) else spelled(source)))
+
+
+def _surveyed(shelves: Sequence[Shelf], filters: Sequence[Filter], report: Progress) -> Iterator[Survey]:
     for number, shelf in enumerate(shelves, start=1):
-        yield survey(shelf)
+        yield survey(shelf, filters)
         if len(shelves) > 1:
             report(say("reading the text: {number} of {count}", number=number, count=len(shelves)))
 

@@ -5,24 +5,30 @@ Legend: N texts.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consilium.config.data import Filter
+from consilium.config.io import to_data
 from consilium.data.documents import Text, stable_fraction, unit_fraction
+from consilium.data.filters import VERSION, Sieve
 from consilium.data.forms import canonical
 from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
 from consilium.errors import ConsiliumError
+from consilium.records.dropped import Dropped
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of a survey; changes when the same files would be read in another way."""
 _INDEX: Final = "index.json"
 _ARRAYS: Final = ("domain", "unit", "order", "characters", "plain")
@@ -57,9 +63,11 @@ class Survey:
     """``stable_fraction`` of the names, by which samples are drawn."""
     characters_N: NDArray[np.int64]
     plain_N: NDArray[np.bool_]
+    dropped: Mapping[int, Dropped] = field(default_factory=dict)
+    """By place among all texts that are read; the numbers are those of the others."""
 
 
-def survey(shelf: Shelf) -> Survey:
+def survey(shelf: Shelf, filters: Sequence[Filter] = ()) -> Survey:
     """Read the texts of ``shelf``, or take what was found from the cache where its files are unchanged.
 
     Raises ConsiliumError for unusable text.
@@ -70,22 +78,27 @@ def survey(shelf: Shelf) -> Survey:
         [str(path.resolve()), one.st_size, one.st_mtime_ns]
         for path, one in zip(shelf.files, status, strict=True)
     ]
-    key = hashlib.sha256(json.dumps([FORMAT, shelf.names, stamps]).encode()).hexdigest()
+    sieve = [VERSION, sys.version_info[:2], [to_data(chosen) for chosen in filters]] if filters else []
+    key = hashlib.sha256(json.dumps([FORMAT, shelf.names, stamps, sieve]).encode()).hexdigest()
     folder = cache_folder() / "surveys" / key
     if settled and entry_is_whole(folder):
         return _read(folder)
-    found = _survey(shelf)
+    found = _survey(shelf, Sieve(filters))
     if settled:
         _keep(found, folder)
     return found
 
 
-def _survey(shelf: Shelf) -> Survey:
+def _survey(shelf: Shelf, sieve: Sieve) -> Survey:
     digest, columns = Digest(), _Columns()
-    for text in shelf.read():
+    dropped: dict[int, Dropped] = {}
+    for place, text in enumerate(shelf.read()):
+        if (found := sieve.dropped(text)) is not None:
+            dropped[place] = found
+            continue
         digest.add(text)
         columns.add(text)
-    return columns.survey(digest.hexdigest())
+    return columns.survey(digest.hexdigest(), dropped)
 
 
 @final
@@ -120,7 +133,7 @@ class _Columns:
         self._characters.append(len(text.text))
         self._plain.append(isinstance(text.content, str))
 
-    def survey(self, sha256: str) -> Survey:
+    def survey(self, sha256: str, dropped: Mapping[int, Dropped]) -> Survey:
         return Survey(
             sha256,
             tuple(self._domains),
@@ -129,12 +142,14 @@ class _Columns:
             np.array(self._order, dtype=np.float64),
             np.array(self._characters, dtype=np.int64),
             np.array(self._plain, dtype=np.bool_),
+            dropped,
         )
 
 
 def _keep(found: Survey, folder: Path) -> None:
     """Whoever cannot write the cache reads the text again."""
-    index = {"sha256": found.sha256, "domains": found.domains}
+    dropped = [[place, *dataclasses.astuple(one)] for place, one in found.dropped.items()]
+    index = {"sha256": found.sha256, "domains": found.domains, "dropped": dropped}
     files = {f"{name}.npy": array_bytes(getattr(found, f"{name}_N")) for name in _ARRAYS}
     try:
         write_entry(folder, files | {_INDEX: json.dumps(index).encode()})
@@ -147,4 +162,7 @@ def _read(folder: Path) -> Survey:
     domain_N, unit_N, order_N, characters_N, plain_N = (
         open_array(folder / f"{name}.npy") for name in _ARRAYS
     )
-    return Survey(index["sha256"], tuple(index["domains"]), domain_N, unit_N, order_N, characters_N, plain_N)
+    dropped = {place: Dropped(*rest) for place, *rest in index["dropped"]}
+    return Survey(
+        index["sha256"], tuple(index["domains"]), domain_N, unit_N, order_N, characters_N, plain_N, dropped
+    )

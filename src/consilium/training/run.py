@@ -26,6 +26,7 @@ from consilium.machine.processors import cpu_name
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.plan import plan
+from consilium.records.dropped import write_dropped
 from consilium.records.io import read_json, write_json, write_text
 from consilium.records.run import (
     AVERAGE,
@@ -126,6 +127,8 @@ def _begin(config: Training, site: Site) -> Run:
     for text in loader.notices:
         site.notice(text)
     write_json(site.out / META_FILE, _meta(config, site.corpus))
+    if site.corpus.dropped:
+        write_dropped(site.out, site.corpus.dropped)
     files, optimizer = RunFiles.start(site.out, config), build_optimizer(model, config.optimizer)
     watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
     saver = Saver(config.saving)
