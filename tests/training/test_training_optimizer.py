@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from consilium.config import io
 from consilium.config.model import Model
-from consilium.config.optimizer import AdamW, BlockState, Muon, Optimizer
+from consilium.config.optimizer import AdamW, BlockState, Exponential, Muon, Optimizer
 from consilium.config.training import Training
+from consilium.errors import ConsiliumError
 from consilium.moe.experts import Experts
 from consilium.ops.orthogonal import COEFFICIENTS
+from consilium.parallel.mesh import ALONE
 from consilium.planner.memory import run_memory
 from consilium.planner.optimizer import is_hidden, state_bytes
 from consilium.training import block_adamw
 from consilium.training.freeze import freeze, is_frozen
+from consilium.training.guard import check_alone
 from consilium.training.muon import StackedMuon
 from consilium.training.optimizer import build_optimizer, moments, restore_moments, set_rate
 from consilium.training.step import train_step
@@ -261,6 +264,26 @@ def test_every_optimizer_learns(config: Optimizer) -> None:
 
     losses = [train_step(model, optimizer, Same(), training, step).ce for step in range(12)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"optimizer": Muon()}, "optimizer.kind muon"),
+        ({"optimizer": EIGHT_BIT}, "optimizer.state.kind int8"),
+        ({"average": Exponential()}, "average.kind exponential"),
+        ({"saving": "background"}, "saving background"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_needs_whole_matrices_is_refused_over_several_processes(
+    changes: dict[str, object], what: str
+) -> None:
+    two = dataclasses.replace(ALONE, world=dataclasses.replace(ALONE.world, size=2))
+    check_alone(settings(DEEPSEEK, **changes), ALONE)
+    check_alone(settings(DEEPSEEK), two)
+    with pytest.raises(ConsiliumError, match=f"train: {what} runs in one process"):
+        check_alone(settings(DEEPSEEK, **changes), two)
 
 
 def test_a_configuration_from_before_there_was_a_choice_is_adamw() -> None:

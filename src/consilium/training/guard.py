@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consilium.config.optimizer import AdamW, Float32State
+from consilium.config.optimizer import AdamW, BlockState, Exponential, Muon
 from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
@@ -60,12 +60,18 @@ def memory_told(config: Training, step: int) -> Iterator[None]:
 
 
 def check_alone(config: Training, mesh: Mesh) -> None:
-    """Raise ConsiliumError for what reads whole matrices, where each process has some of their rows."""
-    plain = isinstance(config.optimizer, AdamW) and isinstance(config.optimizer.state, Float32State)
-    if mesh.world.size > 1 and not plain:
+    """Raise ConsiliumError for what needs whole matrices, where each process has some of their rows."""
+    alone = {
+        "optimizer.kind muon": isinstance(config.optimizer, Muon),
+        "optimizer.state.kind int8": isinstance(config.optimizer, AdamW)
+        and isinstance(config.optimizer.state, BlockState),
+        "average.kind exponential": isinstance(config.average, Exponential),
+        "saving background": config.saving == "background",
+    }
+    for what in (name for name, asked in alone.items() if asked and mesh.world.size > 1):
         raise ConsiliumError(
-            f"train: optimizer {config.optimizer.kind} with this state runs in one process: it needs whole"
-            " matrices, and each of several has some of their rows; take adamw with state float32."
+            f"train: {what} runs in one process: it takes whole matrices, and each of several processes has"
+            " some of their rows; take it out, or train in one process."
         )
 
 
