@@ -40,7 +40,24 @@ def together(topology: Topology, work: Work, *, seconds: float = LONGEST) -> lis
         return [load_file(folder / f"{rank}.safetensors") for rank in range(topology.world)]
 
 
-def forked(folder: Path, rank: int, topology: Topology, work: Work, seconds: float) -> int:
+def forked_alone(topology: Topology, work: Work, *, lost: int, limit: float) -> None:
+    """``together`` where process ``lost`` never ends well; collectives may take ``limit`` seconds."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children = [
+            forked(folder, rank, topology, work, LONGEST, limit=limit) for rank in range(topology.world)
+        ]
+        others = [child for rank, child in enumerate(children) if rank != lost]
+        codes = ended(others, LONGEST)
+        os.kill(children[lost], signal.SIGKILL)
+        os.waitpid(children[lost], 0)
+        said = [path.read_text() for path in sorted(folder.glob("*.txt")) if path.stat().st_size]
+        assert codes == [0] * len(others), f"exit codes {codes}\n" + "\n".join(said)
+
+
+def forked(
+    folder: Path, rank: int, topology: Topology, work: Work, seconds: float, *, limit: float | None = None
+) -> int:
     with warnings.catch_warnings():
         # Other threads of the test process do nothing that a child would wait for.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -53,7 +70,7 @@ def forked(folder: Path, rank: int, topology: Topology, work: Work, seconds: flo
             faulthandler.dump_traceback_later(seconds, exit=True, file=log)
             torch.set_num_threads(1)
             store = dist.FileStore(str(folder / "store"), topology.world)
-            with member(store, rank, topology, limit=dt.timedelta(seconds=seconds / 2)) as mesh:
+            with member(store, rank, topology, limit=dt.timedelta(seconds=limit or seconds / 2)) as mesh:
                 found = {key: tensor.detach().clone() for key, tensor in work(mesh).items()}
             save_file(found, folder / f"{rank}.safetensors")
             code = 0

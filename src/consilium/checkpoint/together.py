@@ -56,13 +56,12 @@ def write(folder: Path, contents: Contents, mesh: Mesh, *, state: str, files: Fi
         staged = Path(world.led(begin))
         told = world.agreed(lambda: json.dumps(_write_part(staged, contents, mesh, state, files)))
 
-        def finish() -> str:
+        def finish() -> None:
             answers = [json.loads(text) for text in told]
             for name, content in {**contents.whole, **_indices(answers, state)}.items():
                 files.write(staged / name, [content])
             known = {name: entry for answer in answers for name, entry in answer["files"].items()}
             publish(staged, folder, known=known, files=files)
-            return ""
 
         world.led(finish)
 

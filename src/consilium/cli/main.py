@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import os
@@ -14,9 +13,9 @@ from types import FrameType, MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
 from consilium.cli.arguments import Parser
-from consilium.cli.exits import BROKEN_PIPE, INTERRUPTED, MISTAKE
-from consilium.cli.failures import failure_text
-from consilium.errors import ConsiliumError, nearest, one_line
+from consilium.cli.endings import ended
+from consilium.cli.exits import INTERRUPTED
+from consilium.errors import ConsiliumError, nearest
 from consilium.words.say import check_language, language, say
 
 
@@ -60,55 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_any_character()
     if argv is None:
         _stop_in_order()
-    try:
+
+    def work() -> int:
         check_language()
         code = _dispatch(words)
         if argv is None and code == INTERRUPTED:
             # The process ends now and has said how: one more signal of a burst must not end it otherwise.
             for number in _stopping("SIGINT", "SIGTERM", "SIGHUP"):
                 signal.signal(number, signal.SIG_IGN)
-        _flush()
-    except ConsiliumError as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        _tell(say("interrupted"))
-        return INTERRUPTED
-    except BrokenPipeError:
-        _forget_output()  # the reader went away (`| head`)
-        return BROKEN_PIPE
-    except Exception as error:
-        text = failure_text(error)
-        if text is None:
-            error.add_note(
-                say(
-                    "This is a fault of Consilium, not yours: please report it with the lines above, the"
-                    " command, and what `consilium doctor` prints."
-                )
-            )
-            raise
-        return _refuse(f"{text}.")
-    return code
+        return code
 
-
-def _refuse(text: str) -> int:
-    try:
-        _flush()
-    except OSError:  # full, which may be what `text` says
-        _forget_output()
-    _tell(say("error: {sentence}", sentence=one_line(text)))
-    return MISTAKE
-
-
-def _tell(text: str) -> None:
-    """Print to standard error, or nowhere where it is closed or full: never to standard output."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr)
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # None where it was closed
-        sys.stdout.flush()
+    return ended(work)
 
 
 def _write_any_character() -> None:
@@ -151,13 +112,6 @@ def _stopping(*names: str) -> list[signal.Signals]:
 def _stop(_number: int, _frame: FrameType | None) -> None:
     # Not KeyboardInterrupt: in a chat that ends the answer alone.
     raise SystemExit(INTERRUPTED)
-
-
-def _forget_output() -> None:
-    """Python flushes standard output again at exit; let that go nowhere."""
-    if sys.stdout is None:
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: Sequence[str]) -> int:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
+import os
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING, Final
 
 from consilium.cli.arguments import count, json_flag, path
-from consilium.cli.exits import INTERRUPTED, command_line
+from consilium.cli.exits import INTERRUPTED, MISTAKE, command_line
 from consilium.cli.progress import teller
 from consilium.cli.running import running_arguments, settle
+from consilium.errors import ConsiliumError
 from consilium.recipes import balances
 from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.training import Training
+    from consilium.parallel.mesh import Mesh
     from consilium.training.budget import Budget
     from consilium.training.events import Finished
+
+MOST_PROCESSES: Final = 4096
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -47,6 +53,10 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--eval-every", type=count, metavar="N", help="steps between validations; default: first and last"
     )
+    parser.add_argument("--nproc", type=_processes, metavar="N", help="processes on this machine; default: 1")
+    parser.add_argument(
+        "--ep", type=_processes, default=1, metavar="N", help="processes that share the experts; default: 1"
+    )
     running_arguments(parser, dtypes=("auto", "float32", "bfloat16"), dtype="float32; auto measures")
     parser.add_argument(
         "--set",
@@ -56,6 +66,12 @@ def arguments(parser: ArgumentParser) -> None:
         help="any key, such as model.moe.router.select.k=2 or freeze='*,!*.router.*'",
     )
     json_flag(parser)
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
+        raise ArgumentTypeError(f"{text!r} is not a number of processes from 1 to {MOST_PROCESSES}")
+    return int(text)
 
 
 def _length_arguments(parser: ArgumentParser) -> None:
@@ -81,23 +97,94 @@ def _model_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from consilium.cli.endings import ended
+    from consilium.parallel.environment import is_launched, launched_rank, launched_world, restarts
+    from consilium.parallel.launch import launch
+    from consilium.parallel.topology import Topology
+
+    Topology.of(options.nproc or launched_world(), expert=options.ep)
+    if (options.nproc or 1) > 1 and not is_launched():
+        return launch(options.nproc, lambda: ended(lambda: run(options)))
+    rank = launched_rank()
+    if restarts():
+        options.resume = True
+    if rank:
+        _be_quiet(options)
+    try:
+        return _joined(options)
+    except ConsiliumError as error:
+        if rank and not str(error).startswith(_own(rank)):
+            return MISTAKE  # which all processes make and the first one tells
+        raise
+
+
+def _own(rank: int) -> str:
+    """How an error begins that this process alone knows of."""
+    return f"rank {rank}: "
+
+
+def _be_quiet(options: Namespace) -> None:
+    """One process tells of a run and prints its JSON; the others keep standard error for their own."""
+    options.json = False
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _joined(options: Namespace) -> int:
+    from consilium.parallel.environment import is_launched, local_device
+    from consilium.parallel.group import TOLD
+    from consilium.parallel.mesh import ALONE
+    from consilium.parallel.watch import PeerLost
+
+    options.device = local_device(options.device)
+    place = settle(options)
+    if not is_launched():
+        return _prepared(options, place.device, ALONE)
+    from consilium.parallel.start import joined  # seconds that one process need not wait
+
+    with joined(expert=options.ep, device=place.device) as mesh:
+        try:
+            return _prepared(options, place.device, mesh)
+        except PeerLost as error:
+            raise ConsiliumError(f"{_own(mesh.world.rank)}{error}; go on with --resume.") from error
+        except ConsiliumError as error:
+            if mesh.world.leads or TOLD in getattr(error, "__notes__", ()):
+                raise
+            raise ConsiliumError(f"{_own(mesh.world.rank)}{error}") from error
+
+
+def _prepared(options: Namespace, device: str, mesh: Mesh) -> int:
+    """Everything that can be wrong with the options is said before anything is read or computed."""
     from consilium.cli.configure import budget_of, training_config
     from consilium.machine.allocator import keep_memory
-    from consilium.records.run import SUMMARY_FILE
     from consilium.training.budget import Minutes, steps_of
-    from consilium.training.files import locked, run_in
+    from consilium.training.files import locked_by_one, run_in
     from consilium.training.guard import check_disk, check_memory
+    from consilium.training.spread import dealt
 
     tell = teller(json=options.json)
     keep_memory()
-    stored = run_in(options.out, resume=options.resume)
-    place = settle(options)
-    config = training_config(options, stored)
-    budget = budget_of(options, config, stored)
-    if not isinstance(budget, Minutes):
-        steps_of(budget, config)
-    check_memory(config)
-    check_disk(config, options.out)
+    found: list[tuple[Training, Budget]] = []
+
+    def read() -> None:
+        stored = run_in(options.out, resume=options.resume)
+        config = dealt(training_config(options, stored), mesh)
+        found.append((config, budget_of(options, config, stored)))
+        if not isinstance(found[0][1], Minutes):
+            steps_of(found[0][1], config)
+        check_memory(config, mesh)
+        check_disk(config, options.out)
+        _tell_resumed(options, config, goes_on=stored is not None)
+
+    mesh.world.agreed(read)
+    with locked_by_one(options.out, tell, mesh):
+        return _run(*found[0], options, device, mesh)
+
+
+def _tell_resumed(options: Namespace, config: Training, *, goes_on: bool) -> None:
+    from consilium.records.run import SUMMARY_FILE
+
+    tell = teller(json=options.json)
     if options.minutes and (options.out / SUMMARY_FILE).exists():
         tell(
             say(
@@ -107,13 +194,11 @@ def run(options: Namespace) -> int:
                 steps=config.steps,
             )
         )
-    if options.resume and stored is None:
+    if options.resume and not goes_on:
         tell(say("{folder} holds no run yet: a new one starts there", folder=options.out))
-    with locked(options.out, tell):
-        return _run(config, budget, options, place.device)
 
 
-def _run(config: Training, budget: Budget, options: Namespace, device: str) -> int:
+def _run(config: Training, budget: Budget, options: Namespace, device: str, mesh: Mesh) -> int:
     from rich.console import Console
 
     from consilium.cli.live import Page
@@ -127,7 +212,7 @@ def _run(config: Training, budget: Budget, options: Namespace, device: str) -> i
         corpus = build_corpus(
             config.data, config.model.vocab_size, start=config.tokenizer, progress=page.notice
         )
-        config = with_budget(config, budget, corpus, notice=page.notice)
+        config = with_budget(config, budget, corpus, notice=page.notice, mesh=mesh)
     moe = config.model.moe
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
     with polite_stop() as asked:
@@ -140,7 +225,9 @@ def _run(config: Training, budget: Budget, options: Namespace, device: str) -> i
                 corpus=corpus,
                 stop=asked,
                 device=device,
+                mesh=mesh,
             )
+        mesh.world.agreed(lambda: None)  # what is told is there
         return (
             _stopped(finished, options)
             if finished.interrupted

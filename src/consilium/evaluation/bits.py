@@ -5,6 +5,7 @@ Legend: B rows, S tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from consilium.data.loader import LabelledBatch, held_out_batches, held_out_toke
 from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Losses, Objective, Options
+from consilium.parallel.mesh import ALONE, Mesh
 
 MOST_TOKENS = 4096
 """Tokens of one pass, beyond a single window."""
@@ -68,6 +70,17 @@ class Reading:
         )
 
 
+def _dealt(batches: Iterator[LabelledBatch], mesh: Mesh) -> Iterator[tuple[LabelledBatch, bool]]:
+    """This process's batch of each round, and whether it counts.
+
+    Experts may live elsewhere, so nobody sits out: who has none left runs another's, which does not count.
+    """
+    world = mesh.world
+    while round_ := list(itertools.islice(batches, world.size)):
+        counts = world.rank < len(round_)
+        yield round_[world.rank if counts else 0], counts
+
+
 @torch.no_grad()
 def measure(
     model: Decoder,
@@ -76,8 +89,12 @@ def measure(
     *,
     options: Options = Options(),
     progress: Callable[[float, float], None] | None = None,
+    mesh: Mesh = ALONE,
 ) -> Evaluation:
-    """Run the model over each domain's held-out text. No state changes."""
+    """Run the model over each domain's held-out text. No state changes.
+
+    The processes of ``mesh`` deal the windows among them.
+    """
     moe = model.config.moe
     whole = sum(held_out_tokens(text, reading.limit_tokens) for text in corpus.held_out.values())
     domains: dict[str, float] = {}
@@ -85,17 +102,22 @@ def measure(
     loads, tokens, size = LoadCounter(), 0, 0
     device = next(model.parameters()).device
     for domain in corpus.domains:
-        nats, domain_size, before = 0.0, 0, tokens
-        for labelled in reading.batches(corpus, domain):
+        nats, seen, domain_size, before = 0.0, 0, 0, tokens
+        for labelled, counts in _dealt(reading.batches(corpus, domain), mesh):
             here = labelled.batch.to(device)
             objective = Objective(here.targets_BS, ahead=False)
             losses: Losses = model(Inputs.of(here), options=options, objective=objective)
-            loads.add(losses.reports.values())
+            reports = losses.reports.values()
+            loads.add(reports if counts else [report.of_nothing() for report in reports])
+            if not counts:
+                continue
             nats += float(losses.nll)
-            tokens += int(losses.targets)
+            seen += int(losses.targets)
             domain_size += int(labelled.bytes_BS.sum())
             if progress is not None:
-                progress(tokens, whole)
+                progress(tokens + seen, whole)
+        summed = mesh.world.sum(torch.tensor([nats, seen, domain_size], dtype=torch.float64)).tolist()
+        nats, tokens, domain_size = summed[0], tokens + int(summed[1]), int(summed[2])
         if domain_size:
             domains[domain] = nats / math.log(2) / domain_size
             nats_per_token[domain] = nats / max(tokens - before, 1)
@@ -109,6 +131,6 @@ def measure(
         context=reading.context,
         stride=reading.stride or reading.context,
         causal=moe is None or moe.causal,
-        loads=loads.result(),
+        loads=loads.result(mesh.world.sum),
         nats_per_token=nats_per_token,
     )

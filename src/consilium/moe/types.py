@@ -7,7 +7,7 @@ R rows = kept (token, expert) pairs sorted by expert, F expert width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol, Self, final
 
 import torch
@@ -335,3 +335,8 @@ class Report:
     @property
     def dropped(self) -> Tensor:
         return self.wanted_E.sum() - self.load_E.sum()
+
+    def of_nothing(self) -> Report:
+        """The same layer after no tokens: of a pass that ran for other processes alone."""
+        none = {name: torch.zeros_like(getattr(self, name)) for name in ("load_E", "wanted_E", "tokens")}
+        return replace(self, sent_N=None, margins=None, **none)

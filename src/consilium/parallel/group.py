@@ -20,9 +20,14 @@ from torch import Tensor
 from consilium.errors import ConsiliumError
 from consilium.parallel.watch import PeerLost, Watch
 
+TOLD: Final = "Every process knows of this."
+"""Note of an error that all processes raise: one of them shows it."""
 _FINE: Final = "fine"
 _MISTAKE: Final = "mistake"
 _FAULT: Final = "fault"
+
+Work = Callable[[], str | None]
+"""What a process does before the others go on, and what it has to say to them."""
 
 
 @final
@@ -116,30 +121,31 @@ class Group:
             dist.all_gather(every, value.contiguous(), group=self.handle)
         return torch.cat(every)
 
-    def led(self, work: Callable[[], str]) -> str:
+    def led(self, work: Work) -> str:
         """What ``work`` returns in the process that leads; its ConsiliumError is raised in all of them."""
-        if self.handle is None:
-            return work()
-        return self.agreed(work if self.leads else lambda: "")[0]
+        return self.agreed(work if self.leads else lambda: None)[0]
 
-    def agreed(self, work: Callable[[], str]) -> list[str]:
+    def agreed(self, work: Work) -> list[str]:
         """What ``work`` returned in each process. Where one fails all do, with the sentence of the first."""
         if self.handle is None:
-            return [work()]
+            return [work() or ""]
         error: Exception | None = None
         try:
-            answer = f"{_FINE}\n{work()}"
+            answer = f"{_FINE}\n{work() or ''}"
         except ConsiliumError as caught:
             error, answer = caught, f"{_MISTAKE}\n{caught}"
         except Exception as caught:  # noqa: BLE001 - raised again below, once the others know of it
             error, answer = caught, f"{_FAULT}\n{type(caught).__name__}: {caught}"
         answers = self.texts(answer)
         if error is not None:
+            error.add_note(TOLD)
             raise error
         for rank, told in enumerate(answers):
             kind, _, text = told.partition("\n")
             if kind == _MISTAKE:
-                raise ConsiliumError(text)
+                mistake = ConsiliumError(text)
+                mistake.add_note(TOLD)
+                raise mistake
             if kind == _FAULT:
                 raise PeerLost(f"rank {rank} failed: {text}; its own message says more.")
         return [told.partition("\n")[2] for told in answers]

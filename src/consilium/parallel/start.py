@@ -6,56 +6,48 @@ import contextlib
 import datetime as dt
 import os
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from consilium.errors import ConsiliumError
+from consilium.parallel.environment import STORE, is_launched, seconds
 from consilium.parallel.group import Group
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.sharding import FullySharded
 from consilium.parallel.topology import Topology
 from consilium.parallel.watch import Watch
 
-TIMEOUT: Final = 300.0
-"""Seconds that a collective may take: longer than a slow rank's checkpoint, far from torch's half an hour."""
-_NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def is_launched() -> bool:
-    """Whether a launcher started this process as one of several, or as the only one of its group."""
-    return all(name in os.environ for name in _NEEDED)
-
-
-def restarts() -> int:
-    """How often torchrun has started this group anew after a process was lost."""
-    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(text) if text.isdecimal() else 0
-
 
 @contextlib.contextmanager
-def joined(
-    *, expert: int = 1, replicas: int = 1, device: str = "cpu", timeout: float = TIMEOUT
-) -> Iterator[Mesh]:
+def joined(*, expert: int = 1, replicas: int = 1, device: str = "cpu") -> Iterator[Mesh]:
     """Join the processes of the environment and leave them at the end; alone where there is no launcher.
 
-    Raises ConsiliumError for processes that cannot be dealt so, and PeerLost where one does not come within
-    ``timeout`` seconds.
+    Raises ConsiliumError for processes that cannot be dealt so, and PeerLost where one does not come in
+    time.
     """
     if not is_launched():
         Topology.of(1, expert=expert, replicas=replicas)
         yield ALONE
         return
-    limit = dt.timedelta(seconds=timeout)
-    store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+    limit = dt.timedelta(seconds=seconds())
+    store, rank, world = _meeting(limit)
     with member(
         store, rank, Topology.of(world, expert=expert, replicas=replicas), device=device, limit=limit
     ) as mesh:
         yield mesh
+
+
+def _meeting(limit: dt.timedelta) -> tuple[Store, int, int]:
+    """Where the processes find each other, and this one's rank among how many."""
+    if STORE in os.environ:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return FileStore(os.environ[STORE], world), rank, world
+    return next(iter(rendezvous("env://", timeout=limit)))
 
 
 @contextlib.contextmanager
@@ -64,6 +56,8 @@ def member(
 ) -> Iterator[Mesh]:
     """Be process ``rank`` of ``topology``, whose processes meet in ``store``."""
     kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if dist.is_initialized():
         raise ConsiliumError("this process has joined a group already; leave it before joining another.")
     backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
@@ -74,7 +68,8 @@ def member(
     try:
         yield _mesh(PrefixStore("watch", store), rank, topology, kind, limit)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # else they were left when one was lost
+            dist.destroy_process_group()
 
 
 def _mesh(store: Store, rank: int, topology: Topology, device: str, limit: dt.timedelta) -> Mesh:
@@ -91,6 +86,8 @@ def _mesh(store: Store, rank: int, topology: Topology, device: str, limit: dt.ti
             ranks_HDP.movedim(1, 2).flatten(0, 1),
         )
     )
+    assert world.watch is not None
+    world.watch.introduce()
     for group in (world, expert, replica):
         group.sum(torch.zeros(1))
     mine_HD = ranks_HDP[..., topology.place(rank)[2]]

@@ -17,6 +17,8 @@ from typing import Final, final
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from consilium.machine.process import identity, is_gone
+
 GRACE: Final = 1.5
 """Seconds in which the others may leave their word."""
 _BACKEND: Final = "distributed_c10d.py"
@@ -52,8 +54,15 @@ class Watch:
                 f" {str(error).strip().splitlines()[0][:200]}"
             ) from error
 
+    def introduce(self) -> None:
+        """Say in the store which process this rank is."""
+        self.store.set(f"process/{self.rank}", identity())
+
     def _missing(self, what: str) -> list[int]:
-        """Ranks that leave no word within the grace; all that cannot be asked where the store is gone too."""
+        """Ranks that leave no word within the grace; of these the ones known to be gone, where some are.
+
+        The others may wait, in good health, for a word of this process.
+        """
         others = [rank for rank in self.members if rank != self.rank]
         until = time.monotonic() + GRACE
         try:
@@ -61,9 +70,10 @@ class Watch:
             while others and time.monotonic() < until:
                 others = [rank for rank in others if not self.store.check([f"left/{rank}"])]
                 time.sleep(0.05)
+            gone = [rank for rank in others if is_gone(self.store.get(f"process/{rank}").decode())]
         except RuntimeError:  # the store lived in a process that is gone
             return others
-        return others
+        return gone or others
 
 
 def _collective(error: BaseException) -> str | None:

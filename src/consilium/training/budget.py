@@ -14,11 +14,12 @@ from consilium.config.optimizer import NoRamp
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
-from consilium.model.build import build
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training.freeze import freeze
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
 from consilium.training.schedule import mean_batch
+from consilium.training.spread import dealt, drawn
 from consilium.training.step import train_step
 from consilium.words.say import say
 
@@ -48,9 +49,9 @@ Budget = Steps | Tokens | Minutes
 
 
 def with_budget(
-    config: Training, budget: Budget, corpus: Corpus, *, notice: Callable[[str], None]
+    config: Training, budget: Budget, corpus: Corpus, *, notice: Callable[[str], None], mesh: Mesh = ALONE
 ) -> Training:
-    """Return ``config`` with its number of steps.
+    """Return ``config`` with its number of steps, the same in all processes of ``mesh``.
 
     Minutes are measured here and never again: the steps are stored.
     """
@@ -59,7 +60,7 @@ def with_budget(
             steps = steps_of(budget, config)
         case Minutes(count=count):
             whole = dataclasses.replace(config, ramp=NoRamp())
-            seconds = step_seconds(whole, corpus) * mean_batch(config) / config.batch
+            seconds = step_seconds(whole, corpus, mesh=mesh) * mean_batch(config) / config.batch
             steps = _at_least_one(count * 60 / seconds, budget)
             notice(
                 say(
@@ -84,7 +85,9 @@ def _at_least_one(steps: float, budget: Budget) -> int:
     return round(steps)
 
 
-def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATION_SECONDS) -> float:
+def step_seconds(
+    config: Training, corpus: Corpus, *, seconds: float = CALIBRATION_SECONDS, mesh: Mesh = ALONE
+) -> float:
     """Time of a training step, measured on a throw-away copy of the run for about ``seconds``.
 
     A quarter of the steps is faster: other work on the machine only ever slows a step down, and a few slow
@@ -92,19 +95,21 @@ def step_seconds(config: Training, corpus: Corpus, *, seconds: float = CALIBRATI
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = build(config.model, seed=config.seed)
+    config = dealt(config, mesh)
+    model = drawn(config.model, config.seed, mesh)
     freeze(model, config.freeze)
-    optimizer = build_optimizer(model, config.optimizer)
+    with mesh.sharding.local(model):
+        optimizer = build_optimizer(model, config.optimizer)
     loader = loader_of(config, corpus)
     measured: list[float] = []
     step = 0
-    while step < WARM_UP_STEPS + FEWEST_STEPS or sum(measured) < seconds:
+    while step < WARM_UP_STEPS + FEWEST_STEPS or mesh.world.of_first(sum(measured)) < seconds:
         begun = time.perf_counter()
-        train_step(model, optimizer, loader, config, step)
+        train_step(model, optimizer, loader, config, step, mesh)
         if step >= WARM_UP_STEPS:
             measured.append(time.perf_counter() - begun)
         step += 1
-    return statistics.quantiles(measured, n=4)[0]
+    return mesh.world.of_first(statistics.quantiles(measured, n=4)[0])
 
 
 def missed(budget: Budget, seconds: float) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
 from consilium.config import io
 from consilium.config.training import Training
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
+from consilium.parallel.mesh import Mesh
 from consilium.records.io import write_text
 from consilium.records.loads import LOADS_FILE, FinalLoad, LoadFile
 from consilium.records.metrics import METRICS_FILE, append_step, read_metrics, sync_metrics, truncate_metrics
@@ -75,11 +76,78 @@ def locked(out: Path, notice: Callable[[str], None]) -> Iterator[None]:
                 _remove_unused(out)
 
 
+@contextlib.contextmanager
+def locked_by_one(out: Path, notice: Callable[[str], None], mesh: Mesh) -> Iterator[None]:
+    """``locked``, by the process of ``mesh`` that leads, in a folder that every process sees."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(locked(out, notice))
+
+        def see() -> None:
+            if not (out / LOCK_FILE).exists():
+                raise ConsiliumError(
+                    f"rank {mesh.world.rank} does not see {out}, which rank 0 has made; give --out on a file"
+                    " system that all processes share."
+                )
+
+        mesh.world.led(lock)
+        mesh.world.agreed(see)
+        yield
+
+
 def _remove_unused(out: Path) -> None:
     with contextlib.suppress(OSError):
         if [path.name for path in out.iterdir()] == [LOCK_FILE]:
             (out / LOCK_FILE).unlink()
         out.rmdir()
+
+
+class Files(Protocol):
+    """What a run keeps beside its checkpoints."""
+
+    def log(self, record: StepRecord) -> None: ...
+
+    def log_once(self, record: StepRecord) -> None:
+        """Of a change of shares: a run that goes on there makes it again."""
+        ...
+
+    def log_loads(self, step: int, result: StepResult) -> None: ...
+
+    def sync(self) -> None:
+        """Make every record durable, before the checkpoint that relies on them."""
+        ...
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether a validation after ``step`` is on record."""
+        ...
+
+    def final_load(self) -> dict[int, FinalLoad]:
+        """How even the loads of each MoE layer were in the newest steps of the run."""
+        ...
+
+
+@final
+class NoFiles:
+    """Of a process that another writes for."""
+
+    def log(self, record: StepRecord) -> None:
+        pass
+
+    def log_once(self, record: StepRecord) -> None:
+        pass
+
+    def log_loads(self, step: int, result: StepResult) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def has_evaluation(self, step: int) -> bool:
+        return True
+
+    def final_load(self) -> dict[int, FinalLoad]:
+        return {}
 
 
 @final
@@ -119,24 +187,20 @@ class RunFiles:
         append_step(self._metrics, record)
 
     def log_once(self, record: StepRecord) -> None:
-        """Of a change of shares: a run that goes on there makes it again."""
         records = read_metrics(self._metrics).records
         if not any(known.step == record.step and known.shares for known in records):
             self.log(record)
 
     def sync(self) -> None:
-        """Make every record durable, before the checkpoint that relies on them."""
         sync_metrics(self._metrics)
         if self._loads is not None:
             self._loads.sync()
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether a validation after ``step`` is on record."""
         records = read_metrics(self._metrics).records
         return any(record.step == step and record.bits_per_byte is not None for record in records)
 
     def final_load(self) -> dict[int, FinalLoad]:
-        """How even the loads of each MoE layer were in the newest steps of the run."""
         return {} if self._loads is None else self._loads.final()
 
     def log_loads(self, step: int, result: StepResult) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,14 +85,19 @@ def check_patience(skipped_in_a_row: int, step: int) -> None:
         )
 
 
-def check_memory(config: Training) -> None:
+def check_memory(config: Training, mesh: Mesh = ALONE) -> None:
     """Raise ConsiliumError where weights, gradients and optimizer state are more than memory and swap."""
     model = config.model
     refuse_beyond_memory(
-        run_memory(config).total,
+        run_memory(config).total * _here(mesh) // mesh.world.size,
         f"training {model.family} with {parameters(model).total:,} parameters",
         "choose a smaller size, such as :tiny, or scale it with --params",
     )
+
+
+def _here(mesh: Mesh) -> int:
+    """Processes of the run on this machine, as torchrun says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world.size))
 
 
 def check_disk(config: Training, out: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +19,18 @@ from consilium.machine.device import choose_device
 from consilium.model.build import torch_dtype
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.records.run import checkpoint_at
 from consilium.report.build import REPORT_FILE, build_report
 from consilium.training.events import Evaluated, Event, Finished, Listener, Notice, Saved, Started, Stepped
-from consilium.training.files import locked
+from consilium.training.files import locked_by_one
 from consilium.training.guard import check_disk, check_memory, check_patience, memory_told
 from consilium.training.interrupt import borrowed_signals
 from consilium.training.measures import bias_spread, evaluation_record, shares_record, step_record
 from consilium.training.mixing import mix
 from consilium.training.run import Run, Site, open_run, save_run, saved, saved_on_error
 from consilium.training.spikes import Spike
+from consilium.training.spread import agree, dealt
 from consilium.training.step import StepResult, gradients, update
 from consilium.training.summary import write_summary
 from consilium.words.say import say
@@ -49,11 +51,13 @@ def train(  # noqa: PLR0913 - the public face, by keyword
     corpus: Corpus | None = None,
     stop: Callable[[], bool] | None = None,
     device: str = "cpu",
+    mesh: Mesh = ALONE,
 ) -> Finished:
     """Train in the run folder ``out`` and return how it ended; a summary and a report lie there then.
 
     ``device`` is ``cpu``, ``cuda``, ``cuda:N`` or ``auto``. ``stop`` says whether to end after the step in
-    progress, by default once Ctrl-C, SIGTERM or SIGHUP came.
+    progress, by default once Ctrl-C, SIGTERM or SIGHUP came. The processes of ``mesh`` call this together,
+    with the same arguments; one of them writes and tells, and all stop where one is asked to.
 
     The result is a function of the configuration, the text, torch, the thread count and the CPU's features: a
     run stopped anywhere and resumed reaches the same weights, bit for bit. Raises ConsiliumError for a model
@@ -64,28 +68,38 @@ def train(  # noqa: PLR0913 - the public face, by keyword
     """
 
     def emit(event: Event) -> None:
-        for listener in listeners:
+        for listener in listeners if mesh.world.leads else ():
             listener(event)
 
     def notice(text: str) -> None:
         emit(Notice(text))
 
     out, device = Path(out), choose_device(device)
-    check_memory(config)
-    check_disk(config, out)
+    config = dealt(config, mesh)
+    mesh.world.agreed(lambda: check_memory(config, mesh))
+    mesh.world.led(lambda: check_disk(config, out))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:
         corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer, progress=notice)
-    with borrowed_signals() if stop is None else nullcontext(stop) as asked, locked(out, notice):
-        run = open_run(config, Site(out, corpus, device, notice), resume=resume)
-        with saved_on_error(run, notice):
-            emit(Started(run.config, out, run.progress.step))
-            meter = Meter()
-            first = _evaluate(run, emit) if run.progress.step == 0 and not asked() else None
-            while run.progress.step < run.config.steps and not asked():
-                _step(run, meter, emit)
-            return _finish(run, meter, first, emit)
+    agree(config, corpus, mesh)
+    with ExitStack() as stack:
+        asked = stack.enter_context(borrowed_signals() if stop is None else nullcontext(stop))
+        stack.enter_context(mesh.watched())
+        stack.enter_context(locked_by_one(out, notice, mesh))
+        run = open_run(config, Site(out, corpus, device, notice, mesh), resume=resume)
+        stack.enter_context(saved_on_error(run, notice))
+        emit(Started(run.config, out, run.progress.step))
+        meter = Meter()
+        first = None if run.progress.step or _stops(run, asked) else _evaluate(run, emit)
+        while run.progress.step < run.config.steps and not _stops(run, asked):
+            _step(run, meter, emit)
+        return _finish(run, meter, first, emit)
+
+
+def _stops(run: Run, asked: Callable[[], bool]) -> bool:
+    """Whether a stop was asked of any process."""
+    return run.mesh.world.any(asked())[0]
 
 
 @dataclass(slots=True)
@@ -109,7 +123,7 @@ def _mix(run: Run, emit: Callable[[Event], None]) -> None:
     def losses(model: Decoder) -> Mapping[str, float]:
         reading = Reading(run.config.data.sequence_length, limit_tokens=run.config.eval_tokens)
         options = Options(dtype=torch_dtype(run.config.dtype))
-        return measure(model, run.corpus, reading, options=options).nats_per_token
+        return measure(model, run.corpus, reading, options=options, mesh=run.mesh).nats_per_token
 
     progress = run.progress
     at = (progress.step, progress.rows)
@@ -125,13 +139,13 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     progress = run.progress
     begun = time.perf_counter()
     with memory_told(run.config, progress.step + 1):
-        result = gradients(run.model, run.loader, run.config, progress.step)
+        result = gradients(run.model, run.loader, run.config, progress.step, run.mesh)
         healthy, spike = not result.skipped, run.watch.see(result.loss, result.norm)
         if spike is not None and run.config.spikes.action == "skip":
             result = dataclasses.replace(result, skipped=True)
         if not result.skipped:
             progress.whole = False
-            update(run.model, run.optimizer, run.config, result)
+            update(run.model, run.optimizer, run.config, result, run.mesh)
     meter.add(time.perf_counter() - begun, result)
     progress.step += 1
     progress.tokens += result.tokens
@@ -179,7 +193,7 @@ def _every(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
         return
     if _is_due(config, step):
         _evaluate(run, emit)
-    if _save_is_due(config, step, time.monotonic() - meter.saved_at):
+    if _save_is_due(config, step, run.mesh.world.of_first(time.monotonic() - meter.saved_at)):
         _tell_saved(run, emit, wait=True)
         save_run(run)
         meter.saved_at = time.monotonic()
@@ -204,6 +218,7 @@ def _evaluate(run: Run, emit: Callable[[Event], None]) -> Evaluation:
         run.corpus,
         Reading(run.config.data.sequence_length, limit_tokens=_limit(run)),
         options=Options(dtype=torch_dtype(run.config.dtype)),
+        mesh=run.mesh,
     )
     step = run.progress.step
     if not run.files.has_evaluation(step) and (step in (0, run.config.steps) or _is_due(run.config, step)):
@@ -250,8 +265,12 @@ def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Ev
         final_load=run.files.final_load(),
         report=run.out / REPORT_FILE,
     )
-    if not interrupted:
-        write_summary(run.out, finished)
-    build_report(run.out)
+
+    def report() -> None:
+        if not interrupted:
+            write_summary(run.out, finished)
+        build_report(run.out)
+
+    run.mesh.world.led(report)
     emit(finished)
     return finished

@@ -23,8 +23,8 @@ from consilium.disk import atomic
 from consilium.errors import ConsiliumError
 from consilium.machine.memory import physical_memory
 from consilium.machine.processors import cpu_name
-from consilium.model.build import build
 from consilium.model.decoder import Decoder
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.planner.plan import plan
 from consilium.records.dropped import write_dropped
 from consilium.records.io import read_json, write_json, write_text
@@ -40,7 +40,7 @@ from consilium.records.run import (
 )
 from consilium.training.average import Averaged
 from consilium.training.controls import controls, restore_controls
-from consilium.training.files import CONFIG_FILE, RunFiles, run_in
+from consilium.training.files import CONFIG_FILE, Files, NoFiles, RunFiles, run_in, stored_config
 from consilium.training.freeze import freeze
 from consilium.training.guard import check_weights
 from consilium.training.mixing import Mixing
@@ -49,6 +49,7 @@ from consilium.training.resume import changes, newest_checkpoint, put_records_as
 from consilium.training.saving import Saver, Written
 from consilium.training.schedule import first_batches
 from consilium.training.spikes import Watch
+from consilium.training.spread import allocated, rows_of, stamped
 from consilium.training.start import as_stored, initial, tokenizer_of
 from consilium.words.say import say
 
@@ -77,11 +78,12 @@ class Run:
     loader: Loader
     model: Decoder
     optimizer: Optimizer
-    files: RunFiles
+    files: Files
     watch: Watch
     average: Averaged
     saver: Saver
     progress: Progress
+    mesh: Mesh = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Site:
     corpus: Corpus
     device: str
     notice: Callable[[str], None]
+    mesh: Mesh = ALONE
 
 
 def open_run(config: Training, site: Site, *, resume: bool) -> Run:
@@ -100,16 +103,24 @@ def open_run(config: Training, site: Site, *, resume: bool) -> Run:
     Raises ConsiliumError when the folder holds a run and ``resume`` is off, one with other settings or text,
     or other files.
     """
-    out = site.out
-    stored = run_in(out, resume=resume)
-    for folder in (out, out / CHECKPOINTS):
-        atomic.sweep(folder)
-    checkpoint = None if stored is None else newest_checkpoint(out, site.notice)
-    if stored is None or checkpoint is None:
-        if stored is not None:
-            _start_anew(out, site.notice)
+    world = site.mesh.world
+    found = world.led(lambda: _checkpoint(site, resume=resume))
+    stored = stored_config(site.out) if found else None
+    world.agreed(lambda: None)  # nobody writes before all have read
+    if stored is None:
         return _begin(config, site)
-    return _go_on(config, stored, checkpoint, site)
+    return _go_on(config, stored, Path(found), site)
+
+
+def _checkpoint(site: Site, *, resume: bool) -> str:
+    """Where a run goes on; nothing where one begins."""
+    stored = run_in(site.out, resume=resume)
+    for folder in (site.out, site.out / CHECKPOINTS):
+        atomic.sweep(folder)
+    checkpoint = None if stored is None else newest_checkpoint(site.out, site.notice)
+    if stored is not None and checkpoint is None:
+        _start_anew(site.out, site.notice)
+    return "" if checkpoint is None else str(checkpoint)
 
 
 def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
@@ -121,20 +132,34 @@ def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
 
 
 def _begin(config: Training, site: Site) -> Run:
-    model, config = initial(config, site.corpus)
-    model.to(site.device)
+    model, config = initial(config, site.corpus, site.device, site.mesh)
     loader = loader_of(config, site.corpus)
     for text in loader.notices:
         site.notice(text)
-    write_json(site.out / META_FILE, _meta(config, site.corpus))
-    if site.corpus.dropped:
-        write_dropped(site.out, site.corpus.dropped)
-    files, optimizer = RunFiles.start(site.out, config), build_optimizer(model, config.optimizer)
+
+    def start() -> Files:
+        write_json(site.out / META_FILE, _meta(config, site.corpus))
+        if site.corpus.dropped:
+            write_dropped(site.out, site.corpus.dropped)
+        return RunFiles.start(site.out, config)
+
+    files, mesh, saver = _files(site.mesh, start), site.mesh, _saver(config, site.mesh)
+    with mesh.sharding.local(model):
+        optimizer = build_optimizer(model, config.optimizer)
     watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
-    saver = Saver(config.saving)
-    return Run(
-        config, site.out, site.corpus, loader, model, optimizer, files, watch, average, saver, Progress()
-    )
+    out, corpus, progress = site.out, site.corpus, Progress()
+    return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress, mesh)
+
+
+def _files(mesh: Mesh, opened: Callable[[], Files]) -> Files:
+    """What ``opened`` returns in the process that leads; the others have nothing to write."""
+    found: list[Files] = []
+
+    def work() -> None:
+        found.append(opened())
+
+    mesh.world.led(work)
+    return found[0] if found else NoFiles()
 
 
 def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> Run:
@@ -142,9 +167,10 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     config = as_stored(config, stored)
     changed = changes(stored, config, out)
     tokenizer_of(config, corpus)
-    model = build(config.model, seed=config.seed).to(site.device)
+    model = allocated(config.model, site.mesh, site.device)
     freeze(model, config.freeze)
-    optimizer = build_optimizer(model, config.optimizer)
+    with site.mesh.sharding.local(model):
+        optimizer = build_optimizer(model, config.optimizer)
     watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
     progress = _restore(checkpoint, stored, model, optimizer, watch, site)
     if (averaged := average.content(model)) is not None:
@@ -156,11 +182,15 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
         )
     loader = loader_of(config, corpus, (progress.step, progress.rows))
     progress.mixing.apply(loader)
-    files = RunFiles.reopen(out, progress.step, site.notice)
-    if changed:
-        _record(changed, config, progress.step, site)
-    saver = Saver(config.saving)
-    return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress)
+
+    def reopen() -> Files:
+        files = RunFiles.reopen(out, progress.step, site.notice)
+        if changed:
+            _record(changed, config, progress.step, site)
+        return files
+
+    files, saver, mesh = _files(site.mesh, reopen), _saver(config, site.mesh), site.mesh
+    return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress, mesh)
 
 
 def _record(changed: list[tuple[str, str, str]], config: Training, step: int, site: Site) -> None:
@@ -191,10 +221,32 @@ def save_run(run: Run) -> None:
 
     Behind the run a copy is written, taken now. Raises ConsiliumError for bad weights.
     """
-    check_weights(run.model, run.progress.step)
-    content, average, state = store.Content.of(run.model), run.average.content(run.model), _state(run)
+    with run.mesh.sharding.local(run.model):
+        run.mesh.world.agreed(lambda: check_weights(run.model, run.progress.step))
+        state = _state(run)
     folder = checkpoint_at(run.out, run.progress.step)
     run.files.sync()
+    what = Written(run.progress.step, folder)
+    if run.mesh.world.size > 1:
+        run.saver.begin(what, lambda: _save_together(run, folder, state))
+    else:
+        run.saver.begin(what, _writer(run, folder, state))
+
+
+def _save_together(run: Run, folder: Path, state: store.TrainingState) -> None:
+    state = dataclasses.replace(state, firsts=stamped(state.tensors, run.model, run.mesh))
+    store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state, mesh=run.mesh)
+    if run.mesh.world.leads:
+        atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
+
+
+def _saver(config: Training, mesh: Mesh) -> Saver:
+    """Over processes a save is a collective, which no other thread may be in."""
+    return Saver(config.saving if mesh.world.size == 1 else "blocking")
+
+
+def _writer(run: Run, folder: Path, state: store.TrainingState) -> Callable[[], None]:
+    content, average = store.Content.of(run.model), run.average.content(run.model)
     match run.config.saving:
         case "blocking":
             pass
@@ -208,7 +260,7 @@ def save_run(run: Run) -> None:
         store.save(content, folder, tokenizer=tokenizer, training_state=state, beside=beside)
         atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
 
-    run.saver.begin(Written(run.progress.step, folder), write)
+    return write
 
 
 def saved(run: Run, *, wait: bool = True) -> Written | None:
@@ -239,14 +291,16 @@ def _state(run: Run) -> store.TrainingState:
 def saved_on_error(run: Run, notice: Callable[[str], None]) -> Iterator[None]:
     """Save the last whole step before an error in a step or a listener goes on to the caller.
 
-    However it ends, what is being written is waited for: the folder is another's then.
+    However it ends, what is being written is waited for: the folder is another's then. Over processes the
+    others are elsewhere, in a collective that this one has left, and nothing can be saved.
     """
     try:
         yield
     except Exception:
         with contextlib.suppress(Exception):
             saved(run)
-        if run.progress.whole and run.progress.step not in (0, run.progress.saved):
+        alone = run.mesh.world.size == 1
+        if alone and run.progress.whole and run.progress.step not in (0, run.progress.saved):
             # The error is the news: what fails here, a full disk or the same listener, must not hide it.
             with contextlib.suppress(Exception):
                 save_run(run)
@@ -261,9 +315,10 @@ def _restore(
     folder: Path, stored: Training, model: Decoder, optimizer: Optimizer, watch: Watch, site: Site
 ) -> Progress:
     # ``newest_checkpoint`` has just compared every file of the folder with its manifest.
-    store.load_weights(model, folder, check_finite=True)
-    state = store.load_training_state(folder, verified=True)
-    restore_moments(optimizer, model, restore_controls(model, state.tensors))
+    store.load_weights(model, folder, check_finite=True, mesh=site.mesh)
+    state = store.load_training_state(folder, verified=True, rows=rows_of(model, site.mesh))
+    with site.mesh.sharding.local(model):
+        restore_moments(optimizer, model, restore_controls(model, state.tensors))
     watch.restore(state.tensors)
     scalars = state.scalars
     if scalars["corpus_sha256"] != site.corpus.sha256:

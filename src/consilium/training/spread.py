@@ -1,18 +1,67 @@
-"""A model over the processes of a mesh: allocated, cut, drawn or filled where its parts live."""
+"""A run over the processes of a mesh: who runs what, and a model whose parts live where they are used."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+import consilium
+from consilium.config import io
 from consilium.config.model import Model
+from consilium.config.optimizer import AdamW, Float32State, NoAverage
+from consilium.config.training import Training
+from consilium.data.corpus import Corpus
+from consilium.errors import ConsiliumError
 from consilium.model.build import allocate
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts, initialise
 from consilium.moe.all_to_all import over
 from consilium.parallel.mesh import Mesh
+
+
+def dealt(config: Training, mesh: Mesh) -> Training:
+    """``config`` with a micro-batch for every process: the same run then means the same in one.
+
+    Raises ConsiliumError for a batch that cannot be dealt, and for what a run over processes does not do.
+    """
+    world = mesh.world.size
+    if world == 1:
+        return config
+    if not (isinstance(config.optimizer, AdamW) and isinstance(config.optimizer.state, Float32State)):
+        raise ConsiliumError(
+            f"train: {world} processes cut matrices into rows, which Muon and 8-bit moments need whole; use"
+            " --set optimizer.kind=adamw and float32 moments, or one process."
+        )
+    if not isinstance(config.average, NoAverage):
+        raise ConsiliumError(
+            f"train: an average of the weights is kept in one process alone, not in {world}; set average.kind"
+            " to none."
+        )
+    accumulate = math.lcm(config.accumulate, world)
+    if config.batch % accumulate:
+        raise ConsiliumError(
+            f"train: --batch {config.batch} cannot be dealt into {accumulate} micro-batches over {world}"
+            f" processes; give a multiple of {accumulate}."
+        )
+    return dataclasses.replace(config, accumulate=accumulate)
+
+
+def agree(config: Training, corpus: Corpus, mesh: Mesh) -> None:
+    """Raise ConsiliumError, in every process, where they would not train the same."""
+    versions = f"torch: {torch.__version__}\nconsilium: {consilium.__version__}"
+    mine = f"{io.to_yaml(config)}\ntext: {corpus.sha256}\n{versions}\nexperts over: {mesh.expert.size}"
+    first, *others = mesh.world.texts(mine)
+    for rank, other in enumerate(others, start=1):
+        for here, there in zip(first.splitlines(), other.splitlines(), strict=False):
+            if here != there:
+                raise ConsiliumError(
+                    f"the processes were not started alike: rank 0 has {here.strip()!r} and rank {rank}"
+                    f" {there.strip()!r}; give all of them the same options and versions."
+                )
 
 
 def allocated(

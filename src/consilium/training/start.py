@@ -14,22 +14,28 @@ from consilium.data.corpus import Corpus, fingerprint
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training.freeze import freeze
+from consilium.training.spread import allocated, drawn, fill
 
 S = TypeVar("S", StartWeights, StartTokenizer)
 
 
-def initial(config: Training, corpus: Corpus) -> tuple[Decoder, Training]:
+def initial(
+    config: Training, corpus: Corpus, device: str = "cpu", mesh: Mesh = ALONE
+) -> tuple[Decoder, Training]:
     """A model at step 0, and ``config`` with the digests of what it begins with.
 
     Raises ConsiliumError where a folder holds other weights than the model takes, or than ``config`` says.
     """
     match config.init:
         case Random():
-            model, init = build(config.model, seed=config.seed), config.init
+            model, init = drawn(config.model, config.seed, mesh, device), config.init
         case Folder() as init:
-            model = _from_folder(init, config)
-            init = _settled(init, _digest(model), "weights")
+            found = _from_folder(init, config)
+            init = _settled(init, _digest(found), "weights")
+            model = allocated(config.model, mesh, device)
+            fill(model, found.state_dict(), mesh)
     freeze(model, config.freeze)
     return model, dataclasses.replace(config, init=init, tokenizer=tokenizer_of(config, corpus))
 

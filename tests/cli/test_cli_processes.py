@@ -1,0 +1,66 @@
+"""``consilium train`` over several processes, by its own launcher and by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import write_config, write_text
+
+from consilium.checkpoint import store
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def command(*words: str, launcher: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "consilium", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "CONSILIUM_TIMEOUT": "60", **more},
+        check=False,
+    )
+
+
+def test_two_processes_train_one_run_and_one_of_them_tells_it(text: Path, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path, text), tmp_path / "run"
+    done = command("train", str(config), "--out", str(out), "--nproc", "2", "--ep", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert done.stderr.count("step     0  held-out bits per byte") == 1
+    assert (out / "report.html").exists()
+    assert store.load(out).config.moe is not None
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
+    # One process goes on with what two began.
+    again = command("train", str(out / "config.yaml"), "--out", str(out), "--resume", "--steps", "4")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--nproc", "3", "--ep", "2"], "3 processes cannot be dealt into groups of 2 that share experts"),
+        (
+            ["--nproc", "2", "--set", "batch=3"],
+            "--batch 3 cannot be dealt into 2 micro-batches over 2 processes",
+        ),
+        (["--nproc", "0"], "'0' is not a number of processes from 1 to 4096"),
+        (["--ep", "2"], "1 processes cannot be dealt into groups of 2"),
+        (["--nproc", "2", "--set", "optimizer.state.kind=int8"], "which Muon and 8-bit moments need whole"),
+    ],
+)
+def test_a_mistake_is_told_once(words: list[str], sentence: str, text: Path, tmp_path: Path) -> None:
+    done = command("train", str(write_config(tmp_path, text)), "--out", str(tmp_path / "run"), *words)
+    assert done.returncode == 2
+    assert done.stderr.count(sentence) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,216 @@
+"""Runs over several processes: exact resume, stops, faults of one of them, and what is refused early."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import store
+from consilium.config.model import MTP
+from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.errors import ConsiliumError
+from consilium.parallel.mesh import ALONE, Mesh
+from consilium.parallel.topology import Topology
+from consilium.parallel.watch import PeerLost
+from consilium.training import loop, step
+from consilium.training.events import Event, Stepped
+from consilium.training.loop import train
+from consilium.training.spread import allocated, dealt, drawn
+from processes import forked_alone, together
+from small import DEEPSEEK
+
+SMALL = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
+TOPOLOGIES = {
+    "DP2": Topology(data=2),
+    "EP2": Topology(expert=2),
+    "DP2 EP2": Topology(data=2, expert=2),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("".join(f"line {i * i} of a text.\n" for i in range(200)))
+    return path
+
+
+def configuration(text: Path, **changes: object) -> Training:
+    base = Training(
+        model=SMALL,
+        tokenizer=Bytes(),
+        data=Data(sources=(TextPath(path=str(text)),), sequence_length=24),
+        steps=5,
+        batch=4,
+        accumulate=4,
+        save_every=2,
+        eval_tokens=64,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+class Killed(BaseException):
+    """Like a kill nothing is saved on the way out; an error would be."""
+
+
+def broken(config: Training, out: Path, mesh: Mesh, steps: tuple[int, ...]) -> None:
+    """A run that all processes leave after each of ``steps`` and then end."""
+    plain = loop._step
+
+    for last_step in steps:
+
+        def stepped(run: loop.Run, *rest: object, last: int = last_step) -> None:
+            plain(run, *rest)
+            if run.progress.step == last:
+                raise Killed
+
+        loop._step = stepped
+        try:
+            with pytest.raises(Killed):
+                train(config, out, resume=True, mesh=mesh)
+        finally:
+            loop._step = plain
+    train(config, out, resume=True, mesh=mesh)
+
+
+def ended(out: Path, step: int) -> tuple[object, list[object]]:
+    """SHA-256 of every file of the last checkpoint, and the losses on record."""
+    manifest = json.loads((out / f"checkpoints/step-{step}/manifest.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return manifest, [(line["step"], line.get("train/loss"), line.get("val/bits_per_byte")) for line in lines]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
+def test_a_run_over_processes_that_crashed_reaches_the_same_bits(
+    topology: Topology, dtype: str, text: Path, tmp_path: Path
+) -> None:
+    config = configuration(text, dtype=dtype)
+
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        train(config, tmp_path / "whole", mesh=mesh)
+        broken(config, tmp_path / "broken", mesh, (1, 3))
+        return {}
+
+    together(topology, work)
+    assert ended(tmp_path / "whole", 5) == ended(tmp_path / "broken", 5)
+
+
+def test_a_run_goes_on_over_other_processes(text: Path, tmp_path: Path) -> None:
+    """Two by two, then one, then two that share experts: the losses are those of one process throughout."""
+    config = configuration(text)
+    train(config, tmp_path / "whole")
+
+    def first(mesh: Mesh) -> Mapping[str, Tensor]:
+        train(config, tmp_path / "run", stop=iter([False] * 3 + [True]).__next__, mesh=mesh)
+        return {}
+
+    def last(mesh: Mesh) -> Mapping[str, Tensor]:
+        train(config, tmp_path / "run", resume=True, mesh=mesh)
+        return {}
+
+    together(Topology(data=2, expert=2), first)
+    train(config, tmp_path / "run", resume=True, stop=iter([False, True]).__next__)
+    together(Topology(expert=2), last)
+    _, ours = ended(tmp_path / "run", 5)
+    _, expected = ended(tmp_path / "whole", 5)
+    losses = {step: loss for step, loss, _ in ours if loss}
+    assert losses == pytest.approx({step: loss for step, loss, _ in expected if loss}, rel=1e-5)
+    assert len(losses) == 5
+
+
+def test_a_stop_asked_of_one_process_stops_all_at_the_same_step(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, steps=50)
+
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        asked = iter([False, False, False, True])
+        mine = (lambda: next(asked)) if mesh.world.rank == 1 else (lambda: False)
+        finished = train(config, tmp_path / "run", stop=mine, mesh=mesh)
+        return {"steps": torch.tensor(finished.steps)}
+
+    found = together(Topology(data=2), work)
+    assert [int(f["steps"]) for f in found] == [2, 2]
+    assert (tmp_path / "run/checkpoints/step-2/manifest.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, steps=2)
+
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        plain, heard = step.training_loss, list[Event]()
+
+        def poisoned(*rest: object, **options: object) -> object:
+            loss = plain(*rest, **options)
+            return dataclasses.replace(loss, total=loss.total * float("nan")) if mesh.world.rank else loss
+
+        step.training_loss = poisoned
+        run = train(config, tmp_path / "run", listeners=(heard.append,), mesh=mesh)
+        skipped = [event.result.skipped for event in heard if isinstance(event, Stepped)]
+        assert skipped == ([True, True] if mesh.world.leads else [])
+        model, begun = allocated(SMALL, mesh), drawn(SMALL, 0, mesh)
+        store.load_weights(model, run.checkpoint, mesh=mesh)
+        for (name, now), before in zip(model.state_dict().items(), begun.state_dict().values(), strict=True):
+            assert torch.equal(mesh.sharding.part(now).here, mesh.sharding.part(before).here), name
+        assert store.load_training_state(run.checkpoint).tensors.keys().isdisjoint({"embed.weight:exp_avg"})
+        return {}
+
+    together(Topology(data=2), work)
+
+
+def test_processes_that_were_started_differently_are_refused(text: Path, tmp_path: Path) -> None:
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        config = configuration(text, seed=mesh.world.rank)
+        with pytest.raises(
+            ConsiliumError, match=r"not started alike: rank 0 has 'seed: 0' and rank 1 'seed: 1'"
+        ):
+            train(config, tmp_path / "run", mesh=mesh)
+        return {}
+
+    together(Topology(data=2), work)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_is_dealt_into_at_least_a_micro_batch_a_process(text: Path) -> None:
+    four = dataclasses.replace(ALONE, world=dataclasses.replace(ALONE.world, size=4))
+    assert dealt(configuration(text, accumulate=2), four).accumulate == 4
+    assert dealt(configuration(text, accumulate=1), ALONE).accumulate == 1
+    with pytest.raises(
+        ConsiliumError, match="--batch 6 cannot be dealt into 4 micro-batches over 4 processes"
+    ):
+        dealt(configuration(text, batch=6, accumulate=1), four)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_process_that_is_lost_is_named_by_the_others_in_time(
+    how: signal.Signals, text: Path, tmp_path: Path
+) -> None:
+    """The others end within the timeout of 4 s and 2 s more, and say who and where."""
+    config, limit = configuration(text, steps=500), 4.0
+
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        lost_at = tmp_path / "lost"
+
+        plain = loop._step
+
+        def stepped(run: loop.Run, *rest: object) -> None:
+            if run.progress.step == 3 and mesh.world.rank == 2:
+                lost_at.write_text(str(time.time()))
+                os.kill(os.getpid(), how)
+            plain(run, *rest)
+
+        loop._step = stepped
+        with pytest.raises(PeerLost, match=r"rank 2 did not answer in the collective '") as told:
+            train(config, tmp_path / "run", mesh=mesh)
+        assert f"so rank {mesh.world.rank} stops" in str(told.value)
+        assert time.time() - float(lost_at.read_text()) < limit + 2.5
+        return {}
+
+    forked_alone(Topology(data=2, expert=2), work, lost=2, limit=limit)
