@@ -13,6 +13,8 @@ from runs import write_config, write_text
 
 from consilium.checkpoint import store
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,3 +66,30 @@ def test_a_mistake_is_told_once(words: list[str], sentence: str, text: Path, tmp
     assert done.stderr.count(sentence) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_starts_anew_from_the_newest_checkpoint(text: Path, tmp_path: Path) -> None:
+    """The first try dies after a checkpoint; torchrun starts both processes again, which go on."""
+    config, out = write_config(tmp_path, text, steps=6), tmp_path / "run"
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n"
+        "    import threading, time, pathlib\n"
+        f"    made = pathlib.Path({str(out / 'checkpoints' / 'step-2')!r})\n"
+        "    def die():\n"
+        "        while not made.exists():\n"
+        "            time.sleep(0.01)\n"
+        "        os._exit(7)\n"
+        "    threading.Thread(target=die, daemon=True).start()\n"
+    )
+    path = os.pathsep.join((str(site), os.environ.get("PYTHONPATH", "")))
+    launcher = (*TORCHRUN, "--max-restarts", "2")
+    words = ["train", str(config), "--out", str(out), "--save-every", "2", "--ep", "2"]
+    done = command(*words, launcher=launcher, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "done: 6 steps" in done.stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from consilium.errors import ConsiliumError
-from consilium.parallel.environment import STORE, is_launched, seconds
+from consilium.parallel.environment import STORE, is_launched, restarts, seconds
 from consilium.parallel.group import Group
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.sharding import FullySharded
@@ -47,7 +47,9 @@ def _meeting(limit: dt.timedelta) -> tuple[Store, int, int]:
     if STORE in os.environ:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return FileStore(os.environ[STORE], world), rank, world
-    return next(iter(rendezvous("env://", timeout=limit)))
+    store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+    # The agent's store outlives a try, and with it addresses that nobody answers at any more.
+    return PrefixStore(f"try-{restarts()}", store), rank, world
 
 
 @contextlib.contextmanager
