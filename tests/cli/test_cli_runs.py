@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io as streams
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_chat_goes_on_after_a_line_it_cannot_answer(
 
 FIELDS = {
     *("bits_per_byte", "domains", "tokens", "bytes", "documents", "context", "stride", "causal", "loads"),
-    "data",
+    *("nats_per_token", "data"),
 }
 
 
@@ -175,6 +176,9 @@ def test_eval_agrees_with_the_last_validation_of_the_run(
     assert found.keys() == FIELDS
     assert (found["data"], found["context"], found["stride"], found["causal"]) == (str(text), 24, 24, True)
     assert found["bytes"] == sum(len(path.read_bytes()) for path in text.rglob("*") if path.is_file())
+    assert found["nats_per_token"].keys() == found["domains"].keys()
+    for domain, nats in found["nats_per_token"].items():  # of bytes, so that the two are one figure
+        assert nats == pytest.approx(found["domains"][domain] * math.log(2))
     for load in found["loads"].values():
         assert sum(load["load"]) == sum(load["wanted"]) > 0
         assert load["entropy"] > 0
