@@ -15,7 +15,9 @@ from consilium.config.model import FanIn, Model
 from consilium.errors import ConsiliumError
 from consilium.model.build import allocate, build
 from consilium.model.init import initialise
+from consilium.moe.all_to_all import over
 from consilium.moe.layer import MoELayer
+from consilium.parallel.group import Group
 from small import DEEPSEEK, DENSE, KINDS, SWITCH
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -120,6 +122,19 @@ def test_a_part_is_initialised_in_any_order_of_modules() -> None:
     initialise(alone, DEEPSEEK.init, 2)
     for name, parameter in alone.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_experts_are_built_where_they_live_with_the_weights_of_one_process() -> None:
+    """The second of four processes: no stack is larger than its share, and no other expert is drawn."""
+    whole = build(DEEPSEEK, seed=4)
+    with Draws() as draws:
+        part = build(DEEPSEEK, seed=4, transports=over(Group(rank=1, size=4)))
+    for name, parameter in part.named_parameters():
+        expected = whole.get_parameter(name)
+        if ".experts." in name:
+            expected = expected[2:4]
+        assert torch.equal(parameter, expected), name
+    assert draws.values == sum(p.numel() for p in part.parameters() if p.ndim > 1)
 
 
 def test_a_model_beyond_memory_is_refused_in_the_dtype_it_would_have() -> None:

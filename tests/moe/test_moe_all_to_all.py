@@ -159,9 +159,13 @@ def test_experts_nobody_chooses_get_zero_gradients_and_nobody_waits() -> None:
         assert part.balance.bias_E is not None
         with torch.no_grad():
             part.balance.bias_E.copy_(torch.tensor([50.0] * 4 + [-50.0] * 4))
+        plan = exchange_bytes(config, HIDDEN, Crossing(5, 0), processes=2)
         for step in range(100):
             part.zero_grad()
             run(part, 0 if step > 90 and mesh.expert.rank == 0 else 6, step)
+            if mesh.expert.rank == 1:
+                # All go to the other process: one row a valid token, however many experts it has there.
+                assert mesh.ledger.sent["dispatch"][-1] == plan.dispatch
             if mesh.expert.rank == 1:
                 assert part.experts.up.grad is not None
                 assert not part.experts.up.grad.any()
