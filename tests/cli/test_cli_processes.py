@@ -42,8 +42,8 @@ def test_two_processes_train_one_run_and_one_of_them_tells_it(text: Path, tmp_pa
     assert store.load(out).config.moe is not None
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
-    # One process goes on with what two began.
-    again = command("train", str(out / "config.yaml"), "--out", str(out), "--resume", "--steps", "4")
+    # One process goes on with what two began, by the file that they began with.
+    again = command("train", str(config), "--out", str(out), "--resume", "--steps", "4")
     assert again.returncode == 0, again.stderr
 
 

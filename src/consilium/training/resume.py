@@ -58,7 +58,9 @@ def refuse_unnamed(settled: Training, read: Training, out: Path, *, length: bool
     ``length``: an option says how long, whatever the file says.
     """
     for key, old, new in _differences(settled, read):
-        if not (key == "steps" and length):
+        # Processes raise it to a micro-batch each, and the file is the one that they began with.
+        raised = key == "accumulate" and settled.accumulate % read.accumulate == 0
+        if not (raised or (key == "steps" and length)):
             raise _cannot(out, key, old, new, "a file changes no run: options do, by name")
 
 
