@@ -30,6 +30,7 @@ from consilium.moe.types import Mode
 from consilium.recipes import catalogue
 from consilium.recipes.variants import dense_twin
 from consilium.records.bench import Figure
+from consilium.training.guard import clip
 from consilium.training.objective import Share, training_loss
 from consilium.training.optimizer import build_optimizer
 from consilium.training.precision import faster_dtype
@@ -73,7 +74,7 @@ def shapes() -> Mapping[str, Shape]:
     yardstick = dataclasses.replace(catalogue.recipe("deepseek-v3", "1b"), layers=4)
     return {
         "train-tiny": Shape(tiny, 8, 256, 15),
-        "train-1b": Shape(yardstick, 2, 512, 3),
+        "train-1b": Shape(yardstick, 4, 512, 3),
     }
 
 
@@ -142,7 +143,7 @@ def ours(shape: Shape) -> Contestant:
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)
         training_loss(model, batch, Share(shape.tokens, 1), options=options).total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model, 1.0)
         optimizer.step()
         return shape.tokens
 

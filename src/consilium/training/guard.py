@@ -33,7 +33,8 @@ def clip(model: nn.Module, largest: float, mesh: Mesh = ALONE) -> float:
         trained = [p for p in model.parameters() if p.grad is not None]
         here = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
         norm = mesh.replica.sum(here.double().square()).sqrt().to(here.dtype)
-        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm, foreach=True)
+        if not float(norm) <= largest:  # to multiply by 1 would read and write every gradient for nothing
+            torch.nn.utils.clip_grads_with_norm_(trained, largest, norm, foreach=True)
     return float(norm)
 
 
