@@ -67,7 +67,7 @@ def mistakes(mesh: Mesh) -> Mapping[str, Tensor]:
             raise ConsiliumError("the folder is full.")
         return ""
 
-    with pytest.raises(ConsiliumError, match=r"^the folder is full\.$"):
+    with pytest.raises(ConsiliumError, match=r"^the folder is full\."):
         mesh.world.agreed(work)
 
     def fault() -> str:

@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_never_saved(config: Training, tmp_path:
 
     model_of_run = [build(DENSE)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("consilium.training.start.build", lambda *_, **__: model_of_run[0])
+        patch.setattr("consilium.training.start.drawn", lambda *_, **__: model_of_run[0])
         with pytest.raises(ConsiliumError, match=r"step 2: norm\.weight is no longer finite"):
             train(config, tmp_path / "run", listeners=(spoil,))
     assert not (tmp_path / "run/checkpoints").exists()

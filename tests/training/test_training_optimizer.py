@@ -16,8 +16,8 @@ from consilium.errors import ConsiliumError
 from consilium.moe.experts import Experts
 from consilium.ops.orthogonal import COEFFICIENTS
 from consilium.parallel.mesh import ALONE
-from consilium.planner.memory import run_memory
 from consilium.planner.optimizer import is_hidden, state_bytes
+from consilium.planner.run import run_memory
 from consilium.training import block_adamw
 from consilium.training.freeze import freeze, is_frozen
 from consilium.training.guard import check_alone

@@ -121,14 +121,14 @@ CONFIGURATIONS = {
     "deepseek, recomputed": configuration(DEEPSEEK, recompute=True),
     "switch, tied": configuration(SWITCH),
     "eight micro-batches": configuration(DEEPSEEK, batch=8, accumulate=8),
-    "global counts": configuration(with_balance(DEEPSEEK, "global")),
+    "counts of the step": configuration(with_balance(DEEPSEEK, "step")),
     "quantiles": configuration(with_balance(UNGROUPED, "quantile-histogram")),
 }
 TOPOLOGIES = {
     "EP1 DP2": (Topology(data=2), ("deepseek", "switch, tied")),
     "EP2 DP1": (Topology(expert=2), ("deepseek", "switch, tied")),
     "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed")),
-    "EP4 DP1": (Topology(expert=4), ("global counts",)),
+    "EP4 DP1": (Topology(expert=4), ("counts of the step",)),
     "two replicas of EP2": (Topology(replicas=2, expert=2), ("quantiles",)),
 }
 

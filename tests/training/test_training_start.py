@@ -113,7 +113,7 @@ def test_gates_alone_train_where_all_else_is_frozen(text: Path, theirs: Path, tm
         assert bias_E.equal(same_E), "a frozen bias chooses as it did"
     saved = store.load_training_state(finished.checkpoint).tensors
     assert saved
-    assert all(".router." in name for name in saved)
+    assert all(".router." in name for name in saved if ":" in name)
     longer = dataclasses.replace(config, steps=3)
     assert train(longer, tmp_path / "run", resume=True).steps == 3
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Final
 
 from consilium.config.attention import GQA, MLA, Attention
 from consilium.config.model import Model
-from consilium.config.optimizer import Exponential
-from consilium.config.training import Training, is_frozen
 from consilium.errors import ConsiliumError
 from consilium.planner.kv import values_per_token
-from consilium.planner.optimizer import FLOAT32, MOMENTS, state_bytes
 from consilium.planner.parameters import parameters
-from consilium.planner.shapes import shapes
 from consilium.records.plan import Parameters, Serving
 
 BITS: Mapping[str, int] = MappingProxyType({"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4})
 """Bits a weight. The scales that int8 and int4 need come on top."""
 
-TRAINING_BYTES = 2 * FLOAT32 + MOMENTS
+FLOAT32: Final = 4
+MOMENTS: Final = 2 * FLOAT32
+"""Bytes a value of the first and the second moment of AdamW."""
+
+TRAINING_BYTES: Final = 2 * FLOAT32 + MOMENTS
 """float32 weight and gradient, first and second moment of AdamW."""
 
 
@@ -33,48 +32,6 @@ def weight_bytes(parameters: Parameters, dtype: str) -> int:
 def training_bytes(parameters: Parameters) -> int:
     """Bytes of weights, gradients and AdamW's state in float32, MTP included; activations not counted."""
     return TRAINING_BYTES * (parameters.total + parameters.mtp)
-
-
-@dataclass(frozen=True, slots=True)
-class RunMemory:
-    """Bytes that a training run holds from first to last step, MTP included; activations come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int = 0
-    copy: int = 0
-    """Of what is being saved, while a run trains on."""
-
-    @property
-    def checkpoint(self) -> int:
-        """What it saves to go on from."""
-        return self.weights + self.optimizer + self.average
-
-    @property
-    def total(self) -> int:
-        return self.checkpoint + self.gradients + self.copy
-
-
-def run_memory(config: Training) -> RunMemory:
-    """Count what ``config`` keeps: a frozen part has weights alone."""
-
-    def trains(name: str) -> bool:
-        return not is_frozen(name, config.freeze)
-
-    sizes = {name: FLOAT32 * math.prod(shape) for name, shape in shapes(config.model)}
-    trained = sum(size for name, size in sizes.items() if trains(name))
-    held = RunMemory(
-        weights=sum(sizes.values()),
-        gradients=trained,
-        optimizer=state_bytes(config.model, config.optimizer, trains=trains),
-        average=trained * isinstance(config.average, Exponential),
-    )
-    match config.saving:
-        case "blocking":
-            return held
-        case "background":
-            return replace(held, copy=held.checkpoint)
 
 
 def serving(model: Model, *, context: int | None = None, batch: int = 1, dtype: str = "bfloat16") -> Serving:

@@ -9,11 +9,9 @@ from typing import Final
 
 from consilium.config.model import Model
 from consilium.config.optimizer import AdamW, BlockState, Muon, Optimizer, State
+from consilium.planner.memory import FLOAT32, MOMENTS
 from consilium.planner.shapes import shapes
 
-FLOAT32: Final = 4
-MOMENTS: Final = 2 * FLOAT32
-"""Bytes a value of the first and the second moment of AdamW."""
 _OTHERS: Final = ("embed.weight", "head.weight", "*router.*", "*shared.gate.weight")
 
 

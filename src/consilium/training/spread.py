@@ -84,6 +84,15 @@ def drawn(config: Model, seed: int, mesh: Mesh, device: str = "cpu") -> Decoder:
     return model
 
 
+def placed(whole: Decoder, mesh: Mesh, device: str = "cpu") -> Decoder:
+    """``whole``, of which this process keeps its part; one process keeps the model that it has."""
+    if mesh.world.size == 1:
+        return whole.to(device)
+    model = allocated(whole.config, mesh, device)
+    fill(model, whole.state_dict(), mesh)
+    return model
+
+
 @torch.no_grad()
 def fill(model: Decoder, whole: Mapping[str, Tensor], mesh: Mesh) -> None:
     """Write this process's part of weights that are all in ``whole``; balance state is everybody's."""

@@ -16,7 +16,7 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training.freeze import freeze
-from consilium.training.spread import allocated, drawn, fill
+from consilium.training.spread import drawn, placed
 
 S = TypeVar("S", StartWeights, StartTokenizer)
 
@@ -34,8 +34,7 @@ def initial(
         case Folder() as init:
             found = _from_folder(init, config)
             init = _settled(init, _digest(found), "weights")
-            model = allocated(config.model, mesh, device)
-            fill(model, found.state_dict(), mesh)
+            model = placed(found, mesh, device)
     freeze(model, config.freeze)
     return model, dataclasses.replace(config, init=init, tokenizer=tokenizer_of(config, corpus))
 
