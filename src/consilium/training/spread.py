@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import consilium
+from consilium.checkpoint.parts import every_row
 from consilium.config import io
 from consilium.config.model import Model
 from consilium.config.optimizer import AdamW, Float32State, NoAverage
@@ -118,7 +119,12 @@ def stamped(state: Mapping[str, Tensor], model: Decoder, mesh: Mesh) -> dict[str
 
 
 def rows_of(model: Decoder, mesh: Mesh) -> Callable[[str, int], range]:
-    """Which rows of a tensor of optimizer state are this process's."""
+    """Which rows of a tensor of optimizer state are this process's.
+
+    One process has all, also of state that is kept in blocks and not in the rows of its weight.
+    """
+    if mesh.world.size == 1:
+        return every_row
     rows = _rows(model, mesh)
     return lambda key, count: rows.get(key.rpartition(":")[0], range(count))
 
