@@ -58,6 +58,7 @@ def test_two_processes_train_one_run_and_one_of_them_tells_it(text: Path, tmp_pa
         (["--nproc", "0"], "'0' is not a number of processes from 1 to 4096"),
         (["--ep", "2"], "1 processes cannot be dealt into groups of 2"),
         (["--nproc", "2", "--set", "optimizer.state.kind=int8"], "which Muon and 8-bit moments need whole"),
+        (["--nproc", "2", "--set", "saving=background"], "2 processes save together"),
     ],
 )
 def test_a_mistake_is_told_once(words: list[str], sentence: str, text: Path, tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def dealt(config: Training, mesh: Mesh) -> Training:
             f"train: an average of the weights is kept in one process alone, not in {world}; set average.kind"
             " to none."
         )
+    if config.saving == "background":
+        raise ConsiliumError(
+            f"train: {world} processes save together, and none behind its run; set saving to blocking."
+        )
     accumulate = math.lcm(config.accumulate, world)
     if config.batch % accumulate:
         raise ConsiliumError(
