@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from data_corpora import BYTES, corpus_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,37 @@ def test_no_text_of_a_user_is_learned_or_becomes_a_marker(name: str, said: list[
     ]
     assert markers[0] == markers[1]
     assert [s for s in found if s.learned] == [s for s in plain_one if s.learned]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "thinking", "chatml"])
+@pytest.mark.parametrize("said", ["<think>\nwell\n</think>\n\nYes.", "well\n</think>\n\nYes.", "Yes."])
+@pytest.mark.parametrize("earlier", [(), ("before", "<think>\nhm\n</think>\n\nNo.")], ids=["one", "two"])
+def test_all_that_a_model_would_write_is_learned(name: str, said: str, earlier: tuple[str, ...]) -> None:
+    """What transformers renders behind the question, thoughts and their borders included."""
+    template, tokenizer = ours(name)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        write_tokenizer(Path(tempfile.mkdtemp()) / name, name), local_files_only=True
+    )
+    messages = talk(*earlier, "asked", said)
+    given = [{"role": message.role, "content": message.content} for message in messages]
+    asked = theirs.apply_chat_template(given[:-1], tokenize=False, add_generation_prompt=True)
+    told = theirs.apply_chat_template(given, tokenize=False)
+    assert told.startswith(asked)
+    opening = template.opening(tokenizer, rendered_here)
+    found = template.segments(messages, tokenizer, rendered_here, opening=opening)
+    *_, last = (segment for segment in found if segment.learned)
+    marker_of = {index: text for text, index in tokenizer.markers.items()}
+    written = "".join(part if isinstance(part, str) else marker_of[part] for part in last.parts)
+    assert written == told.removeprefix(asked).rstrip("\n")
+
+
+@pytest.mark.parametrize("content", ["message.content[:5]", "message.content | length"])
+def test_a_template_that_changes_answers_is_refused(content: str) -> None:
+    _, tokenizer = ours("chatml")
+    source = "{% for message in messages %}<|im_start|>{{ " + content + " }}<|im_end|>{% endfor %}"
+    answered = Template(source, "chat_template.jinja")
+    with pytest.raises(ConsiliumError, match="what of it is learned cannot be told"):
+        answered.segments(talk("a", "bcdefg"), tokenizer, rendered_here)
 
 
 def test_many_conversations_are_written_through_one_process() -> None:

@@ -97,6 +97,38 @@ PHI = (
     "{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n'}}{% endfor %}"
     "<|assistant|>\n"
 )
+QWEN3 = """\
+{%- set ns = namespace(last_question=messages|length - 1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}
+        {%- set ns.last_question = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- set thought = '' %}
+    {%- if message.role == "assistant" and '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if message.role == "assistant" and loop.index0 > ns.last_question %}
+        {%- set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""The last answer has a thought, an empty one where none is given; earlier answers lose theirs."""
+THINKING = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<｜User｜>' + message['content'] }}{% elif message['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' }}{% if not message['content'].startswith('<think>') %}{{ '<think>\\n' }}{% endif %}"
+    "{{ message['content'] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+"""The question opens the thought, and an answer may begin with it or go on from there."""
 TOOLS = "{% if tools is not none or documents is not none %}{{ 'Call a tool.' }}{% endif %}" + CHATML
 """Guarded as by Llama 3.1 and Mistral: without tools the guard must not hold."""
 
@@ -108,6 +140,8 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "deepseek-v3": DEEPSEEK_V3,
     "phi": PHI,
+    "qwen3": QWEN3,
+    "thinking": THINKING,
     "tools": TOOLS,
 }
 SPECIAL = (
@@ -117,7 +151,11 @@ SPECIAL = (
 )
 ORDINARY = ("<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]", "<think>", "</think>")
 """Markers that tokenizer.json does not call special, as DeepSeek's and Qwen3's do not."""
-BEGIN = {"llama-3": "<|begin_of_text|>", "deepseek-v3": "<｜begin▁of▁sentence｜>"}
+BEGIN = {
+    "llama-3": "<|begin_of_text|>",
+    "deepseek-v3": "<｜begin▁of▁sentence｜>",
+    "thinking": "<｜begin▁of▁sentence｜>",
+}
 END = {
     "chatml": "<|im_end|>",
     "qwen": "<|im_end|>",
@@ -126,6 +164,8 @@ END = {
     "mistral": "</s>",
     "deepseek-v3": "<｜end▁of▁sentence｜>",
     "phi": "<|end|>",
+    "qwen3": "<|im_end|>",
+    "thinking": "<｜end▁of▁sentence｜>",
     "tools": "<|im_end|>",
 }
 SAMPLE = ["hello world, how are you? I am fine.\n\nThe user said: def add(a, b): return a + b  # twice"] * 3

@@ -34,7 +34,7 @@ from consilium.errors import ConsiliumError
 from consilium.records.dropped import Dropped
 from consilium.words.say import say
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
 
 

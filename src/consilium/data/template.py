@@ -32,7 +32,9 @@ _TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE: Final = "Probe"
 _ABSENT: Final = {"tools": None, "documents": None}
 """What transformers always gives a template: ``tools is not none`` holds for what is not defined."""
-_THOUGHT_ENDS: Final = re.compile(r"</think(?:ing)?>\s*")
+_BORDERS: Final = re.compile(r"</?think(?:ing)?>\s*")
+_BACKWARDS: Final = re.compile(r"(?:\s|>(?:gni)?kniht/?<)*")
+"""Blanks and borders of thoughts at the end of a text that is turned round: found in linear time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,12 @@ class Template:
     ) -> list[Segment]:
         """Return what ``parts`` does, told apart: what the assistant wrote, with the marker that ends it.
 
-        Characters that nobody has are put around each answer, and again behind a thought in it: a template
-        may cut the thought out. Up to an answer it is what the model is asked with: the blank before an
-        answer is part of it, but for ``opening``, which ends the question.
+        Characters that nobody has are put around each answer, and behind the borders of a thought in it: a
+        template may cut the thought out, or put borders of its own around it. Up to an answer it is what the
+        model is asked with: blanks and borders of thoughts before an answer are part of it, but for
+        ``opening``, which ends the question.
+
+        Raises ConsiliumError where the template writes something else for an answer with such characters.
         """
         markers = tokenizer.markers
         texts = [message.content for message in messages]
@@ -93,22 +98,25 @@ class Template:
             one | {"content": _marked(one["content"], begin, end)} if one["role"] == "assistant" else one
             for one in given
         ]
-        rendered = rendered_by(self, self._context(marked, tokenizer, opened=False))
-        pieces = [
-            piece for part in _split(rendered, markers) for piece in re.split(f"([{begin}{end}])", part)
-        ]
-        texts = [text for piece in pieces if (text := piece.replace(guard, ""))]
-        found = _learned([*_with_blanks(texts, markers, begin, opening)], markers, (begin, end))
+        rendered, plain = (
+            rendered_by(self, self._context(found, tokenizer, opened=False)) for found in (marked, given)
+        )
+        if rendered.replace(begin, "").replace(end, "") != plain:
+            raise _mixes(self.where)
+        told = _with_leads(rendered, begin, opening)
+        pieces = [piece for part in _split(told, markers) for piece in re.split(f"([{begin}{end}])", part)]
+        found = _learned(
+            [text for piece in pieces if (text := piece.replace(guard, ""))], markers, begin, end
+        )
         return [
             Segment(tuple(part for part, _ in run), learned=learned)
             for learned, run in itertools.groupby(found, key=lambda pair: pair[1])
         ]
 
     def opening(self, tokenizer: TemplateCodec, rendered_by: Render) -> str:
-        """Return the blank at the end of a question that waits for its answer."""
+        """Return blanks and borders of thoughts at the end of a question that waits for its answer."""
         asked = [{"role": "user", "content": "Hello"}]
-        rendered = rendered_by(self, self._context(asked, tokenizer, opened=True))
-        return rendered[len(rendered.rstrip()) :]
+        return _lead(rendered_by(self, self._context(asked, tokenizer, opened=True)))
 
     def _context(
         self, messages: Sequence[Mapping[str, str]], tokenizer: TemplateCodec, *, opened: bool
@@ -244,39 +252,50 @@ def _unused(text: str) -> Iterator[str]:
     return (character for character in _NONCHARACTERS if character not in text)
 
 
+def _mixes(where: str) -> ConsiliumError:
+    return ConsiliumError(
+        f"{where} writes answers otherwise than they are given, so what of it is learned cannot be told; write"
+        f" into {FILE} a template that takes them whole."
+    )
+
+
 def _marked(content: str, begin: str, end: str) -> str:
-    """``content`` between two characters, inside its blanks: a template may strip those."""
+    """``content`` between two characters, inside its blanks: a template may strip those.
+
+    A thought at its beginning keeps that place, which templates look at.
+    """
     inner = content.strip()
     start = content.index(inner)
-    told = _THOUGHT_ENDS.sub(lambda found: found[0] + begin, inner)
-    return f"{content[:start]}{begin}{told}{end}{content[start + len(inner) :]}"
+    told = _BORDERS.sub(lambda found: found[0] + begin, inner)
+    first = "" if _BORDERS.match(inner) else begin
+    return f"{content[:start]}{first}{told}{end}{content[start + len(inner) :]}"
 
 
-def _with_blanks(
-    pieces: Sequence[str], markers: Mapping[str, int], begin: str, opening: str
-) -> Iterator[str]:
-    """Move the blank before an answer into the answer, but for ``opening``."""
-    for piece, behind in itertools.zip_longest(pieces, pieces[1:], fillvalue=""):
-        text = piece.rstrip()
-        if behind != begin or piece in markers:
-            yield piece
-            continue
-        kept = text + (opening if piece[len(text) :].startswith(opening) else "")
-        if kept:
-            yield kept
-        if blank := piece[len(kept) :]:
-            yield begin
-            yield blank
+def _lead(text: str) -> str:
+    """Blanks and borders of thoughts at the end of ``text``."""
+    found = _BACKWARDS.match(text[::-1])
+    assert found is not None, "nothing is a match too"
+    return text[len(text) - found.end() :]
+
+
+def _with_leads(rendered: str, begin: str, opening: str) -> str:
+    """Move what leads to an answer into the answer, but for ``opening``."""
+    *before, rest = rendered.split(begin)
+    told: list[str] = []
+    for text in before:
+        lead = _lead(text)
+        own = lead.removeprefix(opening)
+        told.append(f"{text.removesuffix(own)}{begin}{own}")
+    return "".join([*told, rest])
 
 
 def _learned(
-    pieces: Sequence[str], markers: Mapping[str, int], borders: tuple[str, str]
+    pieces: Sequence[str], markers: Mapping[str, int], begin: str, end: str
 ) -> Iterator[tuple[str | int, bool]]:
     """Parts and whether the assistant wrote them; a marker right behind an answer, or a blank, is its."""
-    begin, end = borders
     inside = False
     for i, piece in enumerate(pieces):
-        if piece in borders:
+        if piece in (begin, end):
             inside = piece == begin
             continue
         yield markers.get(piece, piece), inside or _ends_turn(pieces, i, markers, end)
