@@ -18,7 +18,8 @@ from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.model.types import Hidden, Inputs
-from consilium.moe.types import Mode, Override, Report, Routing, Rows, Tokens
+from consilium.moe.types import Activations, Mode, Override, Report, Routing, Tokens
+from consilium.ops.rows import Rows
 from engine.codecs import Bytes
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
@@ -145,7 +146,7 @@ class Loads:
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
         self.seen.append(routing.load_E())
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
         pass
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 
 from consilium.config.model import Model
 from consilium.engine.engine import Engine
-from consilium.moe.types import Mode, Routing, Rows, Tokens
+from consilium.moe.types import Activations, Mode, Routing, Tokens
+from consilium.ops.rows import Rows
 from small import DEEPSEEK, SWITCH, lively
 
 
@@ -50,9 +50,9 @@ class Watcher:
         if layer == self.layer:
             self.tokens.append(int(tokens.valid_T.sum()))
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: torch.Tensor, output_RD: torch.Tensor) -> None:
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
         if layer == self.layer:
-            self.computed.append(len(rows.x_RD))
+            self.computed.append(len(activations.input_RD))
 
 
 @pytest.mark.parametrize(("config", "k"), [(DEEPSEEK, 2), (SWITCH, 1)], ids=["deepseek", "switch"])

@@ -14,7 +14,8 @@ from consilium.engine.engine import Engine
 from consilium.engine.request import Piece, Request, Sampling
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
-from consilium.moe.types import Mode, Routing, Rows, Tokens
+from consilium.moe.types import Activations, Mode, Routing, Tokens
+from consilium.ops.rows import Rows
 from engine.codecs import Bytes
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
@@ -178,7 +179,7 @@ class Counter:
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
         self.loads[layer] = self.loads.get(layer, 0) + routing.load_E()
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: torch.Tensor, output_RD: torch.Tensor) -> None:
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
         pass
 
 

@@ -104,8 +104,10 @@ def test_every_number_in_the_documents_comes_from_its_record() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_decision_is_ten_lines_with_its_four_parts() -> None:
-    for page in sorted((ROOT / "docs/decisions").glob("*.md")):
+def test_every_decision_has_a_number_of_its_own_a_few_lines_and_its_four_parts() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("*.md"))
+    assert [page.name[:4] for page in pages] == [f"{number:04}" for number in range(1, len(pages) + 1)]
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         parts = re.findall(r"^\*\*(\w+)\.\*\*", text, re.MULTILINE)
         assert parts == ["Context", "Choice", "Rejected", "Consequence"], page.name

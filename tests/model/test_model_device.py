@@ -61,8 +61,8 @@ class Even:
         counts = [copies // experts + (expert < copies % experts) for expert in range(experts)]
         return dataclasses.replace(sending, counts_E=torch.tensor(counts))
 
-    def combine(self, y_RD: torch.Tensor, ticket: LocalTicket) -> Returning:
-        return Local().combine(y_RD, ticket)
+    def combine(self, y_TD: torch.Tensor, ticket: LocalTicket) -> Returning:
+        return Local().combine(y_TD, ticket)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from consilium.config.model import Model
 from consilium.config.moe import Capacity, DeviceCapacity
@@ -14,7 +13,8 @@ from consilium.config.router import SampledSecond
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
 from consilium.model.types import Hidden, Inputs, Options
-from consilium.moe.types import Mode, Override, Routing, Rows, Tokens
+from consilium.moe.types import Activations, Mode, Override, Routing, Tokens
+from consilium.ops.rows import Rows
 from small import DEEPSEEK, DENSE, SWITCH, lively, random_batch
 
 DROPPING = {
@@ -29,7 +29,7 @@ class Ignores:
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
         pass
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
         pass
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from consilium.config.balance import (
     Balance,
@@ -23,14 +22,15 @@ from consilium.moe.types import (
     CONSIDERED,
     KEPT,
     WANTED,
+    Activations,
     LayerMode,
     LayerObserver,
     Override,
     Replay,
     Routing,
-    Rows,
     Tokens,
 )
+from consilium.ops.rows import Rows
 from moe.cases import DROPPING, EXPERTS, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
 
@@ -40,13 +40,13 @@ class Notes:
     """What an observer sees, in order."""
 
     routings: list[tuple[int, Routing, Tokens]] = field(default_factory=list)
-    passes: list[tuple[int, Rows, Tensor, Tensor]] = field(default_factory=list)
+    passes: list[tuple[int, Rows, Activations]] = field(default_factory=list)
 
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
         self.routings.append((layer, routing, tokens))
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
-        self.passes.append((layer, rows, hidden_RF, output_RD))
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
+        self.passes.append((layer, rows, activations))
 
 
 def test_hash_routing_reads_ids_and_nothing_else() -> None:
@@ -178,18 +178,20 @@ def test_an_observer_gets_what_gptq_needs() -> None:
     notes = Notes()
     observed = built(x_TD, every, LayerMode(observer=LayerObserver(notes, 0)))
     assert relative_error(observed.y_TD, built(x_TD, every, LayerMode()).y_TD) < 1e-6
-    ((index, rows, hidden_RF, output_RD),) = notes.passes
+    ((index, rows, activations),) = notes.passes
     assert index == 0
     ends = torch.tensor(rows.counts_E).cumsum(0).tolist()
     routing = observed.routing
     for e, (end, count) in enumerate(zip(ends, rows.counts_E, strict=True)):
         mine_T = ((routing.experts_TK == e) & routing.keep_TK).any(dim=1)
-        x_eD, hidden_eF = x_TD[mine_T], hidden_RF[end - count : end]
-        hessian = rows.x_RD[end - count : end].T @ rows.x_RD[end - count : end]
+        x_eD, hidden_eF = x_TD[mine_T], activations.hidden_RF[end - count : end]
+        input_eD = activations.input_RD[end - count : end]
+        hessian = input_eD.T @ input_eD
         assert relative_error(hessian, x_eD.T @ x_eD) < 1e-6
         gate, up = (x_eD @ built.experts.up[e].T).chunk(2, dim=1)
         assert relative_error(hidden_eF, torch.nn.functional.silu(gate) * up) < 1e-5
-        assert relative_error(output_RD[end - count : end], hidden_eF @ built.experts.down[e].T) < 1e-5
+        output_eD = activations.output_RD[end - count : end]
+        assert relative_error(output_eD, hidden_eF @ built.experts.down[e].T) < 1e-5
 
 
 def test_an_observer_sees_the_routing_as_admitted() -> None:

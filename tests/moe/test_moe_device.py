@@ -37,8 +37,9 @@ from consilium.config.router import NoGate, Router, Sigmoid, Sinkhorn, TopK, Two
 from consilium.moe.layer import MoELayer
 from consilium.moe.ordering import capacities, capacity, highest
 from consilium.moe.transport import Local
-from consilium.moe.types import LayerMode, Override, Routing, Rows, Taken, Tokens
+from consilium.moe.types import LayerMode, Override, Routing, Taken, Tokens
 from consilium.ops.counting import occurrences
+from consilium.ops.rows import ByToken, Rows
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
 
@@ -73,7 +74,10 @@ class Known:
         return range(experts)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Known:
-        self.rows = Rows(x_TD.new_empty(3 * EXPERTS, x_TD.shape[1]), (3,) * EXPERTS)
+        token_R = torch.arange(3 * EXPERTS, device=x_TD.device) % x_TD.shape[0]
+        used_T = torch.ones(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
+        weight_R = routing.weights_TK.flatten().index_select(0, token_R)
+        self.rows = Rows(x_TD, ByToken.of(token_R, token_R, used_T), weight_R, (3,) * EXPERTS)
         self.count = x_TD.shape[0]
         return self
 
@@ -81,8 +85,8 @@ class Known:
         self.finished += 1
         return self.rows, self.count
 
-    def combine(self, y_RD: Tensor, ticket: int) -> Sum:
-        return Sum(y_RD.new_empty(ticket, y_RD.shape[1]))
+    def combine(self, y_TD: Tensor, ticket: int) -> Sum:
+        return Sum(y_TD.new_empty(ticket, y_TD.shape[1]))
 
 
 @dataclass
@@ -150,7 +154,7 @@ def test_a_dispatch_and_its_return_read_the_counts_and_nothing_else(
     lists.clear()
     with Looks() as looks:
         rows, ticket = Local().dispatch(x_TD, routing).finish()
-        Local().combine(rows.x_RD, ticket).finish()
+        Local().combine(rows.outputs(rows.inputs()), ticket).finish()
     assert looks.seen == []
     assert lists == [(EXPERTS,)]
 

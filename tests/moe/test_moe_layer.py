@@ -11,7 +11,8 @@ from consilium.config.balance import Balance, SequenceLoss, SignBias, SwitchLoss
 from consilium.config.moe import MoE
 from consilium.config.router import Jitter, Normalised, Raw, Router, Sigmoid, SoftmaxOfSelected, TopK
 from consilium.moe.layer import MoELayer, Result
-from consilium.moe.types import LayerMode, LayerObserver, Override, Routing, Rows, Tokens
+from consilium.moe.types import Activations, LayerMode, LayerObserver, Override, Routing, Tokens
+from consilium.ops.rows import Rows
 from moe import naive
 from moe.cases import EXPERTS, HIDDEN, SYSTEMS, layer, moe, tokens, vectors
 from support import relative_error
@@ -114,8 +115,8 @@ class Widths:
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None:
         pass
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
-        self.widths.append((rows.x_RD.shape[1], output_RD.shape[1]))
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
+        self.widths.append((activations.input_RD.shape[1], activations.output_RD.shape[1]))
 
 
 def noisy_v3() -> MoE:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consilium.moe.transport import Local, LocalTicket
-from consilium.moe.types import Routing, Rows
+from consilium.moe.types import Routing
+from consilium.ops.rows import Rows
 from moe.cases import decision as decided
 from support import relative_error
 
@@ -29,8 +30,8 @@ def send(decision: Routing, x_TD: Tensor) -> tuple[Rows, LocalTicket]:
     return Local().dispatch(x_TD, decision).finish()
 
 
-def combine(y_RD: Tensor, ticket: LocalTicket) -> Tensor:
-    return Local().combine(y_RD, ticket).finish()
+def combine(y_RD: Tensor, rows: Rows, ticket: LocalTicket) -> Tensor:
+    return Local().combine(rows.outputs(y_RD), ticket).finish()
 
 
 SHAPES = st.tuples(
@@ -58,13 +59,15 @@ def test_rows_are_sorted_by_expert_in_token_order_and_counted(
         if decision.keep_TK[t, r] and decision.experts_TK[t, r] == e
     ]
     assert list(rows.counts_E) == decision.load_E().tolist()
-    assert sum(rows.counts_E) == rows.x_RD.shape[0] == len(expected)
-    assert ticket.by_token.token_R.tolist() == [t for t, _ in expected]
-    assert torch.equal(rows.x_RD, x_TD[ticket.by_token.token_R])
-    assert ticket.weight_R.tolist() == [decision.weights_TK[t, r].item() for t, r in expected]
-    assert len(ticket.by_token.first_T) == count
+    by_token = rows.by_token
+    assert ticket == x_TD.dtype
+    assert sum(rows.counts_E) == rows.inputs().shape[0] == len(expected)
+    assert by_token.token_R.tolist() == [t for t, _ in expected]
+    assert torch.equal(rows.inputs(), x_TD[by_token.token_R])
+    assert rows.weight_R.tolist() == [decision.weights_TK[t, r].item() for t, r in expected]
+    assert len(by_token.first_T) == count
     # The inverse: rows listed by token and then by choice.
-    listed = [expected[row] for row in ticket.by_token.row_R.tolist()]
+    listed = [expected[row] for row in by_token.row_R.tolist()]
     assert listed == sorted(expected)
 
 
@@ -78,7 +81,7 @@ def test_there_and_back_equals_a_loop_in_values_and_gradients(
     scale_E = torch.linspace(0.5, 2, experts)
     rows, ticket = send(decision, x_TD)
     expert_R = torch.repeat_interleave(torch.arange(experts), torch.tensor(rows.counts_E))
-    y_TD = combine(torch.tanh(rows.x_RD * scale_E[expert_R, None]), ticket)
+    y_TD = combine(torch.tanh(rows.inputs() * scale_E[expert_R, None]), rows, ticket)
 
     x, w = x_TD.detach().double().requires_grad_(), decision.weights_TK.detach().double().requires_grad_()
     out = []
@@ -106,7 +109,7 @@ def test_sending_each_token_once_with_weight_one_is_the_identity() -> None:
         decision.weights_TK.fill_(1.0)
     x_TD = torch.randn(63, 16)
     rows, ticket = send(decision, x_TD)
-    assert torch.equal(combine(rows.x_RD, ticket), x_TD)
+    assert torch.equal(combine(rows.inputs(), rows, ticket), x_TD)
 
 
 def test_bfloat16_rows_are_added_in_float32() -> None:
@@ -116,9 +119,9 @@ def test_bfloat16_rows_are_added_in_float32() -> None:
     scores_TE = torch.zeros(1, k)
     decision = decided(scores_TE, torch.arange(k)[None], keep_TK, torch.ones(1, k))
     rows, ticket = send(decision, torch.zeros(1, 1, dtype=torch.bfloat16))
-    y_RD = torch.ones_like(rows.x_RD)
+    y_RD = torch.ones_like(rows.inputs())
     y_RD[0] = 256
-    y_TD = combine(y_RD, ticket)
+    y_TD = combine(y_RD, rows, ticket)
     assert y_TD.dtype == torch.bfloat16
     assert y_TD.item() == 320
 
@@ -128,7 +131,7 @@ def test_gradients_keep_the_dtypes_of_their_inputs(dtype: torch.dtype) -> None:
     decision = routing(9, 4, 2, 0.8, seed=1)
     x_TD = torch.randn(9, 4, dtype=dtype, requires_grad=True)
     rows, ticket = send(decision, x_TD)
-    y_TD = combine(rows.x_RD * 2, ticket)
+    y_TD = combine(rows.inputs() * 2, rows, ticket)
     assert y_TD.dtype == dtype
     y_TD.sum().backward()
     assert x_TD.grad is not None
@@ -142,7 +145,7 @@ def test_gradients_of_both_directions_match_finite_differences() -> None:
 
     def there_and_back(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
         rows, ticket = send(replace(decision, weights_TK=weights_TK), x_TD)
-        return combine(rows.x_RD**3, ticket)
+        return combine(rows.inputs() ** 3, rows, ticket)
 
     x_TD = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     weights_TK = decision.weights_TK.detach().double().requires_grad_()
@@ -156,10 +159,10 @@ def test_a_token_adds_up_the_same_bits_in_any_company() -> None:
     def combined(pick_T: Tensor) -> Tensor:
         names = ("scores_TE", "experts_TK", "keep_TK", "weights_TK")
         part = [getattr(decision, name)[pick_T] for name in names]
-        _, ticket = send(decided(*part), torch.zeros(len(pick_T), 7))
-        expert_R = torch.zeros(len(ticket.by_token.token_R), dtype=torch.int64)
-        expert_R[ticket.by_token.row_R] = part[2].nonzero()[:, 1]
-        return combine(y[pick_T][ticket.by_token.token_R, expert_R], ticket)
+        rows, ticket = send(decided(*part), torch.zeros(len(pick_T), 7))
+        expert_R = torch.zeros(len(rows.by_token.token_R), dtype=torch.int64)
+        expert_R[rows.by_token.row_R] = part[2].nonzero()[:, 1]
+        return combine(y[pick_T][rows.by_token.token_R, expert_R], rows, ticket)
 
     whole_TD = combined(torch.arange(40))
     for t in range(40):

@@ -12,7 +12,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from consilium.moe.types import Routing, Rows, Tokens
+from consilium.moe.types import Activations, Routing, Tokens
+from consilium.ops.rows import Rows
 from consilium.records.specialisation import Association, LayerSpecialisation, Specialisation
 
 SHUFFLES = 8
@@ -123,7 +124,7 @@ class SpecialisationCounter:
         experts_TK = routing.experts_TK.detach().to("cpu", narrow)
         seen.append(Choices(experts_TK, routing.keep_TK.detach().cpu(), experts))
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
         """Not needed here."""
 
     def result(self, domains: Sequence[str], syntaxes: Sequence[str], *, seed: int = 0) -> Specialisation:

@@ -16,8 +16,9 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from consilium.moe.transport import ByToken, Local, LocalTicket, Returning, Sending, Transports, local
-from consilium.moe.types import Routing, Rows
+from consilium.moe.transport import Local, LocalTicket, Returning, Sending, Transports, local
+from consilium.moe.types import Routing
+from consilium.ops.rows import ByToken, Rows
 from consilium.parallel.exchange import Route, Travelling, begin
 from consilium.parallel.group import Group
 from consilium.parallel.topology import share
@@ -37,7 +38,7 @@ def over(group: Group) -> Transports:
 @final
 @dataclass(frozen=True, slots=True)
 class AllToAllTicket:
-    local: LocalTicket
+    dtype: LocalTicket
     route: Route
     by_token: ByToken
     """Of the rows that left."""
@@ -70,10 +71,9 @@ class AllToAll:
         parts = (by_token.gather(x_TD), weights_SK, expert_SK.to(torch.int32))
         return _Sent(begin(route, parts, back=DISPATCH_BACK), by_token, here, routing.weight_on_input)
 
-    def combine(self, y_RD: Tensor, ticket: AllToAllTicket) -> Returning:
-        y_GD = ticket.local.by_token.weighted_sum(y_RD, ticket.local.weight_R)
-        travelling = begin(ticket.route.back(COMBINE), (y_GD,), back=COMBINE_BACK)
-        return _Returned(travelling, ticket.by_token, y_RD.dtype)
+    def combine(self, y_TD: Tensor, ticket: AllToAllTicket) -> Returning:
+        travelling = begin(ticket.route.back(COMBINE), (y_TD,), back=COMBINE_BACK)
+        return _Returned(travelling, ticket.by_token, ticket.dtype)
 
 
 @final
@@ -89,8 +89,8 @@ class _Sent:
         """Sort what arrived by the experts here: by process, then by token, inside each."""
         x_GD, weights_GK, expert_GK = self.travelling.finish()
         decision = _decision(weights_GK, expert_GK.long(), self.experts, on_input=self.weight_on_input)
-        rows, ticket = Local().dispatch(x_GD, decision).finish()
-        return rows, AllToAllTicket(ticket, self.travelling.route, self.by_token)
+        rows, dtype = Local().dispatch(x_GD, decision).finish()
+        return rows, AllToAllTicket(dtype, self.travelling.route, self.by_token)
 
 
 @final

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from consilium.config.feed_forward import GATED, Activation
 from consilium.config.moe import MoE
-from consilium.moe.types import LayerMode, Rows
-from consilium.ops.grouped import Backend, observed_feed_forward, stacked_feed_forward
+from consilium.moe.types import Activations, LayerMode
+from consilium.ops.grouped import Backend, mixed_feed_forward, observed_feed_forward
+from consilium.ops.rows import Rows
 from consilium.ops.weights import DenseStack
 
 
@@ -36,13 +37,14 @@ class Experts(nn.Module):
         self.backend: Backend | None = backend
 
     def forward(self, rows: Rows, mode: LayerMode) -> Tensor:
-        """Outputs [R, D] in the dtype of the rows, unweighted, in the rows' order."""
+        """Each token's weighted sum [T, D] of the outputs of its rows, in at least float32."""
         up, down = DenseStack(self.up), DenseStack(self.down)
         if mode.observer is None:
-            return stacked_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation, self.backend)
-        hidden_RF, y_RD = observed_feed_forward(rows.x_RD, rows.counts_E, up, down, self.activation)
-        mode.observer.rows(rows, hidden_RF, y_RD)
-        return y_RD
+            return mixed_feed_forward(rows, up, down, self.activation, self.backend)
+        x_RD = rows.inputs()
+        hidden_RF, y_RD = observed_feed_forward(x_RD, rows.counts_E, up, down, self.activation)
+        mode.observer.rows(rows, Activations(x_RD, hidden_RF, y_RD))
+        return rows.outputs(y_RD)
 
     def extra_repr(self) -> str:
         experts_, rows, size = self.up.shape

@@ -51,8 +51,7 @@ class MoELayer(nn.Module):
         sending = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
         s_TD = self.shared(x_TD)
         rows, ticket = sending.finish()
-        y_RL = self.experts(rows, mode)
-        returning = self.transport.combine(y_RL, ticket)
+        returning = self.transport.combine(self.experts(rows, mode), ticket)
         report = self.balance(admitted, tokens, mode)
         y_TD = self.latent.widen(returning.finish()) + s_TD
         if mode.observer is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError
 from consilium.ops.counting import occurrences
+from consilium.ops.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,24 @@ class Override:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What went through the experts, in the graph and in the order of the rows."""
+
+    input_RD: Tensor
+    hidden_RF: Tensor
+    """Before the last matrix."""
+    output_RD: Tensor
+    """Unweighted."""
+
+
 class Observer(Protocol):
     """Sees values that live inside a layer, such as what GPTQ, REAP or activation x gradient need."""
 
     def routing(self, layer: int, routing: Routing, tokens: Tokens) -> None: ...
 
-    def rows(self, layer: int, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
-        """Rows into the experts, their hidden activations before the last matrix, and their outputs."""
+    def rows(self, layer: int, rows: Rows, activations: Activations) -> None:
+        """Which rows the experts had, and what went through them."""
         ...
 
 
@@ -116,8 +128,8 @@ class LayerObserver:
     def routing(self, routing: Routing, tokens: Tokens) -> None:
         self.observer.routing(self.layer, routing, tokens)
 
-    def rows(self, rows: Rows, hidden_RF: Tensor, output_RD: Tensor) -> None:
-        self.observer.rows(self.layer, rows, hidden_RF, output_RD)
+    def rows(self, rows: Rows, activations: Activations) -> None:
+        self.observer.rows(self.layer, rows, activations)
 
 
 Reduce = Callable[[Tensor], Tensor]
@@ -294,15 +306,6 @@ class Routing:
         """
         steps = (self.considered_TK, self.wanted_TK, self.keep_TK)
         return Override(replay=Replay(self.experts_TK, torch.stack(steps).sum(dim=0, dtype=torch.uint8)))
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Kept copies sorted by expert, each expert's in token order."""
-
-    x_RD: Tensor
-    counts_E: tuple[int, ...]
-    """Rows of each local expert; sums to R."""
 
 
 @dataclass(frozen=True, slots=True)
