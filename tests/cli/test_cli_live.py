@@ -19,7 +19,7 @@ from small import DEEPSEEK
 
 def step(number: int) -> Stepped:
     load = ExpertLoad(torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 2, 5]), 1.0)
-    result = StepResult(2.5, 2.25, 0.25, {}, 1.0, 1e-3, 48, {1: load}, skipped=False, step=number)
+    result = StepResult(2.5, 2.25, 0.25, {}, 1.0, 1e-3, 48, {1: load}, skipped=False, step=number, targets=48)
     return Stepped(number, result, 48 * number, 1234.5, 61.0)
 
 

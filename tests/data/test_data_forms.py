@@ -217,6 +217,26 @@ def test_targets_are_what_is_learned_and_nothing_is_lost(
     assert (targets[:, :-1][ids[:, 1:] == BYTES.eos_id] == BYTES.eos_id).all() or not len(closes)
 
 
+def test_a_domain_of_which_nothing_is_learned_is_refused() -> None:
+    fine, asked = "xyz" * 20, Completion("p" * 40, "")
+    corpus = corpus_of([Document(c, name, name, held_out=False) for name, c in (("a", fine), ("b", asked))])
+    with pytest.raises(ConsiliumError, match="nothing of domain 'b' is learned, since all its completions"):
+        Loader(corpus, Data(sequence_length=8), batch=2, seed=0)
+    answered = [
+        Document(asked, "b", "0", held_out=False),
+        Document(Completion("p", "c"), "b", "1", held_out=False),
+    ]
+    assert Loader(corpus_of(answered), Data(sequence_length=8), batch=2, seed=0).domains == ("b",)
+
+
+@given(found=st.lists(contents, min_size=1, max_size=6), length=st.integers(2, 9), limit=st.integers(1, 30))
+def test_a_limit_leaves_windows_that_say_something(found: list[Content], length: int, limit: int) -> None:
+    held_out = [Document(content, "d", str(i), held_out=True) for i, content in enumerate(found)]
+    batches = list(held_out_batches(corpus_of(held_out), "d", length, 2, limit_tokens=limit))
+    assert batches
+    assert all((batch.batch.targets_BS >= 0).any(dim=1).all() for batch in batches)
+
+
 @given(found=st.lists(contents, min_size=1, max_size=6), length=st.integers(2, 12))
 def test_held_out_bytes_are_those_of_what_is_learned(found: list[Content], length: int) -> None:
     corpus = corpus_of([Document(content, "d", str(i), held_out=True) for i, content in enumerate(found)])

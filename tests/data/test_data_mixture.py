@@ -155,6 +155,8 @@ def test_a_mixture_that_does_not_fit_is_refused(data: Data, message: str) -> Non
         start_shares(data, {"gitub": 1}, {})
     with pytest.raises(ConsiliumError, match="lower the floor"):
         next_shares(Dynamic(floor=0.6), {"a": 0.5, "b": 0.5}, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    with pytest.raises(ConsiliumError, match="domain 'b' has no held-out text that is learned"):
+        next_shares(Dynamic(), {"a": 0.5, "b": 0.5}, {"a": 1}, {"a": 1, "b": 1})
 
 
 def test_a_corpus_without_owners_takes_every_weight_of_one_source() -> None:

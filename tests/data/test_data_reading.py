@@ -70,6 +70,17 @@ def written(folder: Path, suffix: str, content: bytes) -> Path:
     return path
 
 
+def test_a_null_is_an_absent_key_in_lines_as_in_tables(tmp_path: Path) -> None:
+    """What a table of several forms becomes when it is written as lines."""
+    names = sorted({name for record in RECORDS for name in record})
+    filled: list[dict[str, object]] = [{name: record.get(name) for name in names} for record in RECORDS]
+    lines, table = (
+        read(written(tmp_path, suffix, PACK[suffix](filled))) for suffix in (".jsonl", ".parquet")
+    )
+    assert [text.content for text in lines] == [text.content for text in table] == CONTENTS
+    assert [text.domain for text in lines] == [text.domain for text in table]
+
+
 @every
 def test_records_of_every_file_are_the_same_contents(suffix: str, tmp_path: Path) -> None:
     found = read(written(tmp_path, suffix, PACK[suffix](RECORDS)))
@@ -169,6 +180,9 @@ def test_only_columns_that_are_known_are_read(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"txt": "a"}, r"line 1 has no key 'text'.*Did you mean 'txt'"),
+        ({"text": None, "domain": "a"}, r"line 1: key 'text' is null; write text in it"),
+        ({"prompt": "a", "completion": None}, r"line 1: key 'completion' is null"),
+        ({"messages": [{"role": "user", "content": None}]}, r"key 'content' is null, not a string"),
         ({"prompt": "a"}, r"line 1 has no key 'completion'"),
         ({"text": "a", "messages": []}, r"has 'text' and 'messages'; .*keep one"),
         ({"messages": "hi"}, r"'messages' is no list of messages"),

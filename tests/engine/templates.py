@@ -124,8 +124,8 @@ QWEN3 = """\
 THINKING = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<｜User｜>' + message['content'] }}{% elif message['role'] == 'assistant' %}"
-    "{{ '<｜Assistant｜>' }}{% if not message['content'].startswith('<think>') %}{{ '<think>\\n' }}{% endif %}"
-    "{{ message['content'] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{{ '<｜Assistant｜>' }}{% if not message['content'].startswith('<think>') %}{{ '<think>\\n' }}"
+    "{% endif %}{{ message['content'] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 """The question opens the thought, and an answer may begin with it or go on from there."""

@@ -10,9 +10,13 @@ from consilium.config.data import Data, TextPath
 from consilium.config.model import Model
 from consilium.config.training import Bytes
 from consilium.data.corpus import Corpus, build_corpus
+from consilium.data.documents import Document
+from consilium.data.forms import Completion
 from consilium.data.tokenizer import Tokenizer
+from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading, measure
 from consilium.model.decoder import Decoder
+from data.data_corpora import corpus_of
 from small import KINDS, lively
 
 TEXTS = {"plain": ["one two three", "four"], "other": ["äöü 你好 and more", "x" * 40]}
@@ -67,3 +71,10 @@ def test_evaluation_changes_no_state(corpus: Corpus) -> None:
 
 def test_the_tokenizer_of_the_corpus_is_that_of_bytes(corpus: Corpus) -> None:
     assert corpus.tokenizer.files() == Tokenizer.of_bytes().files()
+
+
+def test_held_out_text_of_which_nothing_is_learned_has_no_figure() -> None:
+    """The plain mean over no domain would be 0: a perfect model."""
+    asked = [Document(Completion("why", ""), "d", "0", held_out=True)]
+    with pytest.raises(ConsiliumError, match="nothing of the held-out text is learned"):
+        measure(lively(KINDS["dense"]), corpus_of(asked), Reading(8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from pathlib import Path
@@ -117,6 +118,27 @@ def test_a_spike_is_skipped_told_and_recorded_and_a_resume_inside_the_window_dec
     assert [r.step for r in records if r.spike] == [r.step for r in records if r.skipped] == [20, 22]
     page = build_report(tmp_path / "whole").read_text()
     assert "jumped far above the steps before in 2 steps, first in step 20, last in step 22" in page
+
+
+def test_steps_without_anything_to_learn_are_told_and_never_end_a_run(tmp_path: Path) -> None:
+    """Long questions with short answers: most steps of two short rows hold questions alone."""
+    records = [{"prompt": "q" * 90, "completion": f"{i % 10}"} for i in range(40)]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    short = configuration(path, steps=30, batch=1, accumulate=1, spikes=Spikes(action="skip", window=16))
+    short = dataclasses.replace(short, data=dataclasses.replace(short.data, sequence_length=8))
+    told: list[Event] = []
+    train(short, tmp_path / "run", listeners=(told.append,))
+    results = [event.result for event in told if isinstance(event, Stepped)]
+    empty = [result.step + 1 for result in results if not result.targets]
+    assert 10 < len(empty) < 30
+    said = [event.text for event in told if isinstance(event, Notice)]
+    assert [text for text in said if "skipped" in text] == [
+        f"step {step}: none of its tokens are learned, skipped" for step in empty
+    ]
+    log = read_metrics(tmp_path / "run/metrics.jsonl").records
+    assert [r.step for r in log if r.loss is not None and math.isnan(r.loss)] == empty
+    assert all(r.bits_per_byte > 0 for r in log if r.bits_per_byte is not None)
 
 
 def test_a_spike_that_is_told_only_changes_nothing(

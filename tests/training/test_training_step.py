@@ -131,6 +131,28 @@ def test_noise_is_drawn_anew_for_each_seed_step_and_micro_batch_and_for_nothing_
         assert not any(torch.equal(draw, other) for other in draws[:i])
 
 
+class Questions(Rows):
+    """Rows of which nothing is learned."""
+
+    def micro(self, step: int, index: int, count: int) -> Batch:
+        batch = super().micro(step, index, count)
+        return dataclasses.replace(batch, targets_BS=torch.full_like(batch.targets_BS, -1))
+
+
+def test_a_step_without_anything_to_learn_has_no_loss_and_moves_nothing() -> None:
+    """Momentum, decay and the balance of the routers would else move the weights on the word of nobody."""
+    model, config = lively(DEEPSEEK), settings(DEEPSEEK, accumulate=2)
+    optimizer = build_optimizer(model, config.optimizer)
+    learned = train_step(model, optimizer, Rows(), config, 0)
+    weights, moved = state(model), {k: v.clone() for k, v in moments(optimizer, model).items()}
+    result = train_step(model, optimizer, Questions(), config, 1)
+    assert (learned.targets > 0, learned.skipped, result.targets, result.skipped) == (True, False, 0, True)
+    assert math.isnan(result.loss)
+    assert math.isnan(result.ce)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(moved[name], tensor) for name, tensor in moments(optimizer, model).items())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_with_a_bad_weight_changes_nothing_and_says_so(value: float) -> None:
     model = lively(DEEPSEEK)

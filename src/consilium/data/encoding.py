@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from consilium.data.writing import Writer, Written
 
 BATCH_CHARACTERS = 2**19
 """Text encoded at once."""
+_BLOCK: Final = 2**20
+"""Tokens looked at at once."""
 
 Progress = Callable[[str], None]
 
@@ -77,6 +79,18 @@ class TokenizedText:
     @property
     def ends_N(self) -> NDArray[np.int64]:
         return np.append(self.starts_N[1:], self.token_count) if len(self.starts_N) else self.starts_N
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a model is trained to write any of it."""
+        if not len(self.learned_T):
+            return self.token_count > len(self.starts_N)
+        for first in range(0, self.token_count, _BLOCK):
+            place_T = np.arange(first, min(first + _BLOCK, self.token_count))
+            opens = np.searchsorted(self.starts_N, (place_T[0], place_T[-1] + 1))
+            if self.learned(place_T).sum() > opens[1] - opens[0]:
+                return True
+        return False
 
     def learned(self, place_T: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the tokens at ``place_T`` are learned; what opens a document is not for it to say."""

@@ -75,9 +75,10 @@ def canonical(content: Content) -> bytes:
 def read_record(record: Mapping[str, object], where: str) -> Content:
     """Return the content of a record: ``text``, ``messages``, or ``prompt`` and ``completion``.
 
-    Raises ConsiliumError that begins with ``where`` for a record of none of these forms, or of several.
+    A key that is null is absent: tables with several forms write all their columns. Raises
+    ConsiliumError that begins with ``where`` for a record of none of these forms, or of several.
     """
-    found = [key for key in ("text", "messages", "prompt", "completion") if key in record]
+    found = [key for key in ("text", "messages", "prompt", "completion") if record.get(key) is not None]
     match found:
         case ["text"]:
             return _string(record["text"], "text", where)
@@ -88,6 +89,8 @@ def read_record(record: Mapping[str, object], where: str) -> Content:
             return Completion(*given)
         case [] | ["prompt"] | ["completion"]:
             missing = "text" if not found else "completion" if found == ["prompt"] else "prompt"
+            if missing in record:
+                raise ConsiliumError(f"{where}: key {missing!r} is null; write text in it.")
             raise ConsiliumError(f"{where} has no key {missing!r}.{nearest(missing, map(str, record))}")
         case _:
             raise ConsiliumError(
@@ -97,14 +100,13 @@ def read_record(record: Mapping[str, object], where: str) -> Content:
 
 
 def read_domain(record: Mapping[str, object], default: str, where: str) -> str:
-    return _string(record["domain"], "domain", where) if "domain" in record else default
+    return _string(record["domain"], "domain", where) if record.get("domain") is not None else default
 
 
 def _string(text: object, key: str, where: str) -> str:
     if not isinstance(text, str):
-        raise ConsiliumError(
-            f"{where}: key {key!r} is {type(text).__name__}, not a string; write text in it."
-        )
+        kind = "null" if text is None else type(text).__name__
+        raise ConsiliumError(f"{where}: key {key!r} is {kind}, not a string; write text in it.")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -22,7 +22,7 @@ from consilium.data.mixture import start_shares
 from consilium.data.packing import PackedDomain, Row
 from consilium.data.schedule import MOST_DOMAINS, Schedule
 from consilium.data.syntax import UNKNOWN
-from consilium.data.windows import Windows, cut_windows, limit_windows
+from consilium.data.windows import Windows, cut_windows, learned_windows, limit_windows
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
@@ -45,7 +45,8 @@ class Loader:
 
         ``dealt`` are the steps and rows before the batches were these.
 
-        Raises ConsiliumError when no domain fills one sequence, and for weights that do not fit the text.
+        Raises ConsiliumError when no domain fills one sequence, for a domain that has nothing to learn, and
+        for weights that do not fit the text.
         """
         sequence_length = data.sequence_length
         counts = {domain: text.token_count for domain, text in corpus.train.items()}
@@ -57,6 +58,7 @@ class Loader:
                 f"data: {len(long_enough)} domains are more than the {MOST_DOMAINS} that can be mixed; put"
                 " the text into fewer folders."
             )
+        _refuse_unlearned({domain: corpus.train[domain] for domain in long_enough})
         self.domains: tuple[str, ...] = tuple(long_enough)
         self.notices: tuple[str, ...] = tuple(
             say(
@@ -139,6 +141,14 @@ def _too_short(counts: dict[str, int], sequence_length: int) -> str:
     )
 
 
+def _refuse_unlearned(texts: Mapping[str, TokenizedText]) -> None:
+    for domain in (domain for domain, text in texts.items() if not text.is_learned):
+        raise ConsiliumError(
+            f"data: nothing of domain {domain!r} is learned, since all its completions or answers are empty;"
+            " fill them, or take the domain out."
+        )
+
+
 def _stack(rows: list[Row]) -> Batch:
     ids_BS = torch.from_numpy(np.stack([row.ids_S for row in rows]))
     return Batch(
@@ -177,10 +187,12 @@ def held_out_batches(
     A document is predicted from its opening EOS on, every token once; a window's first input is the last
     token of the window before, with no more context than that; with a ``stride`` below the sequence length
     it begins earlier, among tokens that count already. With ``limit_tokens`` windows spread evenly over the
-    documents are taken while their targets do not exceed it, at least one window.
+    documents are taken while their targets do not exceed it, at least one window. Windows of which nothing is
+    learned are left out.
     """
     text = corpus.held_out[domain]
-    windows = limit_windows(cut_windows(text, sequence_length, stride), limit_tokens)
+    windows = learned_windows(cut_windows(text, sequence_length, stride), text)
+    windows = limit_windows(windows, limit_tokens)
     for start in range(0, len(windows.first_W), batch):
         rows = slice(start, start + batch)
         yield _label(text, domain, windows.rows(rows))

@@ -45,8 +45,14 @@ def next_shares(
 ) -> dict[str, float]:
     """W <- softmax(log w + rate (loss - reference)), then shrunk so far that nothing is below the floor.
 
-    Losses are nats a token. Raises ConsiliumError where the floor leaves nothing to share.
+    Losses are nats a token. Raises ConsiliumError where the floor leaves nothing to share, and for a domain
+    without a loss.
     """
+    for domain in (domain for domain in shares if domain not in losses):
+        raise ConsiliumError(
+            f"data.mixture: shares follow held-out losses, and domain {domain!r} has no held-out text that is"
+            " learned; give more of it, or raise data.held_out."
+        )
     left = 1 - dynamic.floor * len(shares)
     if left <= 0:
         raise ConsiliumError(

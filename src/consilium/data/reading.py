@@ -245,7 +245,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
                 budget.take(batch.nbytes)
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", {key: value for key, value in record.items() if value is not None}
+                    yield f"row {number}", record
     except ConsiliumError:
         raise
     except Exception as error:  # the library has many kinds for what is damaged

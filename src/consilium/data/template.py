@@ -254,8 +254,8 @@ def _unused(text: str) -> Iterator[str]:
 
 def _mixes(where: str) -> ConsiliumError:
     return ConsiliumError(
-        f"{where} writes answers otherwise than they are given, so what of it is learned cannot be told; write"
-        f" into {FILE} a template that takes them whole."
+        f"{where} writes answers otherwise than they are given, so what of it is learned cannot be told;"
+        f" write into {FILE} a template that takes them whole."
     )
 
 

@@ -1,16 +1,20 @@
 """Held-out documents cut into windows.
 
-Legend: W windows, N documents.
+Legend: W windows, S tokens of one, N documents.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consilium.data.encoding import TokenizedText
+
+_TOGETHER: Final = 2**20
+"""Targets looked at at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,21 @@ def cut_windows(text: TokenizedText, sequence_length: int, stride: int | None = 
     length_W = np.minimum(np.repeat(targets_N, count_N) - done_W, sequence_length)
     seen_W = np.where(offset_W > 0, sequence_length - step, 0)
     return Windows(np.repeat(text.starts_N, count_N) + done_W, length_W, seen_W)
+
+
+def learned_windows(windows: Windows, text: TokenizedText) -> Windows:
+    """Keep windows with a target that is learned: the others say nothing of the model."""
+    if not len(text.learned_T) or not len(windows.first_W):
+        return windows
+    place_S = np.arange(windows.length_W.max())
+    rows = max(1, _TOGETHER // len(place_S))
+    kept: list[NDArray[np.bool_]] = []
+    for start in range(0, len(windows.first_W), rows):
+        part = windows.rows(slice(start, start + rows))
+        fresh_WS = (place_S >= part.seen_W[:, None]) & (place_S < part.length_W[:, None])
+        target_WS = np.where(fresh_WS, part.first_W[:, None] + 1 + place_S, 0)
+        kept.append((fresh_WS & text.learned(target_WS)).any(axis=1))
+    return windows.rows(np.flatnonzero(np.concatenate(kept)))
 
 
 def limit_windows(windows: Windows, limit_tokens: int | None) -> Windows:

@@ -14,6 +14,7 @@ import torch
 
 from consilium.data.corpus import Corpus
 from consilium.data.loader import LabelledBatch, held_out_batches, held_out_tokens
+from consilium.errors import ConsiliumError
 from consilium.evaluation.loads import ExpertLoad, LoadCounter
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Losses, Objective, Options
@@ -93,7 +94,8 @@ def measure(
 ) -> Evaluation:
     """Run the model over each domain's held-out text. No state changes.
 
-    The processes of ``mesh`` deal the windows among them.
+    The processes of ``mesh`` deal the windows among them. Raises ConsiliumError where nothing is to be
+    predicted.
     """
     moe = model.config.moe
     whole = sum(held_out_tokens(text, reading.limit_tokens) for text in corpus.held_out.values())
@@ -122,8 +124,13 @@ def measure(
             domains[domain] = nats / math.log(2) / domain_size
             nats_per_token[domain] = nats / max(tokens - before, 1)
             size += domain_size
+    if not domains:
+        raise ConsiliumError(
+            "evaluation: nothing of the held-out text is learned, so there are no bits per byte; give more"
+            " text, or text with completions or answers."
+        )
     return Evaluation(
-        bits_per_byte=sum(domains.values()) / max(len(domains), 1),
+        bits_per_byte=sum(domains.values()) / len(domains),
         domains=domains,
         tokens=tokens,
         bytes=size,

@@ -116,7 +116,7 @@ class StepRecord:
     lr: float | None = None
     tok_per_sec: float | None = None
     skipped: float | None = None
-    """1 where a loss or gradient, not finite or a spike, left the weights as they were."""
+    """1 where the weights stayed: a loss or gradient was not finite or a spike, or no token was learned."""
     spike: float | None = None
     """1 where the loss or the gradient norm was far above those of the steps before."""
     bits_per_byte: float | None = None

@@ -140,7 +140,7 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     begun = time.perf_counter()
     with memory_told(run.config, progress.step + 1):
         result = gradients(run.model, run.loader, run.config, progress.step, run.mesh)
-        healthy, spike = not result.skipped, run.watch.see(result.loss, result.norm)
+        healthy, spike = _is_healthy(result), run.watch.see(result.loss, result.norm)
         if spike is not None and run.config.spikes.action == "skip":
             result = dataclasses.replace(result, skipped=True)
         if not result.skipped:
@@ -156,6 +156,11 @@ def _step(run: Run, meter: Meter, emit: Callable[[Event], None]) -> None:
     _record(run, meter, result, spike, emit)
     check_patience(progress.skipped_in_a_row, progress.step)
     _every(run, meter, emit)
+
+
+def _is_healthy(result: StepResult) -> bool:
+    """Rows that hold questions alone are no sign of bad values."""
+    return not (result.skipped and result.targets)
 
 
 def _record(
@@ -177,6 +182,8 @@ def _record(
 def _alarms(step: int, result: StepResult, spike: Spike | None) -> Iterator[str]:
     if spike is not None:
         yield spike.told(step) + (say(": skipped") if result.skipped else "")
+    elif not result.targets:
+        yield say("step {step}: none of its tokens are learned, skipped", step=step)
     elif result.skipped:
         yield say(
             "step {step}: loss {loss}, gradient norm {norm}: not finite, skipped",

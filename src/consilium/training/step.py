@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,8 @@ class StepResult:
     skipped: bool
     step: int
     """Steps of the run that were done before."""
+    targets: int
+    """Tokens that were predicted. Without any there is no loss: it is NaN, and nothing moves."""
     largest: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     """float32 [H] largest logit of each head by index of the block, where heads are to be clipped."""
 
@@ -62,7 +65,7 @@ def train_step(
     """Run step ``step`` (from 0): a pure function of weights, optimizer state, configuration and step.
 
     A non-finite loss or gradient norm, in whichever process, leaves weights, moments and balance state of all
-    of them untouched.
+    of them untouched; so does a step in which no token is learned.
     """
     result = gradients(model, loader, config, step, mesh)
     if not result.skipped:
@@ -89,17 +92,19 @@ def gradients(model: Decoder, loader: Loader, config: Training, step: int, mesh:
     norm = guard.clip(model, config.optimizer.clip, mesh)
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, step, config.steps)
     sums = _summed(losses, sum(int(micro.valid_BS.sum()) for micro in batch.values()), mesh)
+    loss, ce = (sums["total"], sums["nll"] / share.targets) if share.targets else (math.nan, math.nan)
     return StepResult(
-        loss=sums["total"],
-        ce=sums["nll"] / max(share.targets, 1),
+        loss=loss,
+        ce=ce,
         ahead=sums["ahead"],
         balance={name: sums[f"balance/{name}"] for name in losses[0].balance},
         norm=norm,
         rate=rate,
         tokens=int(sums["tokens"]),
         loads=loads.result(mesh.world.sum),
-        skipped=not guard.is_healthy(sums["total"], norm),
+        skipped=not guard.is_healthy(loss, norm),
         step=step,
+        targets=share.targets,
         largest=_largest(losses),
     )
 
