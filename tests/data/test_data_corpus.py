@@ -105,6 +105,17 @@ def test_files_that_have_just_changed_are_read_again(data: Data) -> None:
     assert build_corpus(data, VOCABULARY).sha256 != first.sha256
 
 
+def test_files_replaced_by_others_of_the_same_size_and_time_are_read_again(data: Data) -> None:
+    """Archives that are made reproducible give all their files one time."""
+    folder = Path(path_of(data))
+    make_old(folder)
+    first = build_corpus(data, VOCABULARY)
+    path = folder / "3.py"
+    path.write_text(path.read_text(encoding="utf-8").replace("x3", "y3"), encoding="utf-8")
+    make_old(folder)
+    assert build_corpus(data, VOCABULARY).sha256 != first.sha256
+
+
 def test_one_changed_file_has_only_its_shelf_encoded_again(
     data: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

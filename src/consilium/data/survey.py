@@ -33,7 +33,8 @@ FORMAT: Final = 2
 _INDEX: Final = "index.json"
 _ARRAYS: Final = ("domain", "unit", "order", "characters", "plain")
 _SETTLED: Final = 2.0
-"""Seconds without a change after which size and time tell whether a file has changed, as in git's index."""
+"""Seconds without a change after which size, times and inode tell whether a file has changed, as in git's
+index: a time of writing alone is what archives and copies set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def survey(shelf: Shelf, filters: Sequence[Filter] = ()) -> Survey:
     status = [path.stat() for path in shelf.files]
     settled = bool(status) and max(one.st_mtime for one in status) < time.time() - _SETTLED
     stamps = [
-        [str(path.resolve()), one.st_size, one.st_mtime_ns]
+        [str(path.resolve()), one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino]
         for path, one in zip(shelf.files, status, strict=True)
     ]
     sieve = [VERSION, sys.version_info[:2], [to_data(chosen) for chosen in filters]] if filters else []
