@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.cli.arguments import count, path, size
+from consilium.cli.arguments import Parser, count, path, size
+from consilium.cli.main import VERBS, verb_parser
 from consilium.cli.models import full_name, read_model
 from consilium.config.io import to_json, to_yaml
 from consilium.config.training import Training
@@ -147,3 +149,25 @@ def test_a_name_on_the_hub_is_answered_with_how_to_get_it() -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(ConsiliumError, match=r"cannot read the configuration nowhere\.yaml: no such file"):
         read_model("nowhere.yaml")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_value_below_zero_is_a_value_and_no_option(verb: str) -> None:
+    """Named in what is refused, or taken as text: never "expected one argument"."""
+    parser = verb_parser(verb)
+    taking = [action for action in parser.actions() if action.option_strings and action.nargs is None]
+    places = ["x" for other in parser.actions() if not other.option_strings]
+    needed = [word for other in taking if other.required for word in (other.option_strings[0], "1")]
+    for option, text in itertools.product(taking, ["-1GiB", "-.5m", "-inf"]):
+        assert text in _answer(parser, [*places, *needed, option.option_strings[0], text]), option.dest
+
+
+def _answer(parser: Parser, words: list[str]) -> str:
+    try:
+        return str(parser.read(words))
+    except ConsiliumError as error:
+        return str(error)
+
+
+def test_what_stands_after_two_dashes_stays_as_it_is() -> None:
+    assert verb_parser("plan").read(["--fit", "1GiB", "--", "-3"]).model == "-3"

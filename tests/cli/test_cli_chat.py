@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -247,6 +248,61 @@ def test_ctrl_c_ends_the_answer_and_twice_the_conversation(run: Path) -> None:
     os.close(terminal)
     assert b"once more" in said
     assert os.waitstatus_to_exitcode(ended[1]) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_chat_from_outside_keeps_the_conversation(
+    run: Path, number: signal.Signals, tmp_path: Path
+) -> None:
+    """The second message is answered at the time: what was heard of its answer stays."""
+    words = [*COMMAND, "chat", str(run), "--max-tokens", "200", "--temperature", "3"]
+    with subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("hello\n")
+        process.stdin.flush()
+        while "tokens/s" not in (line := process.stderr.readline()):
+            assert line
+        process.stdin.write("again\n")
+        process.stdin.flush()
+        time.sleep(0.1)
+        for _ in range(3):  # a terminal that closes sends more than one
+            process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    (file,) = tmp_path.glob("conversation-*.json")
+    assert f"messages to {file.name}" in said
+    kept = [one["content"] for one in json.loads(file.read_text())["messages"] if one["role"] == "user"]
+    assert kept[0] == "hello"
+
+
+def test_what_was_saved_is_not_saved_again(run: Path, tmp_path: Path) -> None:
+    words = [*COMMAND, "chat", str(run), "--max-tokens", "1"]
+    with subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("hello\n/save c.json\n")
+        process.stdin.flush()
+        while "to c.json" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 def test_a_reader_that_leaves_ends_the_text(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from checkpoint.models import switch, trained
 from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.data.tokenizer import Tokenizer
+from consilium.disk.manifest import verify
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,22 @@ def test_a_folder_inside_the_source_is_refused(
 ) -> None:
     assert "lies inside" in complaint(capsys, source, source / "sub")
     assert not (source / "sub").exists()
+
+
+def test_a_place_inside_a_run_or_another_checkpoint_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "run/checkpoints/step-1")
+    shutil.copytree(source, tmp_path / "other")
+    (tmp_path / "link").symlink_to("run")
+    places = ["run/inner", "link/a/b", "run/checkpoints/step-2", "run/checkpoints/step-1/a/b", "other/inner"]
+    for place in places:
+        assert "lies inside" in complaint(capsys, tmp_path / "run", tmp_path / place)
+    for place in ("run/m.gguf", "other/m.gguf"):
+        assert "lies inside" in complaint(capsys, tmp_path / "run", tmp_path / place, "--to", "gguf")
+    verify(tmp_path / "run/checkpoints/step-1")
+    verify(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "q8_0", "q4_0"])
@@ -141,3 +159,11 @@ def test_the_configuration_names_the_new_dtype(
     said(capsys, source, tmp_path / "out", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
+
+
+def test_a_run_that_has_saved_nothing_is_called_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    assert "run that has saved no checkpoint yet" in complaint(capsys, tmp_path / "run", tmp_path / "out")

@@ -30,11 +30,10 @@ def test_a_terminal_of_another_encoding_shows_what_it_can(encoding: str) -> None
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no device here that is always full")
-def test_a_full_output_is_one_sentence() -> None:
+@pytest.mark.parametrize("words", [["systems"], ["train", "--help"]])
+def test_a_full_output_is_one_sentence(words: list[str]) -> None:
     with FULL.open("w") as full:
-        done = subprocess.run(
-            [*COMMAND, "systems"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no space left for standard output")
     assert done.stderr.count("\n") == 1

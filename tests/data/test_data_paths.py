@@ -63,7 +63,7 @@ def test_a_mark_and_windows_line_ends_are_no_text(tmp_path: Path) -> None:
         ("a.txt", b"a\0b", r"NUL bytes"),
         ("a.txt", b"\xff\xfe\x00", r"not UTF-8 text \(byte 0\)"),
         ("a.pdf", b"text", r"'\.pdf'.*\.txt, .*\.jsonl\.zst or \.parquet"),
-        ("a", b"text", r"'nothing'"),
+        ("a", b"text", r"a has no ending"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', r"line 2 has no key 'text'.*Did you mean 'txt'"),
         ("a.jsonl", b'\n{"text": 3}', r"line 2: key 'text' is int"),
         ("a.jsonl", b'{"text": "a", "domain": 1}', r"line 1: key 'domain' is int"),

@@ -375,3 +375,16 @@ def test_an_unlisted_file_that_a_loader_would_open_is_refused(tmp_path: Path) ->
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ConsiliumError, match=r"index\.json was not there when this folder was saved"):
         verify(folder)
+
+
+def test_nothing_is_written_into_a_folder_that_was_committed(tmp_path: Path) -> None:
+    saved = commit(tmp_path / "saved")
+    for place in (saved / "inner", saved / "training_state" / "a" / "b"):
+        with pytest.raises(ConsiliumError, match="lies inside"):
+            commit(place)
+        with pytest.raises(ConsiliumError, match="lies inside"):
+            write_file(place, b"text")
+    verify(saved)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text('{"name": "a page of the web"}')
+    verify(commit(tmp_path / "theirs" / "inner"))

@@ -9,6 +9,7 @@ from typing import Final
 from consilium.checkpoint.hf.config import NAME as CONFIG_FILE
 from consilium.errors import ConsiliumError
 from consilium.recipes import catalogue
+from consilium.records.run import CONFIG_FILE as RUN_CONFIG
 from consilium.records.run import newest_of_run
 
 GGUF: Final = ".gguf"
@@ -34,6 +35,10 @@ def checkpoint_in(folder: Path | str) -> Path:
         return found
     if not folder.exists():
         raise ConsiliumError(missing(str(folder)))
+    if (folder / RUN_CONFIG).is_file():
+        raise ConsiliumError(
+            f"{folder} is a run that has saved no checkpoint yet; wait for one, or train it on with --resume."
+        )
     raise ConsiliumError(
         f"{folder} is not a checkpoint or a run: it has neither config.json nor checkpoints; give a folder"
         " made by consilium train, or a downloaded one."

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, final
+from typing import Any, Final, NoReturn, final
 
 from consilium.errors import ConsiliumError, closest
 from consilium.words.say import say
 from consilium.words.width import wrapped
 
+_BELOW_ZERO: Final = re.compile(r"-(\.?\d|inf|nan)")
 _COUNTS = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12})
 _BYTES = MappingProxyType(
     {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -71,15 +72,30 @@ class Parser(argparse.ArgumentParser):
                 value = say("none") if action.default in (None, []) else "%(default)s"
                 action.help = say("{help}; default: {value}", help=action.help, value=value)
 
+    def print_help(self, file: Any = None) -> None:
+        """Unlike that of argparse, this says where standard output is full."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         raise ConsiliumError(f"{self.prog}: {message}; {self.prog} --help shows the arguments.")
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse ``argv``. Raises ConsiliumError for anything that the verb does not know."""
-        options, unknown = self.parse_known_args(list(argv))
+        options, unknown = self.parse_known_args(self._valued(argv))
         if unknown:
             raise ConsiliumError(self._unknown(unknown))
         return options
+
+    def _valued(self, argv: Sequence[str]) -> list[str]:
+        """``--fit -1GiB`` as ``--fit=-1GiB``: argparse takes what begins with a dash for an option."""
+        takes = {name for action in self._actions if action.nargs is None for name in action.option_strings}
+        words: list[str] = []
+        for word in argv:
+            if words and words[-1] in takes and "--" not in words and _BELOW_ZERO.match(word):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return words
 
     def _unknown(self, words: Sequence[str]) -> str:
         flags = [word.partition("=")[0] for word in words if word.startswith("-")]

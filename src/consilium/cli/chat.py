@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -50,6 +52,15 @@ def run(options: Namespace) -> int:
                 " conversation."
             )
         )
+    try:
+        return _converse(session)
+    except SystemExit:  # SIGTERM, or the terminal is gone
+        session.keep()
+        raise
+
+
+def _converse(session: Session) -> int:
+    """Take messages and commands until the end. Returns the exit code."""
     interrupted = False
     while True:
         try:
@@ -135,6 +146,7 @@ class Session:
         self._options = options
         self._sampling: Sampling = sampling_of(options, engine.model.generation)
         self._conversation: Conversation = Conversation().with_system(options.system or "")
+        self._kept: Conversation | None = None
         self._left_out = 0
         self._turns = 0
         self._tokens = 0
@@ -164,15 +176,32 @@ class Session:
                 )
             )
         self._left_out = gone
-        answer, ended = self._stream(ids)
-        if answer or ended:
-            self._conversation = asked.with_message("assistant", answer)
+        heard: list[str] = []
+        ended = None
+        try:
+            ended = self._stream(ids, heard)
+        finally:
+            if heard or ended:
+                self._conversation = asked.with_message("assistant", "".join(heard))
         if ended == "length" and self._options.max_tokens is None:
             note(say("the answer ends here, because the context of {length:,} tokens is full", length=length))
 
-    def _stream(self, ids: list[int]) -> tuple[str, str | None]:
-        """Print an answer. Returns its text and how it ended, None by Ctrl-C."""
-        answer, ended, clock = "", None, Clock()
+    def keep(self) -> None:
+        """Write what was said since the last /save to a new file of the current folder."""
+        from consilium.engine.chat import write_conversation
+
+        if not self._conversation.messages or self._conversation == self._kept:
+            return
+        file = Path(f"conversation-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json")
+        try:
+            write_conversation(self._conversation, file.resolve())
+            note(say("saved {n} messages to {file}", n=len(self._conversation.messages), file=file))
+        except ConsiliumError as error:
+            note(say("error: {sentence}", sentence=error))
+
+    def _stream(self, ids: list[int], heard: list[str]) -> str | None:
+        """Print an answer and append its text to ``heard``. Returns how it ended, None by Ctrl-C."""
+        ended, clock = None, Clock()
         sampling = dataclasses.replace(self._sampling, seed=self._sampling.seed + self._turns)
         pieces = self._engine.generate(
             [ids],
@@ -183,7 +212,7 @@ class Session:
         )
         try:
             for piece in clock.timed(pieces):
-                answer += piece.text
+                heard.append(piece.text)
                 ended = piece.finished
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
@@ -193,7 +222,7 @@ class Session:
         self._turns += 1
         self._tokens += clock.tokens
         self._last = clock
-        return answer, ended
+        return ended
 
     def _command(self, name: str, rest: str) -> None:
         from consilium.engine.chat import Conversation, read_conversation, write_conversation
@@ -214,9 +243,10 @@ class Session:
                 )
             case "/save":
                 write_conversation(self._conversation, _file(name, rest))
+                self._kept = self._conversation
                 note(say("saved {n} messages to {file}", n=len(self._conversation.messages), file=rest))
             case "/load":
-                self._conversation = read_conversation(_file(name, rest))
+                self._conversation = self._kept = read_conversation(_file(name, rest))
                 note(say("loaded {n} messages from {file}", n=len(self._conversation.messages), file=rest))
             case "/stats":
                 note("\n".join(self._stats()))

@@ -37,9 +37,9 @@ def run(options: Namespace) -> int:
     from consilium.checkpoint.folders import checkpoint_in
 
     source = checkpoint_in(options.source)
-    if source.resolve() in options.destination.resolve().parents:
+    if options.source.resolve() in options.destination.resolve().parents:
         raise ConsiliumError(
-            f"convert: {options.destination} lies inside {source}, which would no longer be what was saved;"
+            f"convert: {options.destination} lies inside {options.source}, which is to stay as it is;"
             " choose a place outside."
         )
     writers = {"hf": _to_folder, "gguf": _to_gguf}

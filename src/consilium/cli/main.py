@@ -110,6 +110,9 @@ def _stopping(*names: str) -> list[signal.Signals]:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
+    # A terminal that closes sends both, and the second must not break what the first one lets end in order.
+    for number in _stopping("SIGTERM", "SIGHUP"):
+        signal.signal(number, signal.SIG_IGN)
     # Not KeyboardInterrupt: in a chat that ends the answer alone.
     raise SystemExit(INTERRUPTED)
 

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import TextIO, final
 
 from consilium.words.say import say
+from consilium.words.seldom import LOG_SECONDS, QUIET_SECONDS
 
-QUIET_SECONDS = 2.0
-"""What is over by then says nothing on the way."""
-_TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 10.0
+_TERMINAL_SECONDS = 0.5
 
 
 def note(text: str) -> None:
@@ -56,7 +55,7 @@ class Lines:
         if self._stream is None or self._clock() < self._next:
             return
         live = _rewrites(self._stream)
-        self._next = self._clock() + (_TERMINAL_SECONDS if live else _LOG_SECONDS)
+        self._next = self._clock() + (_TERMINAL_SECONDS if live else LOG_SECONDS)
         text = self._verb
         if total:
             text = say(

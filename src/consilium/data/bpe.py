@@ -15,6 +15,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from consilium.words.say import say
+from consilium.words.seldom import Seldom
+
 SAMPLE_CHARACTERS = 3_500_000
 """Text that BPE is trained on; more changes little and costs a second a megabyte."""
 _PIECE: Final = 64
@@ -54,12 +57,12 @@ def _wait(work: Callable[[], None], report: Callable[[str], None]) -> None:
 
     thread = threading.Thread(target=run, name="tokenizer", daemon=True)
     thread.start()
-    seconds = 0.0
+    seconds, far = 0.0, Seldom(report)
     while thread.is_alive():
         thread.join(_TICK)
         seconds += _TICK
         if thread.is_alive():
-            report(f"training the tokenizer: {seconds:.0f} s")
+            far(say("training the tokenizer: {seconds:.0f} s", seconds=seconds))
     if failed:
         raise failed[0]
 

@@ -33,6 +33,7 @@ from consilium.data.writing import Writer
 from consilium.errors import ConsiliumError
 from consilium.records.dropped import Dropped
 from consilium.words.say import say
+from consilium.words.seldom import Seldom
 
 FORMAT: Final = 5
 """Version of a cache entry; changes when the same text would be tokenized or stored in another way."""
@@ -150,7 +151,7 @@ class _Job:
     """Encodes shelves, and tells how far it is."""
 
     def __init__(self, library: Library, tokenizer: Tokenizer, report: Progress) -> None:
-        self._library, self._report = library, report
+        self._library, self._report = library, Seldom(report)
         self._writer = Writer(tokenizer)
         self._done = 0
 
@@ -207,7 +208,7 @@ def measured_corpus(
     documents: Sequence[Document], tokenizer: Tokenizer, *, progress: Progress | None = None
 ) -> Corpus:
     """Encode documents that are all held out."""
-    report = progress or _silent
+    report = Seldom(progress or _silent)
     digest, encoded, done = Digest(), list[Encoded](), 0
     with contextlib.closing(Writer(tokenizer)) as writer:
         for batch in encode_documents(writer, documents):

@@ -28,6 +28,7 @@ from consilium.data.survey import Digest, Shelf, Survey, survey
 from consilium.errors import ConsiliumError
 from consilium.records.dropped import Dropped
 from consilium.words.say import say
+from consilium.words.seldom import Seldom
 
 _LARGE: Final = 2**23
 """Bytes of a file that is a shelf of its own."""
@@ -154,10 +155,11 @@ def _nothing(source: Source, *, filtered: bool) -> ConsiliumError:
 
 
 def _surveyed(shelves: Sequence[Shelf], filters: Sequence[Filter], report: Progress) -> Iterator[Survey]:
+    far = Seldom(report)
     for number, shelf in enumerate(shelves, start=1):
         yield survey(shelf, filters)
         if len(shelves) > 1:
-            report(say("reading the text: {number} of {count}", number=number, count=len(shelves)))
+            far(say("reading the text: {number} of {count}", number=number, count=len(shelves)))
 
 
 def _split(surveys: Sequence[Survey], fraction: float) -> list[NDArray[np.int64]]:

@@ -12,6 +12,7 @@ from consilium.data.reading import SUFFIXES, read_texts, shown, suffix_of
 from consilium.errors import ConsiliumError, closest
 from consilium.records.metrics import METRICS_FILE
 from consilium.records.run import CONFIG_FILE
+from consilium.words.say import say
 
 
 def _silent(_: str) -> None:
@@ -73,9 +74,10 @@ def _files(path: Path, report: Callable[[str], None]) -> list[Path]:
             raise ConsiliumError(f"data: the folder {path} has no {_names()} file; give one that has.")
         return found
     if suffix_of(path) is None:
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise ConsiliumError(
-            f"data: {path} ends in {path.suffix or 'nothing'!r}, and only {_names()} files are read;"
-            f" rename or convert it.{_meant(path.suffix)}"
+            f"data: {path} {ending}, and only {_names()} files are read; rename or convert it."
+            f"{_meant(path.suffix)}"
         )
     return [path]
 
@@ -106,7 +108,7 @@ def _walk(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
                 if (kind := _other_kind(entry)) is None:
                     waiting.insert(0 if entry.is_symlink() else len(waiting), entry)
                 else:
-                    report(f"{shown(entry)} is left out of the text: it is {kind}")
+                    report(kind)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -119,11 +121,11 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What a folder of ours, or of somebody's model, is: its files are no text to train on."""
+    """What to say of a folder of ours, or of somebody's model, whose files are no text to train on."""
     if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file():
-        return "a training run"
+        return say("{folder} is left out of the text: it is a training run", folder=shown(folder))
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return "a model"
+        return say("{folder} is left out of the text: it is a model", folder=shown(folder))
     return None
 
 

@@ -38,6 +38,7 @@ def commit_file(
     """
     destination = destination.resolve()
     try:
+        _refuse_inside(destination)
         _refuse_in_the_way(destination, new=new)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
@@ -82,6 +83,7 @@ def staging(destination: Path, *, unless: Collection[str] = (), files: Filesyste
     """A temporary folder for what will be ``destination``; gone again where anything fails."""
     destination = destination.resolve()
     try:
+        _refuse_inside(destination)
         _refuse_foreign(destination, unless)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
@@ -265,6 +267,21 @@ def _refuse_in_the_way(destination: Path, *, new: bool) -> None:
     if destination.exists() and (new or not destination.is_file()):
         what = "there is a file already" if destination.is_file() else "there is something that is no file"
         raise ConsiliumError(f"cannot save to {destination}: {what}; remove it or give another name.")
+
+
+def _refuse_inside(destination: Path) -> None:
+    """A folder that was committed here would no longer be what its manifest says."""
+    for above in destination.parents:
+        if (above / NAME).is_file():
+            with contextlib.suppress(ConsiliumError):  # somebody else's file of that name
+                read_manifest(above)
+                break
+    else:
+        return
+    raise ConsiliumError(
+        f"cannot save to {destination}: it lies inside {above}, which would no longer be what was saved;"
+        " choose a place outside."
+    )
 
 
 def _refuse_foreign(destination: Path, unless: Collection[str]) -> None:
