@@ -18,6 +18,7 @@ from consilium.config.training import Bytes, Folder, Training
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
+from consilium.training.events import Event, Notice
 from consilium.training.freeze import freeze, is_frozen
 from consilium.training.loop import train
 from small import DEEPSEEK, lively
@@ -98,6 +99,25 @@ def test_a_model_of_other_settings_takes_the_weights_that_fit(
     deeper = dataclasses.replace(DEEPSEEK, layers=DEEPSEEK.layers + 2)
     with pytest.raises(ConsiliumError, match="has no weight"):
         train(configuration(text, theirs, model=deeper), tmp_path / "other")
+
+
+def test_weights_without_a_place_in_the_model_are_told(text: Path, theirs: Path, tmp_path: Path) -> None:
+    """Fewer blocks, a tied head or another rule of choice take part of a model, which nobody may miss."""
+    shorter = dataclasses.replace(
+        DEEPSEEK, layers=2, mtp=dataclasses.replace(DEEPSEEK.mtp, depth=0), tied=True
+    )
+    told: list[Event] = []
+    train(configuration(text, theirs, model=shorter, steps=1), tmp_path / "run", listeners=(told.append,))
+    kept = store.load(theirs).state_dict().keys() & store.load(tmp_path / "run").state_dict().keys()
+    left = len(store.load(theirs).state_dict()) - len(kept)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    assert (
+        f"{left} tensors of {theirs} have no place in the model and are left out, such as layers.2."
+        in "".join(said)
+    )
+    told.clear()
+    train(configuration(text, theirs, steps=1), tmp_path / "same", listeners=(told.append,))
+    assert not any("no place" in event.text for event in told if isinstance(event, Notice))
 
 
 def test_gates_alone_train_where_all_else_is_frozen(text: Path, theirs: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def _start_anew(out: Path, notice: Callable[[str], None]) -> None:
 
 
 def _begin(config: Training, site: Site) -> Run:
-    model, config = initial(config, site.corpus, site.device, site.mesh)
+    model, config = initial(config, site.corpus, site.device, site.mesh, notice=site.notice)
     loader = loader_of(config, site.corpus)
     for text in loader.notices:
         site.notice(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -17,22 +18,29 @@ from consilium.model.decoder import Decoder
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training.freeze import freeze
 from consilium.training.spread import drawn, placed
+from consilium.words.say import say
 
 S = TypeVar("S", StartWeights, StartTokenizer)
 
 
 def initial(
-    config: Training, corpus: Corpus, device: str = "cpu", mesh: Mesh = ALONE
+    config: Training,
+    corpus: Corpus,
+    device: str = "cpu",
+    mesh: Mesh = ALONE,
+    *,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> tuple[Decoder, Training]:
     """A model at step 0, and ``config`` with the digests of what it begins with.
 
-    Raises ConsiliumError where a folder holds other weights than the model takes, or than ``config`` says.
+    What a folder holds and the model has no place for is told. Raises ConsiliumError where a folder holds
+    other weights than the model takes, or than ``config`` says.
     """
     match config.init:
         case Random():
             model, init = drawn(config.model, config.seed, mesh, device), config.init
         case Folder() as init:
-            found = _from_folder(init, config)
+            found = _from_folder(init, config, notice)
             init = _settled(init, _digest(found), "weights")
             model = placed(found, mesh, device)
     freeze(model, config.freeze)
@@ -70,14 +78,27 @@ def _settled(folder: Folder, sha256: str, what: str) -> Folder:
     return dataclasses.replace(folder, sha256=sha256)
 
 
-def _from_folder(folder: Folder, config: Training) -> Decoder:
+def _from_folder(folder: Folder, config: Training, notice: Callable[[str], None]) -> Decoder:
     source = store.load(folder.path, dtype="float32")
     if source.config.vocab_size != config.model.vocab_size:
         raise ConsiliumError(
             f"train: {folder.path} has a vocabulary of {source.config.vocab_size} tokens and the model one of"
             f" {config.model.vocab_size}; give them the same."
         )
-    return source if source.config == config.model else _refitted(source, folder.path, config)
+    if source.config == config.model:
+        return source
+    model = _refitted(source, folder.path, config)
+    left = [name for name in source.state_dict() if name not in model.state_dict()]
+    if left:
+        notice(
+            say(
+                "{count} tensors of {folder} have no place in the model and are left out, such as {name}",
+                count=len(left),
+                folder=folder.path,
+                name=left[0],
+            )
+        )
+    return model
 
 
 def _refitted(source: Decoder, path: str, config: Training) -> Decoder:
