@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from runs import write_config, write_text
 
 from consilium.checkpoint import store
+from consilium.cli.main import main
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -45,6 +47,29 @@ def test_two_processes_train_one_run_and_one_of_them_tells_it(text: Path, tmp_pa
     # One process goes on with what two began, by the file that they began with.
     again = command("train", str(config), "--out", str(out), "--resume", "--steps", "4")
     assert again.returncode == 0, again.stderr
+
+
+def test_a_launcher_of_one_process_trains_as_without_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing listens at this port: one process has nobody to meet."""
+    config = write_config(tmp_path, text)
+    words = ["--set", "optimizer.kind=muon", "--set", "saving=background"]
+    for name in ("plain", "launched"):
+        if name == "launched":
+            given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+            for key, value in given.items():
+                monkeypatch.setenv(key, value)
+        assert main(["train", str(config), "--out", str(tmp_path / name), *words]) == 0
+    plain, launched = (store.load(tmp_path / name).state_dict() for name in ("plain", "launched"))
+    assert all(torch.equal(plain[name], launched[name]) for name in plain)
+    for wrong, sentence in (
+        ("--nproc", "launcher started 1; leave"),
+        ("--ep", "1 processes cannot be dealt"),
+    ):
+        capsys.readouterr()
+        assert main(["train", str(config), "--out", str(tmp_path / "other"), wrong, "2"]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,12 @@ def _model_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     from consilium.cli.endings import ended
-    from consilium.parallel.environment import is_launched, launched_rank, launched_world, restarts
+    from consilium.parallel.environment import is_launched, launched_rank, restarts
     from consilium.parallel.launch import launch
     from consilium.parallel.topology import Topology
 
-    Topology.of(options.nproc or launched_world(), expert=options.ep)
     if (options.nproc or 1) > 1 and not is_launched():
+        Topology.of(options.nproc, expert=options.ep)
         return launch(options.nproc, lambda: ended(lambda: run(options)))
     rank = launched_rank()
     if restarts():
@@ -131,14 +131,19 @@ def _be_quiet(options: Namespace) -> None:
 
 
 def _joined(options: Namespace) -> int:
-    from consilium.parallel.environment import is_launched, local_device
+    from consilium.parallel.environment import launched_world, local_device
     from consilium.parallel.group import TOLD
     from consilium.parallel.mesh import ALONE
+    from consilium.parallel.topology import Topology
     from consilium.parallel.watch import PeerLost
 
+    world = launched_world()
+    if options.nproc not in (None, 1, world):
+        raise ConsiliumError(f"--nproc {options.nproc}, and a launcher started {world}; leave --nproc out.")
+    Topology.of(world, expert=options.ep)
     options.device = local_device(options.device)
     place = settle(options)
-    if not is_launched():
+    if world == 1:  # by torchrun too
         return _prepared(options, place.device, ALONE)
     from consilium.parallel.start import joined  # seconds that one process need not wait
 
