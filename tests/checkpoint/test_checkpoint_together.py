@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import store
-from consilium.checkpoint.store import TrainingState
+from consilium.checkpoint.store import Content, TrainingState
 from consilium.config.model import Model
 from consilium.disk import manifest
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
-from consilium.parallel.mesh import Mesh
+from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology
 from consilium.training.spread import allocated, fill, rows_of, stamped
 from processes import together
@@ -35,13 +36,24 @@ def moments(model: Decoder) -> dict[str, Tensor]:
     return found | {f"{name}:step": torch.tensor(7.0) for name, _ in model.named_parameters()}
 
 
+def doubled(model: Decoder, mesh: Mesh) -> Content:
+    """What stands for an average of the weights: values of its own that lie as the model's do."""
+    plain = Content.of(model)
+    own = {
+        name: mesh.sharding.like(tensor, 2 * mesh.sharding.part(tensor).here)
+        for name, tensor in plain.weights.items()
+    }
+    return dataclasses.replace(plain, weights=own)
+
+
 def saved(config: Model, mesh: Mesh, folder: Path) -> None:
     model = allocated(config, mesh)
     fill(model, lively(config).state_dict(), mesh)
     with mesh.sharding.local(model):
         tensors = moments(model)
     state = TrainingState(tensors, {"step": 3}, stamped(tensors, model, mesh))
-    store.save(model, folder, training_state=state, mesh=mesh)
+    beside = {"average": doubled(model, mesh)}
+    store.save(model, folder, training_state=state, beside=beside, mesh=mesh)
 
 
 def assert_reads(config: Model, mesh: Mesh, folder: Path) -> None:
@@ -50,8 +62,14 @@ def assert_reads(config: Model, mesh: Mesh, folder: Path) -> None:
     store.load_weights(model, folder, mesh=mesh)
     twin = allocated(config, mesh)
     fill(twin, expected.state_dict(), mesh)
-    for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        assert torch.equal(mesh.sharding.part(ours).here, mesh.sharding.part(theirs).here), name
+    average = doubled(model, mesh)
+    for tensor in average.weights.values():
+        mesh.sharding.part(tensor).here.zero_()
+    store.load_weights(average, folder / "average", mesh=mesh)
+    for name, theirs in twin.state_dict().items():
+        expected_here = mesh.sharding.part(theirs).here
+        assert torch.equal(mesh.sharding.part(model.state_dict()[name]).here, expected_here), name
+        assert torch.equal(mesh.sharding.part(average.weights[name]).here, 2 * expected_here), name
     state = store.load_training_state(folder, rows=rows_of(model, mesh))
     with mesh.sharding.local(twin):
         wanted = moments(twin)
@@ -69,9 +87,10 @@ def test_one_process_reads_what_several_wrote(topology: Topology, config: Model,
 
     together(topology, work)
     manifest.verify(folder)
-    model, expected = store.load(folder), lively(config)
+    model, average, expected = store.load(folder), store.load(folder / "average"), lively(config)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+        assert torch.equal(average.state_dict()[name], 2 * tensor), name
     state, wanted = store.load_training_state(folder), moments(expected)
     assert state.tensors.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(state.tensors[name], wanted[name])] == []
@@ -97,7 +116,8 @@ def test_any_topology_reads_what_another_wrote(tmp_path: Path) -> None:
 
 def test_several_processes_read_what_one_wrote(tmp_path: Path) -> None:
     model = lively(DEEPSEEK)
-    store.save(model, tmp_path / "saved", training_state=TrainingState(moments(model), {"step": 3}))
+    state = TrainingState(moments(model), {"step": 3})
+    store.save(model, tmp_path / "saved", training_state=state, beside={"average": doubled(model, ALONE)})
 
     def read(mesh: Mesh) -> Mapping[str, Tensor]:
         assert_reads(DEEPSEEK, mesh, tmp_path / "saved")

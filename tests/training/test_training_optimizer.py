@@ -20,9 +20,9 @@ from consilium.planner.optimizer import is_hidden, state_bytes
 from consilium.planner.run import run_memory
 from consilium.training import block_adamw
 from consilium.training.freeze import freeze, is_frozen
-from consilium.training.guard import check_alone
 from consilium.training.muon import StackedMuon
 from consilium.training.optimizer import build_optimizer, moments, restore_moments, set_rate
+from consilium.training.spread import dealt
 from consilium.training.step import train_step
 from small import DEEPSEEK, KINDS, SWITCH, lively
 from support import relative_error
@@ -269,21 +269,17 @@ def test_every_optimizer_learns(config: Optimizer) -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"optimizer": Muon()}, "optimizer.kind muon"),
         ({"optimizer": EIGHT_BIT}, "optimizer.state.kind int8"),
-        ({"average": Exponential()}, "average.kind exponential"),
         ({"saving": "background"}, "saving background"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_needs_whole_matrices_is_refused_over_several_processes(
-    changes: dict[str, object], what: str
-) -> None:
+def test_what_one_process_alone_can_is_refused_over_several(changes: dict[str, object], what: str) -> None:
     two = dataclasses.replace(ALONE, world=dataclasses.replace(ALONE.world, size=2))
-    check_alone(settings(DEEPSEEK, **changes), ALONE)
-    check_alone(settings(DEEPSEEK), two)
+    dealt(settings(DEEPSEEK, **changes), ALONE)
+    dealt(settings(DEEPSEEK, optimizer=Muon(), average=Exponential()), two)
     with pytest.raises(ConsiliumError, match=f"train: {what} runs in one process"):
-        check_alone(settings(DEEPSEEK, **changes), two)
+        dealt(settings(DEEPSEEK, **changes), two)
 
 
 def test_a_configuration_from_before_there_was_a_choice_is_adamw() -> None:

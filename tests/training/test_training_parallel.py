@@ -15,6 +15,7 @@ from torch import Tensor
 
 from consilium.config import io
 from consilium.config.model import Model
+from consilium.config.optimizer import Muon
 from consilium.config.training import Training
 from consilium.data.batch import Batch
 from consilium.model.decoder import Decoder
@@ -30,6 +31,7 @@ from small import DEEPSEEK, SWITCH, lively, random_batch
 from support import relative_error
 
 STEPS = 2
+CLIP = 0.3
 
 
 class Rows:
@@ -52,8 +54,7 @@ def spread(config: Model, mesh: Mesh, dtype: torch.dtype) -> Decoder:
 def trained(config: Training, mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[StepResult]]:
     """Whole tensors after some steps, and the last step's gradients; the optimizer is AdamW on both sides."""
     model = spread(config.model, mesh, dtype)
-    with mesh.sharding.local(model):
-        optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, mesh.sharding)
     results: list[StepResult] = []
     found: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -91,6 +92,10 @@ def numbers(result: StepResult) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
 
 
+def test_heads_are_clipped_in_the_step_that_is_compared() -> None:
+    assert all(bool((largest_H > CLIP).any()) for largest_H in in_one_process("muon")[1][0].largest.values())
+
+
 Expected = tuple[dict[str, Tensor], list[StepResult]]
 
 
@@ -110,6 +115,8 @@ def compare(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32, tolerance
         for layer, load in at.loads.items():
             assert ours_at.loads[layer].counts == load.counts, layer
             assert ours_at.loads[layer].wanted == load.wanted, layer
+        for block, largest_H in at.largest.items():
+            assert relative_error(ours_at.largest[block], largest_H) < tolerance, block
         assert ours_at.tokens == at.tokens
     for key, value in expected.items():
         assert relative_error(ours[key], value) < tolerance, key
@@ -122,12 +129,17 @@ CONFIGURATIONS = {
     "switch, tied": configuration(SWITCH),
     "eight micro-batches": configuration(DEEPSEEK, batch=8, accumulate=8),
     "counts of the step": configuration(with_balance(DEEPSEEK, "step")),
+    "muon": configuration(DEEPSEEK, optimizer=Muon(learning_rate=0.02, qk_clip=CLIP)),
+    "muon, six micro-batches": configuration(
+        SWITCH, batch=6, accumulate=6, optimizer=Muon(learning_rate=0.02)
+    ),
     "quantiles": configuration(with_balance(UNGROUPED, "quantile-histogram")),
 }
 TOPOLOGIES = {
     "EP1 DP2": (Topology(data=2), ("deepseek", "switch, tied")),
     "EP2 DP1": (Topology(expert=2), ("deepseek", "switch, tied")),
-    "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed")),
+    "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed", "muon")),
+    "EP1 DP3": (Topology(data=3), ("muon, six micro-batches",)),
     "EP4 DP1": (Topology(expert=4), ("counts of the step",)),
     "two replicas of EP2": (Topology(replicas=2, expert=2), ("quantiles",)),
 }

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import store
+from consilium.checkpoint.verify import verify_folder
+from consilium.cli.main import main
 from consilium.config.model import MTP
+from consilium.config.optimizer import Exponential, Muon
 from consilium.config.training import Bytes, Data, TextPath, Training
 from consilium.errors import ConsiliumError
 from consilium.parallel.mesh import ALONE, Mesh
@@ -27,6 +30,7 @@ from consilium.training.loop import train
 from consilium.training.spread import allocated, dealt, drawn
 from processes import forked_alone, together
 from small import DEEPSEEK
+from support import relative_error
 
 SMALL = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
 TOPOLOGIES = {
@@ -105,8 +109,8 @@ def test_a_run_over_processes_that_crashed_reaches_the_same_bits(
 
 
 def test_a_run_goes_on_over_other_processes(text: Path, tmp_path: Path) -> None:
-    """Two by two, then one, then two that share experts: the losses are those of one process throughout."""
-    config = configuration(text)
+    """Two by two, then one, then two that share experts: losses and averages are those of one process."""
+    config = configuration(text, optimizer=Muon(qk_clip=1e-3), average=Exponential(decay=0.6), eval_every=2)
     train(config, tmp_path / "whole")
 
     def first(mesh: Mesh) -> Mapping[str, Tensor]:
@@ -125,6 +129,12 @@ def test_a_run_goes_on_over_other_processes(text: Path, tmp_path: Path) -> None:
     losses = {step: loss for step, loss, _ in ours if loss}
     assert losses == pytest.approx({step: loss for step, loss, _ in expected if loss}, rel=1e-5)
     assert len(losses) == 5
+    averages = [tmp_path / name / "checkpoints/step-5/average" for name in ("whole", "run")]
+    mean, other = (store.load(average).state_dict() for average in averages)
+    for name, value in mean.items():
+        assert relative_error(other[name], value) < 1e-5, name
+    assert main(["eval", str(averages[1]), "--data", str(text), "--limit", "64", "--json"]) == 0
+    assert not verify_folder(averages[1].parent).faults
 
 
 def test_a_stop_asked_of_one_process_stops_all_at_the_same_step(text: Path, tmp_path: Path) -> None:

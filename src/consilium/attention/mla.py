@@ -7,7 +7,7 @@ latent, C = Z + R cached values a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -25,6 +25,7 @@ from consilium.ops.norm import RMSNorm
 from consilium.ops.peaks import largest_logits
 from consilium.ops.rope import rotate
 from consilium.ops.weights import Dense, Matrix
+from consilium.parallel.part import Part, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class LatentAttention(nn.Module):
         return Attended(self.o(y_BSHV.flatten(-2)), largest_H)
 
     @torch.no_grad()
-    def cool(self, share_H: Tensor) -> None:
+    def cool(self, share_H: Tensor, part_of: Callable[[Tensor], Part] = whole) -> None:
         """Multiply the logits of each head by its share, a number of at most 1, through the weights.
 
         Queries and keys without position take a root of it each. The rotated key is shared by all heads and
@@ -128,13 +129,15 @@ class LatentAttention(nn.Module):
         """
         config = self.config
         query, key = self.q if config.q_rank is None else self.q_up, self.kv_up
-        parts_H11 = share_H[:, None, None]
-        if query.weight.requires_grad:
-            query_HXI = query.weight.unflatten(0, (config.heads, -1))
-            query_HXI[:, : config.nope_dim] *= parts_H11.sqrt()
-            query_HXI[:, config.nope_dim :] *= parts_H11
-        if key.weight.requires_grad:
-            key.weight.unflatten(0, (config.heads, -1))[:, : config.nope_dim] *= parts_H11.sqrt()
+        root_H1, one_H1 = share_H.sqrt()[:, None], torch.ones_like(share_H)[:, None]
+        by_row = {
+            query.weight: (root_H1.expand(-1, config.nope_dim), share_H[:, None].expand(-1, config.rope_dim)),
+            key.weight: (root_H1.expand(-1, config.nope_dim), one_H1.expand(-1, config.v_dim)),
+        }
+        for weight, shares in by_row.items():
+            if weight.requires_grad:
+                part = part_of(weight)
+                part.here.mul_(torch.cat(shares, 1).view(-1, 1)[part.rows.start : part.rows.stop])
 
     def _queries(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries of every head, the part without position and the rotated part."""

@@ -76,11 +76,13 @@ class Content:
     generation: GenerationDefaults
     weights: Mapping[str, Tensor]
     """By state name: views of a model, or values of their own."""
+    firsts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of stacks: the expert that they begin with, where a process has some alone."""
 
     @staticmethod
     def of(model: Decoder) -> Content:
         """Views: what trains on changes them."""
-        return Content(model.config, model.generation, model.state_dict())
+        return Content(model.config, model.generation, model.state_dict(), first_experts(model))
 
     def copied(self) -> Content:
         """In the memory of the host, so that nothing changes it."""
@@ -109,25 +111,27 @@ def save(  # noqa: PLR0913 - by keyword
     failing disk, or a folder with anything else in it.
     """
     unless = (SCALARS,) if training_state is None else ()
+    models = {"": _content(model), **beside}
     if mesh.world.size > 1:
         assert training_state is not None, "a run over processes saves to go on"
-        assert isinstance(model, Decoder)
-        assert not beside
-        _save_together(model, Path(folder), tokenizer, training_state, mesh, files)
+        _save_together(Path(folder), models, tokenizer, training_state, mesh, files)
         return
-    content = model if isinstance(model, Content) else Content.of(model)
 
     def write(staged: Path) -> None:
-        _write(staged, content, tokenizer, files)
-        for name, other in beside.items():
-            files.make_folder(staged / name)
-            _write(staged / name, other, tokenizer, files)
+        for name, content in models.items():
+            if name:
+                files.make_folder(staged / name)
+            _write(staged / name, content, tokenizer, files)
         if training_state is not None:
             files.make_folder(staged / STATE)
             files.write(staged / SCALARS, [_json(training_state.scalars)])
             safetensors_io.write(staged / TENSORS, training_state.tensors, files=files)
 
     commit_folder(Path(folder), write, unless=unless, files=files)
+
+
+def _content(model: Decoder | Content) -> Content:
+    return model if isinstance(model, Content) else Content.of(model)
 
 
 def _write(folder: Path, model: Content, tokenizer: Savable | None, files: Filesystem) -> None:
@@ -168,30 +172,23 @@ def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: b
 
 
 def load_weights(
-    model: Decoder, folder: Path | str, *, check_finite: bool = False, mesh: Mesh = ALONE
+    model: Decoder | Content, folder: Path | str, *, check_finite: bool = False, mesh: Mesh = ALONE
 ) -> None:
     """Copy the weights in ``folder`` into ``model``, tensor by tensor and in the dtypes of ``model``.
 
     Over processes each reads its own experts and the rows that it has of all else. Raises ConsiliumError as
     ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
     """
-    folder = Path(folder)
-    shapes = build(model.config, device="meta").state_dict()
-    source = fitted(folder, model.config, find(folder, model.config), shapes, check_finite=check_finite)
-    first = first_experts(model)
-    for name, tensor in model.state_dict().items():
+    folder, content = Path(folder), _content(model)
+    shapes = build(content.config, device="meta").state_dict()
+    found = find(folder, content.config)
+    source = fitted(folder, content.config, found, shapes, check_finite=check_finite)
+    for name, tensor in content.weights.items():
         part = mesh.sharding.part(tensor)
         if tensor.ndim:
-            source.fill_rows(name, part.here, first.get(name, 0) + part.rows.start)
+            source.fill_rows(name, part.here, content.firsts.get(name, 0) + part.rows.start)
         else:
             source.fill(name, part.here)
-
-
-def load_content(content: Content, folder: Path | str, *, check_finite: bool = False) -> None:
-    """Copy the weights in ``folder`` into those of ``content``; errors are those of ``load``."""
-    folder, weights = Path(folder), dict(content.weights)
-    found = find(folder, content.config)
-    _fill(content, fitted(folder, content.config, found, weights, check_finite=check_finite))
 
 
 def load_training_state(
@@ -214,8 +211,8 @@ def load_training_state(
 
 
 def _save_together(
-    model: Decoder,
     folder: Path,
+    models: Mapping[str, Content],
     tokenizer: Savable | None,
     training_state: TrainingState,
     mesh: Mesh,
@@ -223,10 +220,15 @@ def _save_together(
 ) -> None:
     state = training_state.tensors
     contents = together.Contents(
-        weights=together.own_weights(model, mesh),
+        models={name: together.own_weights(model, mesh) for name, model in models.items()},
         state={name: t for name, t in state.items() if _writes(mesh, part=name in training_state.firsts)},
         firsts=training_state.firsts,
-        whole=_descriptions(Content.of(model), tokenizer) | {SCALARS: _json(training_state.scalars)},
+        whole={
+            together.within(name, file): content
+            for name, model in models.items()
+            for file, content in _descriptions(model, tokenizer).items()
+        }
+        | {SCALARS: _json(training_state.scalars)},
     )
     together.write(folder, contents, mesh, state=STATE, files=files)
 

@@ -27,7 +27,7 @@ def orthogonalised(
     The quintic of ``COEFFICIENTS`` is applied to the singular values through products with the smaller Gram
     matrix, so that no decomposition is needed. A matrix of zeros stays one.
     """
-    size = max(1, TOGETHER // max(1, stack_PMN[0].numel()))
+    size = max(1, TOGETHER // max(1, stack_PMN.shape[1:].numel()))
     out_PMN = torch.empty_like(stack_PMN, dtype=torch.float32)
     for part_PMN, result_PMN in zip(stack_PMN.split(size), out_PMN.split(size), strict=True):
         tall = part_PMN.shape[-2] > part_PMN.shape[-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, Literal, final
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ TOLD: Final = "Every process knows of this."
 _FINE: Final = "fine"
 _MISTAKE: Final = "mistake"
 _FAULT: Final = "fault"
+_REDUCTIONS: Final = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX}
 
 Work = Callable[[], str | None]
 """What a process does before the others go on, and what it has to say to them."""
@@ -66,16 +67,11 @@ class Group:
         Added in float64, which holds every integer below 2**53; the order of addition is the backend's, and
         every process gets the same bits.
         """
-        if self.handle is None:
-            return values
-        flat = torch.cat([value.detach().to("cpu", torch.float64).flatten() for value in values])
-        with self._named("sum"):
-            dist.all_reduce(flat, group=self.handle)
-        parts = flat.split([value.numel() for value in values])
-        return tuple(
-            part.view(value.shape).to(value.device, value.dtype)
-            for part, value in zip(parts, values, strict=True)
-        )
+        return self._reduced("sum", values)
+
+    def largest(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The largest of the group at each place of each value, all in one message."""
+        return self._reduced("maximum", values)
 
     def sum(self, value: Tensor) -> Tensor:
         return self.sums(value)[0]
@@ -172,6 +168,18 @@ class Group:
         with self._named("counts"):
             dist.all_to_all_single(take_PC, give_PC.contiguous(), group=self.handle)
         return take_PC
+
+    def _reduced(self, name: Literal["sum", "maximum"], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.handle is None or not values:
+            return values
+        flat = torch.cat([value.detach().to("cpu", torch.float64).flatten() for value in values])
+        with self._named(name):
+            dist.all_reduce(flat, _REDUCTIONS[name], group=self.handle)
+        parts = flat.split([value.numel() for value in values])
+        return tuple(
+            part.view(value.shape).to(value.device, value.dtype)
+            for part, value in zip(parts, values, strict=True)
+        )
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:

@@ -34,6 +34,10 @@ class Sharding(Protocol):
         """What is here of ``tensor``."""
         ...
 
+    def like(self, tensor: Tensor, here: Tensor) -> Tensor:
+        """``here``, whose memory it shares, as what is here of a tensor that lies as ``tensor`` does."""
+        ...
+
     def gathered(self, tensor: Tensor) -> Tensor:
         """The whole tensor, in every process that has a part; all of them ask together."""
         ...
@@ -62,6 +66,9 @@ class Whole:
 
     def part(self, tensor: Tensor) -> Part:
         return whole(tensor)
+
+    def like(self, tensor: Tensor, here: Tensor) -> Tensor:
+        return here
 
     def gathered(self, tensor: Tensor) -> Tensor:
         return tensor.detach()

@@ -49,6 +49,14 @@ class FullySharded:
         here = tensor.to_local().detach()
         return Part(here, range(first, first + here.shape[0]))
 
+    def like(self, tensor: Tensor, here: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return here
+        mesh, placements = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(
+            here, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
     @torch.no_grad()
     def gathered(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -82,7 +90,8 @@ class FullySharded:
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    sharded = fully_shard(module, mesh=mesh)
+    # The outermost module would stay gathered after a forward without a backward, and its weights unseen.
+    sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
     assert isinstance(sharded, FSDPModule)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_gradient_divide_factor(1.0)

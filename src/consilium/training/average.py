@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import final
 
 import torch
@@ -11,20 +12,26 @@ from consilium.checkpoint.store import Content
 from consilium.config.optimizer import Average, Exponential, NoAverage
 from consilium.config.training import is_frozen
 from consilium.model.decoder import Decoder
+from consilium.parallel.part import Sharding, Whole
 
 
 @final
 class Averaged:
-    """Float32 averages of everything that moves: trained weights, selection biases, coefficients."""
+    """Float32 averages of everything that moves: trained weights, selection biases, coefficients.
 
-    def __init__(self, model: Decoder, config: Average, frozen: tuple[str, ...]) -> None:
-        self._config = config
+    Each process has those of what it has.
+    """
+
+    def __init__(
+        self, model: Decoder, config: Average, frozen: tuple[str, ...], sharding: Sharding = Whole()
+    ) -> None:
+        self._config, self._sharding = config, sharding
         match config:
             case NoAverage():
                 self._values: dict[str, Tensor] = {}
             case Exponential():
                 self._values = {
-                    name: value.detach().clone()
+                    name: sharding.part(value).here.detach().clone()
                     for name, value in model.state_dict().items()
                     if value.is_floating_point() and not is_frozen(name, frozen)
                 }
@@ -39,11 +46,12 @@ class Averaged:
                 share = max(1 - decay, 1 / step)
                 weights = model.state_dict()
                 for name, value in self._values.items():
-                    value.lerp_(weights[name].to(value.dtype), share)
+                    value.lerp_(self._sharding.part(weights[name]).here.to(value.dtype), share)
 
     def content(self, model: Decoder) -> Content | None:
         """The model of the averages, as views; None where there are none."""
         if not self._values:
             return None
         plain = Content.of(model)
-        return Content(plain.config, plain.generation, {**plain.weights, **self._values})
+        own = {name: self._sharding.like(plain.weights[name], here) for name, here in self._values.items()}
+        return dataclasses.replace(plain, weights={**plain.weights, **own})

@@ -98,8 +98,7 @@ def step_seconds(
     config = dealt(config, mesh)
     model = drawn(config.model, config.seed, mesh)
     freeze(model, config.freeze)
-    with mesh.sharding.local(model):
-        optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, mesh.sharding)
     loader = loader_of(config, corpus)
     measured: list[float] = []
     step = 0

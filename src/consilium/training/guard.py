@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consilium.config.optimizer import AdamW, BlockState, Exponential, Muon
 from consilium.config.training import Training
 from consilium.disk.files import refuse_full
 from consilium.errors import ConsiliumError
@@ -59,22 +58,6 @@ def memory_told(config: Training, step: int) -> Iterator[None]:
             f" backward pass comes on top; set accumulate above {config.accumulate} or recompute to true,"
             " lower --batch or --seq, or choose optimizer.state.kind int8 in a new run."
         ) from error
-
-
-def check_alone(config: Training, mesh: Mesh) -> None:
-    """Raise ConsiliumError for what needs whole matrices, where each process has some of their rows."""
-    alone = {
-        "optimizer.kind muon": isinstance(config.optimizer, Muon),
-        "optimizer.state.kind int8": isinstance(config.optimizer, AdamW)
-        and isinstance(config.optimizer.state, BlockState),
-        "average.kind exponential": isinstance(config.average, Exponential),
-        "saving background": config.saving == "background",
-    }
-    for what in (name for name, asked in alone.items() if asked and mesh.world.size > 1):
-        raise ConsiliumError(
-            f"train: {what} runs in one process: it takes whole matrices, and each of several processes has"
-            " some of their rows; take it out, or train in one process."
-        )
 
 
 def check_patience(skipped_in_a_row: int, step: int) -> None:

@@ -15,6 +15,7 @@ from consilium.config.optimizer import Optimizer as Config
 from consilium.moe.experts import Experts
 from consilium.moe.shared import GatedNetwork
 from consilium.ops.feed_forward import DenseNetwork
+from consilium.parallel.part import Sharding, Whole
 from consilium.planner.optimizer import in_blocks, is_hidden, is_router
 from consilium.training.block_adamw import BlockAdamW
 from consilium.training.muon import StackedMuon
@@ -66,19 +67,23 @@ class Weight:
     """Matrices in its last two dimensions, one above the other."""
 
 
-def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
+def build_optimizer(model: nn.Module, config: Config, sharding: Sharding = Whole()) -> Optimizer:
     """Rules for every parameter that trains; torch refuses a rule without any.
 
-    Idle experts have zero gradients, so they decay like all others.
+    Idle experts have zero gradients, so they decay like all others. Over processes the rules are of the plain
+    tensors that a model has inside ``sharding.local``.
     """
-    weights = _weights(model, config)
+    lie = dict(model.named_parameters())
+    with sharding.local(model):
+        weights = _weights(model, config)
+        layouts: dict[Tensor, Tensor] = {own: lie[name] for name, own in model.named_parameters()}
     match config:
         case AdamW():
             own = [w for w in weights if in_blocks(config.state, w.value.numel(), hidden=w.hidden)]
             rules = [BlockAdamW(_groups(own), config)] if own else []
         case Muon():
             own = [w for w in weights if w.hidden]
-            rules = [StackedMuon(_groups(own), config)] if own else []
+            rules = [StackedMuon(_groups(own), config, layouts, sharding)] if own else []
     others = [w for w in weights if w not in own]
     return Optimizer((*rules, *([_adamw(others, config)] if others else [])))
 

@@ -5,17 +5,26 @@ Legend: H heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from consilium.attention.mla import LatentAttention
 from consilium.model.block import Block
 from consilium.model.decoder import Decoder
+from consilium.parallel.part import Part, whole
 
 
-def clip_heads(model: Decoder, largest: Mapping[int, Tensor], most: float) -> None:
-    """Scale each head whose largest logit of the step, ``largest`` [H] by block, was above ``most``."""
+def clip_heads(
+    model: Decoder,
+    largest: Mapping[int, Tensor],
+    most: float,
+    part_of: Callable[[Tensor], Part] = whole,
+) -> None:
+    """Scale each head whose largest logit of the step, ``largest`` [H] by block, was above ``most``.
+
+    Of a model over several processes each scales the rows that it has.
+    """
     for module in model.modules():
         if isinstance(module, Block) and isinstance(module.attention, LatentAttention):
-            module.attention.cool((most / largest[module.layer]).clamp(max=1.0))
+            module.attention.cool((most / largest[module.layer]).clamp(max=1.0), part_of)

@@ -143,10 +143,9 @@ def _begin(config: Training, site: Site) -> Run:
             write_dropped(site.out, site.corpus.dropped)
         return RunFiles.start(site.out, config)
 
-    files, mesh, saver = _files(site.mesh, start), site.mesh, _saver(config, site.mesh)
-    with mesh.sharding.local(model):
-        optimizer = build_optimizer(model, config.optimizer)
-    watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
+    files, mesh, saver = _files(site.mesh, start), site.mesh, Saver(config.saving)
+    optimizer = build_optimizer(model, config.optimizer, mesh.sharding)
+    watch, average = Watch(config.spikes), _averaged(config, model, mesh)
     out, corpus, progress = site.out, site.corpus, Progress()
     return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress, mesh)
 
@@ -169,12 +168,11 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     tokenizer_of(config, corpus)
     model = allocated(config.model, site.mesh, site.device)
     freeze(model, config.freeze)
-    with site.mesh.sharding.local(model):
-        optimizer = build_optimizer(model, config.optimizer)
-    watch, average = Watch(config.spikes), Averaged(model, config.average, config.freeze)
+    optimizer = build_optimizer(model, config.optimizer, site.mesh.sharding)
+    watch, average = Watch(config.spikes), _averaged(config, model, site.mesh)
     progress = _restore(checkpoint, stored, model, optimizer, watch, site)
     if (averaged := average.content(model)) is not None:
-        store.load_content(averaged, checkpoint / AVERAGE, check_finite=True)
+        store.load_weights(averaged, checkpoint / AVERAGE, check_finite=True, mesh=site.mesh)
     if config.steps < progress.step:
         raise ConsiliumError(
             f"cannot resume {out}: it has run {progress.step} steps, more than the {config.steps} asked for;"
@@ -189,7 +187,7 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
             _record(changed, config, progress.step, site)
         return files
 
-    files, saver, mesh = _files(site.mesh, reopen), _saver(config, site.mesh), site.mesh
+    files, saver, mesh = _files(site.mesh, reopen), Saver(config.saving), site.mesh
     return Run(config, out, corpus, loader, model, optimizer, files, watch, average, saver, progress, mesh)
 
 
@@ -226,23 +224,12 @@ def save_run(run: Run) -> None:
         state = _state(run)
     folder = checkpoint_at(run.out, run.progress.step)
     run.files.sync()
-    what = Written(run.progress.step, folder)
-    if run.mesh.world.size > 1:
-        run.saver.begin(what, lambda: _save_together(run, folder, state))
-    else:
-        run.saver.begin(what, _writer(run, folder, state))
-
-
-def _save_together(run: Run, folder: Path, state: store.TrainingState) -> None:
     state = dataclasses.replace(state, firsts=stamped(state.tensors, run.model, run.mesh))
-    store.save(run.model, folder, tokenizer=run.corpus.tokenizer, training_state=state, mesh=run.mesh)
-    if run.mesh.world.leads:
-        atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
+    run.saver.begin(Written(run.progress.step, folder), _writer(run, folder, state))
 
 
-def _saver(config: Training, mesh: Mesh) -> Saver:
-    """Over processes a save is a collective, which no other thread may be in."""
-    return Saver(config.saving if mesh.world.size == 1 else "blocking")
+def _averaged(config: Training, model: Decoder, mesh: Mesh) -> Averaged:
+    return Averaged(model, config.average, config.freeze, mesh.sharding)
 
 
 def _writer(run: Run, folder: Path, state: store.TrainingState) -> Callable[[], None]:
@@ -256,9 +243,10 @@ def _writer(run: Run, folder: Path, state: store.TrainingState) -> Callable[[], 
     beside = {} if average is None else {AVERAGE: average}
 
     def write() -> None:
-        tokenizer = run.corpus.tokenizer
-        store.save(content, folder, tokenizer=tokenizer, training_state=state, beside=beside)
-        atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
+        tokenizer, mesh = run.corpus.tokenizer, run.mesh
+        store.save(content, folder, tokenizer=tokenizer, training_state=state, beside=beside, mesh=mesh)
+        if mesh.world.leads:
+            atomic.prune(run.out / CHECKPOINTS, run.config.keep, current=folder)
 
     return write
 

@@ -13,7 +13,7 @@ import consilium
 from consilium.checkpoint.parts import every_row
 from consilium.config import io
 from consilium.config.model import Model
-from consilium.config.optimizer import AdamW, Float32State, NoAverage
+from consilium.config.optimizer import AdamW, BlockState
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
@@ -32,20 +32,7 @@ def dealt(config: Training, mesh: Mesh) -> Training:
     world = mesh.world.size
     if world == 1:
         return config
-    if not (isinstance(config.optimizer, AdamW) and isinstance(config.optimizer.state, Float32State)):
-        raise ConsiliumError(
-            f"train: {world} processes cut matrices into rows, which Muon and 8-bit moments need whole; use"
-            " --set optimizer.kind=adamw and float32 moments, or one process."
-        )
-    if not isinstance(config.average, NoAverage):
-        raise ConsiliumError(
-            f"train: an average of the weights is kept in one process alone, not in {world}; set average.kind"
-            " to none."
-        )
-    if config.saving == "background":
-        raise ConsiliumError(
-            f"train: {world} processes save together, and none behind its run; set saving to blocking."
-        )
+    _refuse_alone(config)
     accumulate = math.lcm(config.accumulate, world)
     if config.batch % accumulate:
         raise ConsiliumError(
@@ -53,6 +40,20 @@ def dealt(config: Training, mesh: Mesh) -> Training:
             f" processes; give a multiple of {accumulate}."
         )
     return dataclasses.replace(config, accumulate=accumulate)
+
+
+def _refuse_alone(config: Training) -> None:
+    if isinstance(config.optimizer, AdamW) and isinstance(config.optimizer.state, BlockState):
+        raise ConsiliumError(
+            "train: optimizer.state.kind int8 runs in one process: its moments lie in blocks that cross rows,"
+            " and over several processes which rows meet in a block would depend on how many there are; set"
+            " it to float32, or train in one process."
+        )
+    if config.saving == "background":
+        raise ConsiliumError(
+            "train: saving background runs in one process: several save together, which they cannot while"
+            " their steps exchange rows; set it to blocking, or train in one process."
+        )
 
 
 def agree(config: Training, corpus: Corpus, mesh: Mesh) -> None:

@@ -105,7 +105,7 @@ def gradients(model: Decoder, loader: Loader, config: Training, step: int, mesh:
         skipped=not guard.is_healthy(loss, norm),
         step=step,
         targets=share.targets,
-        largest=_largest(losses),
+        largest=_largest(losses, mesh),
     )
 
 
@@ -116,22 +116,22 @@ def update(
 
     Loads after drops would tell a full expert from an overfull one no longer (2408.15664 counts assignments).
     """
-    guard.check_alone(config, mesh)
     set_rate(optimizer, result.rate)
     with mesh.sharding.local(model):
         optimizer.step()
     if isinstance(config.optimizer, Muon) and config.optimizer.qk_clip is not None:
-        clip_heads(model, result.largest, config.optimizer.qk_clip)
+        clip_heads(model, result.largest, config.optimizer.qk_clip, mesh.sharding.part)
     progress = result.step / config.steps
     for layer, moe in balancing_layers(model, config.freeze).items():
         load = result.loads[layer]
         moe.balance.step(Taken(load.wanted_E, load.dropped_fraction, load.margins, progress, mesh.world.sum))
 
 
-def _largest(losses: Sequence[Loss]) -> dict[int, Tensor]:
-    return {
+def _largest(losses: Sequence[Loss], mesh: Mesh) -> dict[int, Tensor]:
+    here = {
         layer: torch.stack([loss.largest[layer] for loss in losses]).amax(0) for layer in losses[0].largest
     }
+    return dict(zip(here, mesh.world.largest(*here.values()), strict=True))
 
 
 def mine(micro_batches: int, mesh: Mesh) -> range:
