@@ -197,3 +197,18 @@ def test_python_m_consilium_is_the_command() -> None:
     assert done.stderr == ""
     assert json.loads(done.stdout)["family"] == "llama"
     assert run("plan", "lama").returncode == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_python_ends_changes_nothing(number: signal.Signals) -> None:
+    script = (
+        "import atexit, os, sys, types\n"
+        "from consilium.cli.main import main\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), {int(number)}))\n"
+        "verb = types.SimpleNamespace(arguments=lambda _: None, run=lambda _: 0)\n"
+        "sys.modules['consilium.cli.bench'], sys.argv = verb, ['consilium', 'bench']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

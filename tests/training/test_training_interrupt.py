@@ -90,3 +90,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert not asked()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_one_of_several_processes_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    with polite_stop(aloud=False) as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked()
+    assert capfd.readouterr().err == ""

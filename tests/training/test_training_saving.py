@@ -173,3 +173,17 @@ def test_the_copy_and_the_average_are_in_the_memory_that_a_run_needs(config: Tra
     assert behind.copy == plain.checkpoint == plain.weights + plain.optimizer + plain.average
     assert plain.average == plain.gradients
     assert behind.total == plain.total + plain.checkpoint
+
+
+@pytest.mark.parametrize("saving", ["blocking", "background"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_is_told_once(config: Training, saving: str, step: int, tmp_path: Path) -> None:
+    """Also where the stop finds that the step has just been saved."""
+    config = dataclasses.replace(config, saving=saving, save_every=1, steps=3)
+    seen: list[Event] = []
+
+    def stop() -> bool:
+        return any(isinstance(event, Stepped) and event.step == step for event in seen)
+
+    train(config, tmp_path / "run", listeners=(seen.append,), stop=stop)
+    assert [event.step for event in seen if isinstance(event, Saved)] == list(range(1, step + 1))

@@ -62,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         check_language()
-        code = _dispatch(words)
-        if argv is None and code == INTERRUPTED:
-            # The process ends now and has said how: one more signal of a burst must not end it otherwise.
-            for number in _stopping("SIGINT", "SIGTERM", "SIGHUP"):
-                signal.signal(number, signal.SIG_IGN)
-        return code
+        try:
+            return _dispatch(words)
+        finally:
+            if argv is None:
+                # The process ends now, which a signal must not change, nor answer with a traceback.
+                for number in _stopping("SIGINT", "SIGTERM", "SIGHUP"):
+                    signal.signal(number, signal.SIG_IGN)
 
     return ended(work)
 

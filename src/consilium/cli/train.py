@@ -220,7 +220,7 @@ def _run(config: Training, budget: Budget, options: Namespace, device: str, mesh
         config = with_budget(config, budget, corpus, notice=page.notice, mesh=mesh)
     moe = config.model.moe
     # Until the end is told: more Ctrl-C, in impatience, must not cut the answer off.
-    with polite_stop() as asked:
+    with polite_stop(aloud=mesh.world.leads) as asked:
         with Page(console) as page:
             finished = train(
                 config,

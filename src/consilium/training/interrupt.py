@@ -23,10 +23,10 @@ _ANSWER: Final = (
 class Request:
     """Whether a stop was asked for, and by which signal; asking again after ``BURST`` stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool) -> None:
         self.number: int | None = None
         self._asked_at = 0.0
-        self._shown = _standard_error()
+        self._shown = _standard_error() if aloud else None
 
     def __call__(self) -> bool:
         return self.number is not None
@@ -44,13 +44,14 @@ class Request:
 
 
 @contextlib.contextmanager
-def polite_stop() -> Iterator[Request]:
+def polite_stop(*, aloud: bool = True) -> Iterator[Request]:
     """Yield a function that says whether a stop was asked for.
 
-    The first request is answered on standard error. A signal that is ignored stays so: ``nohup`` means it.
+    The first request is answered on standard error where it is ``aloud``, as one of several
+    processes is. A signal that is ignored stays so: ``nohup`` means it.
     Outside the main thread signals cannot be caught and the function always answers no.
     """
-    request = Request()
+    request = Request(aloud=aloud)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -250,13 +250,10 @@ def _is_due(config: Training, step: int) -> bool:
 def _finish(run: Run, meter: Meter, first: Evaluation | None, emit: Callable[[Event], None]) -> Finished:
     """Save first; a stop that was asked for does not wait for a validation."""
     folder = checkpoint_at(run.out, run.progress.step)
-    earlier = saved(run)
-    if earlier is not None and earlier.folder != folder:
-        emit(Saved(earlier.step, earlier.folder))
+    _tell_saved(run, emit, wait=True)
     if run.progress.saved != run.progress.step:
         save_run(run)
-        saved(run)
-    emit(Saved(run.progress.step, folder))
+        _tell_saved(run, emit, wait=True)
     interrupted = run.progress.step < run.config.steps
     last = None if interrupted else _evaluate(run, emit)
     finished = Finished(
