@@ -34,6 +34,25 @@ def command(*words: str, launcher: tuple[str, ...] = (), **more: str) -> subproc
     )
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [("--ep", "2", "--set", "overlap=true", "--batch", "4"), ("--replicas", "2", "--batch", "4")],
+    ids=str,
+)
+def test_every_way_to_share_a_step_trains_what_one_process_does(
+    ways: tuple[str, ...], text: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, text)
+    losses: dict[str, list[float]] = {}
+    for name, words in {"one": ("--batch", "4"), "two": ("--nproc", "2", *ways)}.items():
+        done = command("train", str(config), "--out", str(tmp_path / name), *words, "--json")
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses["one"]) == 3
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-5)
+
+
 def test_two_processes_train_one_run_and_one_of_them_tells_it(text: Path, tmp_path: Path) -> None:
     config, out = write_config(tmp_path, text), tmp_path / "run"
     done = command("train", str(config), "--out", str(out), "--nproc", "2", "--ep", "2", "--json")
@@ -81,6 +100,11 @@ def test_a_launcher_of_one_process_trains_as_without_it(
             "--batch 3 cannot be dealt into 2 micro-batches over 2 processes",
         ),
         (["--nproc", "0"], "'0' is not a number of processes from 1 to 4096"),
+        (
+            ["--nproc", "4", "--ep", "2", "--replicas", "3"],
+            "in each of 3 replicas; choose --ep and --replicas",
+        ),
+        (["--nproc", "2", "--set", "overlap=true"], "overlap hides how rows travel to experts elsewhere"),
         (["--ep", "2"], "1 processes cannot be dealt into groups of 2"),
         (["--nproc", "2", "--set", "optimizer.state.kind=int8"], "which Muon and 8-bit moments need whole"),
         (["--nproc", "2", "--set", "saving=background"], "2 processes save together"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from consilium.checkpoint import store
 from consilium.checkpoint.verify import verify_folder
 from consilium.cli.main import main
+from consilium.config import io
 from consilium.config.model import MTP
 from consilium.config.optimizer import Exponential, Muon
 from consilium.config.training import Bytes, Data, TextPath, Training
@@ -165,7 +166,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(text: Pa
         run = train(config, tmp_path / "run", listeners=(heard.append,), mesh=mesh)
         skipped = [event.result.skipped for event in heard if isinstance(event, Stepped)]
         assert skipped == ([True, True] if mesh.world.leads else [])
-        model, begun = allocated(SMALL, mesh), drawn(SMALL, 0, mesh)
+        model, begun = allocated(SMALL, mesh), drawn(config, mesh)
         store.load_weights(model, run.checkpoint, mesh=mesh)
         for (name, now), before in zip(model.state_dict().items(), begun.state_dict().values(), strict=True):
             assert torch.equal(mesh.sharding.part(now).here, mesh.sharding.part(before).here), name
@@ -196,6 +197,23 @@ def test_a_batch_is_dealt_into_at_least_a_micro_batch_a_process(text: Path) -> N
         ConsiliumError, match="--batch 6 cannot be dealt into 4 micro-batches over 4 processes"
     ):
         dealt(configuration(text, batch=6, accumulate=1), four)
+
+
+def test_halves_of_a_micro_batch_need_experts_elsewhere_two_rows_and_a_router_that_waits_for_none(
+    text: Path,
+) -> None:
+    two = dataclasses.replace(ALONE.world, size=2)
+    shared = dataclasses.replace(ALONE, world=two, expert=two)
+    halves = configuration(text, overlap=True, batch=8)
+    assert dealt(halves, shared) == halves
+    assert dealt(configuration(text, overlap=True), ALONE).overlap
+    with pytest.raises(ConsiliumError, match="all are here; give --ep"):
+        dealt(halves, dataclasses.replace(ALONE, world=two))
+    with pytest.raises(ConsiliumError, match="there is 1; give --batch 8 or more"):
+        dealt(configuration(text, overlap=True), shared)
+    waits = io.replace(halves, {"model.moe.admission.kind": "capacity", "model.moe.admission.factor": "1.5"})
+    with pytest.raises(ConsiliumError, match="must see all tokens at once"):
+        dealt(waits, shared)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

@@ -24,6 +24,9 @@ class Peaks:
     valid_BS: Tensor | None
     """bool; None where every token is."""
 
+    def part(self, begin: int, end: int) -> Peaks:
+        return Peaks(self.above, None if self.valid_BS is None else self.valid_BS[begin:end])
+
 
 @dataclass(frozen=True, slots=True)
 class Attended:
@@ -52,3 +55,13 @@ class Context:
     def keys(self) -> int:
         """L: how many keys the pass sees."""
         return self.position_BS.shape[1] if self.seen_BSL is None else self.seen_BSL.shape[-1]
+
+    def part(self, begin: int, end: int) -> Context:
+        """The context of some consecutive rows, without a cache."""
+        assert self.seen_BSL is None, "a cache holds the rows of a whole pass"
+        documents = None if self.documents is None else self.documents.part(begin, end)
+        peaks = None if self.peaks is None else self.peaks.part(begin, end)
+        position_BS, cos_BSR, sin_BSR = (
+            of_B[begin:end] for of_B in (self.position_BS, self.cos_BSR, self.sin_BSR)
+        )
+        return Context(position_BS, cos_BSR, sin_BSR, documents, None, self.latent_path, peaks)

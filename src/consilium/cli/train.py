@@ -57,6 +57,13 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ep", type=_processes, default=1, metavar="N", help="processes that share the experts; default: 1"
     )
+    parser.add_argument(
+        "--replicas",
+        type=_processes,
+        default=1,
+        metavar="N",
+        help="copies of all weights, cut over the other processes each; default: 1",
+    )
     running_arguments(parser, dtypes=("auto", "float32", "bfloat16"), dtype="float32; auto measures")
     parser.add_argument(
         "--set",
@@ -103,7 +110,7 @@ def run(options: Namespace) -> int:
     from consilium.parallel.topology import Topology
 
     if (options.nproc or 1) > 1 and not is_launched():
-        Topology.of(options.nproc, expert=options.ep)
+        Topology.of(options.nproc, expert=options.ep, replicas=options.replicas)
         return launch(options.nproc, lambda: ended(lambda: run(options)))
     rank = launched_rank()
     if restarts():
@@ -147,7 +154,7 @@ def _joined(options: Namespace) -> int:
         return _prepared(options, place.device, ALONE)
     from consilium.parallel.start import joined  # seconds that one process need not wait
 
-    with joined(expert=options.ep, device=place.device) as mesh:
+    with joined(expert=options.ep, replicas=options.replicas, device=place.device) as mesh:
         try:
             return _prepared(options, place.device, mesh)
         except PeerLost as error:

@@ -23,7 +23,9 @@ from consilium.config.router import (
     Groups,
     LearnedNoise,
     NoGate,
+    NoNoise,
     Router,
+    SampledSecond,
     Sinkhorn,
     TopK,
     TwoLevel,
@@ -245,6 +247,13 @@ class MoE:
         drops = not isinstance(self.admission, Dropless)
         alone = not isinstance(self.router.select, ExpertChoice | Sinkhorn)
         return alone and (not drops or self._drops_last_come)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a training pass may route its tokens a part at a time: none waits, draws or gives way."""
+        waits = isinstance(self.router.select, ExpertChoice | Sinkhorn | SampledSecond)
+        draws = not isinstance(self.router.noise, NoNoise)
+        return isinstance(self.admission, Dropless) and not waits and not draws
 
     @property
     def _drops_last_come(self) -> bool:

@@ -155,6 +155,8 @@ class Training:
     """Held-out tokens a domain that a validation reads at most."""
     recompute: bool = False
     """Recompute block activations in the backward pass instead of keeping them."""
+    overlap: bool = False
+    """Over processes: compute one half of a micro-batch's rows while those of the other half travel."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,9 @@ Legend: B sequences, S tokens, D hidden size, T = B * S flat tokens.
 
 from __future__ import annotations
 
-import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -24,8 +26,7 @@ from consilium.ops.feed_forward import DenseNetwork
 from consilium.ops.norm import RMSNorm
 
 
-@final
-class Block(nn.Module):
+class DecoderBlock(nn.Module, ABC):
     """Block ``layer`` of the schedule; multi-token prediction modules count on from ``config.layers``.
 
     Its second half is ``moe`` where the layer routes and ``feed_forward`` where it does not.
@@ -47,11 +48,22 @@ class Block(nn.Module):
             self.feed_forward = DenseNetwork(config.hidden_size, config.dense.width, config.dense.activation)
         self.feed_forward_post_norm = _post_norm(config)
 
+    @abstractmethod
     def forward(
         self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
-    ) -> BlockResult:
+    ) -> BlockResult: ...
+
+    def attend(self, x_BSD: Tensor, context: Context, cache: LayerCache | None = None) -> Attended:
+        """The first half, residual included."""
         attended: Attended = self.attention(self.attention_norm(x_BSD), context, cache)
-        x_BSD = x_BSD + self.attention_post_norm(attended.y_BSD)
+        return replace(attended, y_BSD=x_BSD + self.attention_post_norm(attended.y_BSD))
+
+    def whole(
+        self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
+    ) -> BlockResult:
+        """Both halves one after the other."""
+        attended = self.attend(x_BSD, context, cache)
+        x_BSD = attended.y_BSD
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
             y_BSD = self.feed_forward_post_norm(self.feed_forward(normed_BSD))
@@ -60,6 +72,20 @@ class Block(nn.Module):
         result = self.moe(normed_BSD.flatten(0, 1), tokens, mode.at(self.moe.layer))
         y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
         return BlockResult(x_BSD + y_BSD, result.routing, result.report, attended.largest_H)
+
+
+Blocks = Callable[[Model, int], DecoderBlock]
+"""Builds the block of an index."""
+
+
+@final
+class Block(DecoderBlock):
+    """All tokens of a pass at once."""
+
+    def forward(
+        self, x_BSD: Tensor, context: Context, tokens: Tokens, mode: Mode, cache: LayerCache | None
+    ) -> BlockResult:
+        return self.whole(x_BSD, context, tokens, mode, cache)
 
 
 def _post_norm(config: Model) -> nn.Module:
@@ -75,13 +101,13 @@ def run_block(
     block: nn.Module, x_BSD: Tensor, context: Context, tokens: Tokens, options: Options, cache: Cache | None
 ) -> BlockResult:
     """Run one block with noise of its own, and with its activations recomputed where ``options`` ask so."""
-    assert isinstance(block, Block)
+    assert isinstance(block, DecoderBlock)
     seed = branch_seed(options.mode.generator)
     layer_cache = None if cache is None else cache.layer(block.layer)
 
     def call(x_BSD: Tensor) -> BlockResult:
         generator = None if seed is None else torch.Generator(x_BSD.device).manual_seed(seed)
-        mode = dataclasses.replace(options.mode, generator=generator)
+        mode = replace(options.mode, generator=generator)
         return block(x_BSD, context, tokens, mode, layer_cache)
 
     if options.recompute and torch.is_grad_enabled():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
 from consilium.machine.memory import refuse_beyond_memory
+from consilium.model.block import Block, Blocks
 from consilium.model.decoder import Decoder
 from consilium.model.init import initialise
 from consilium.moe.transport import Transports, local
@@ -42,7 +45,8 @@ def build(
     arithmetic and balance state stay float32 whatever ``dtype``. ``transports`` says by layer how rows reach
     their experts. Raises ConsiliumError for a model that this machine cannot hold.
     """
-    model = allocate(config, dtype=torch_dtype(dtype), device=device, transports=transports)
+    blocks = partial(Block, transports=transports)
+    model = allocate(config, dtype=torch_dtype(dtype), device=device, blocks=blocks)
     if device != "meta":
         initialise(model, config.init, seed)
     return model
@@ -54,7 +58,7 @@ def allocate(
     *,
     dtype: torch.dtype,
     device: str = "cpu",
-    transports: Transports = local,
+    blocks: Blocks = Block,
     processes: int = 1,
 ) -> Decoder:
     """A model whose parameters are still to be written: nothing is drawn and no memory of theirs is touched.
@@ -63,10 +67,10 @@ def allocate(
     """
     if device == "meta":
         with torch.device("meta"):
-            return Decoder(config, generation, transports=transports).to(dtype)
+            return Decoder(config, generation, blocks=blocks).to(dtype)
     if device == "cpu":
         refuse_too_large(config, dtype, processes)
-    model = Decoder(config, generation, transports=transports)
+    model = Decoder(config, generation, blocks=blocks)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
     return model.to(device)

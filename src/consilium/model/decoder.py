@@ -16,12 +16,11 @@ from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.kv.types import Cache
-from consilium.model.block import Block, run_block
+from consilium.model.block import Block, Blocks, run_block
 from consilium.model.mtp import MTPModule, shifted, targets_ahead
 from consilium.model.types import BlockResult, Hidden, Inputs, Losses, Objective, Options, Output
 from consilium.model.vocabulary import Embed, Logits, NegativeLogLikelihood, Question, Vocabulary
 from consilium.moe.layer import MoELayer
-from consilium.moe.transport import Transports, local
 from consilium.moe.types import Mode
 from consilium.ops.loss import IGNORE
 from consilium.ops.norm import RMSNorm
@@ -40,17 +39,17 @@ class Decoder(nn.Module):
         config: Model,
         generation: GenerationDefaults = GenerationDefaults(),
         *,
-        transports: Transports = local,
+        blocks: Blocks = Block,
     ) -> None:
         super().__init__()
         self.config = config
         self.generation = generation
         self.embed = Vocabulary(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i, transports) for i in range(config.layers))
+        self.layers = nn.ModuleList(blocks(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if not config.tied:
             self.head = Vocabulary(config.vocab_size, config.hidden_size)
-        self.mtp = nn.ModuleList(MTPModule(config, k, transports) for k in range(config.mtp.depth))
+        self.mtp = nn.ModuleList(MTPModule(config, k, blocks) for k in range(config.mtp.depth))
 
     @overload
     def forward(

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from consilium.attention.types import Context
 from consilium.config.model import Model
-from consilium.model.block import Block, run_block
+from consilium.model.block import Block, Blocks, run_block
 from consilium.model.types import BlockResult, Inputs, Objective, Options
-from consilium.moe.transport import Transports, local
 from consilium.moe.types import Tokens
 from consilium.ops.linear import Linear
 from consilium.ops.loss import IGNORE
@@ -31,13 +30,13 @@ from consilium.ops.norm import RMSNorm
 class MTPModule(nn.Module):
     """Norms, the projection 2D -> D, one block and its last norm."""
 
-    def __init__(self, config: Model, depth: int, transports: Transports = local) -> None:
+    def __init__(self, config: Model, depth: int, blocks: Blocks = Block) -> None:
         super().__init__()
         size, epsilon = config.hidden_size, config.norm_epsilon
         self.embed_norm = RMSNorm(size, epsilon)
         self.hidden_norm = RMSNorm(size, epsilon)
         self.project = Linear(2 * size, size)
-        self.block = Block(config, config.layers + depth, transports)
+        self.block = blocks(config, config.layers + depth)
         self.norm = RMSNorm(size, epsilon)
 
     def forward(

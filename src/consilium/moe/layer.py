@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size, L latent size (D without one), R rows = kept (t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from consilium.moe.experts import Experts
 from consilium.moe.latent import Latent
 from consilium.moe.routing.router import Router
 from consilium.moe.shared import build_shared
-from consilium.moe.transport import Transports, local
+from consilium.moe.transport import Returning, Sending, Transports, local
 from consilium.moe.types import LayerMode, Report, Routing, Tokens
 
 
@@ -29,6 +29,25 @@ class Result:
     report: Report
 
 
+@dataclass(frozen=True, slots=True)
+class Going:
+    """Rows on their way to the experts."""
+
+    x_TD: Tensor
+    routing: Routing
+    """As admitted."""
+    sending: Sending[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Sums on their way back."""
+
+    s_TD: Tensor
+    """Of the shared experts."""
+    returning: Returning
+
+
 @final
 class MoELayer(nn.Module):
     """Routed and shared experts over flat tokens. ``layer`` is its index in the model."""
@@ -36,6 +55,7 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoE, hidden_size: int, layer: int, transports: Transports = local) -> None:
         super().__init__()
         self.admission = config.admission
+        self.divisible = config.divisible
         self.layer = layer
         self.transport = transports(layer)
         self.router = Router(config.router, hidden_size, config.experts)
@@ -46,14 +66,26 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, tokens: Tokens, mode: LayerMode) -> Result:
         """Outputs [T, D] without the residual, the routing as used, and the report with its losses."""
+        going = self.send(x_TD, tokens, mode)
+        coming = self.compute(going, mode)
+        report = self.balance(going.routing, tokens, mode)
+        y_TD = self.receive(coming)
+        if mode.observer is not None:
+            mode.observer.routing(going.routing, tokens)
+        return Result(y_TD, going.routing, report)
+
+    def send(self, x_TD: Tensor, tokens: Tokens, mode: LayerMode) -> Going:
+        """Decide, and send the rows on their way."""
         routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
         admitted = admit(routing, tokens, self.admission, mode)
-        sending = self.transport.dispatch(self.latent.narrow(x_TD), admitted)
-        s_TD = self.shared(x_TD)
-        rows, ticket = sending.finish()
-        returning = self.transport.combine(self.experts(rows, mode), ticket)
-        report = self.balance(admitted, tokens, mode)
-        y_TD = self.latent.widen(returning.finish()) + s_TD
-        if mode.observer is not None:
-            mode.observer.routing(admitted, tokens)
-        return Result(y_TD, admitted, report)
+        return Going(x_TD, admitted, self.transport.dispatch(self.latent.narrow(x_TD), admitted))
+
+    def compute(self, going: Going, mode: LayerMode) -> Coming:
+        """Compute the shared experts while rows travel, then the routed ones, and send their sums back."""
+        s_TD = self.shared(going.x_TD)
+        rows, ticket = going.sending.finish()
+        return Coming(s_TD, self.transport.combine(self.experts(rows, mode), ticket))
+
+    def receive(self, coming: Coming) -> Tensor:
+        """Wait for the sums [T, D]."""
+        return self.latent.widen(coming.returning.finish()) + coming.s_TD

@@ -6,8 +6,8 @@ R rows = kept (token, expert) pairs sorted by expert, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Final, Protocol, Self, final
 
 import torch
@@ -42,6 +42,14 @@ class Tokens:
     @property
     def most_sequences(self) -> int:
         return max(self.count, 1) if self.sequences is None else self.sequences
+
+    def part(self, begin: int, end: int) -> Tokens:
+        """Some consecutive ones, whose sequences keep their numbers."""
+        row_T = None if self.row_T is None else self.row_T[begin:end]
+        ids_T, sequence_T, position_T, valid_T = (
+            of_T[begin:end] for of_T in (self.ids_T, self.sequence_T, self.position_T, self.valid_T)
+        )
+        return Tokens(ids_T, sequence_T, position_T, valid_T, row_T, self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +298,15 @@ class Routing:
     Its sum over valid tokens is the load whose variation the load loss measures.
     """
     weight_on_input: bool = False
+
+    @staticmethod
+    def joined(parts: Sequence[Routing]) -> Routing:
+        """One decision over the tokens of several, which one router made."""
+        values = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Routing)}
+        tensors = {
+            name: torch.cat(of) for name, of in values.items() if all(isinstance(x, Tensor) for x in of)
+        }
+        return replace(parts[0], **tensors)
 
     def load_E(self) -> Tensor:
         """int64 [E] kept copies an expert."""

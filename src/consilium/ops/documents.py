@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from typing import Final, final
 
 import torch
@@ -58,6 +59,16 @@ class Documents:
         short = like_BS.shape[1] <= SHORT
         seen_BSS = (number_BS[:, :, None] == number_BS[:, None, :]).tril() if short else None
         return Documents(lengths, number_BS, seen_BSS)
+
+    def part(self, begin: int, end: int) -> Documents:
+        """The documents of some consecutive rows."""
+        tokens, seen_BSS = self.number_BS.shape[1], self.seen_BSS
+        starts = [0, *accumulate(self.lengths)][:-1]
+        inside = (begin * tokens <= start < end * tokens for start in starts)
+        lengths = tuple(compress(self.lengths, inside))
+        return Documents(
+            lengths, self.number_BS[begin:end], None if seen_BSS is None else seen_BSS[begin:end]
+        )
 
 
 def _refuse_pieces(starts: Tensor, tokens: int, sequence_BS: Tensor | None, valid_BS: Tensor | None) -> None:

@@ -30,9 +30,11 @@ class Topology:
     def of(world: int, *, expert: int = 1, replicas: int = 1) -> Topology:
         """``world`` processes. Raises ConsiliumError where they cannot be dealt."""
         if expert < 1 or replicas < 1 or world % (expert * replicas):
+            copies = f" in each of {replicas} replicas" if replicas > 1 else ""
+            product = " and --replicas whose product" if replicas > 1 else " that"
             raise ConsiliumError(
-                f"{world} processes cannot be dealt into groups of {expert} that share experts"
-                f"{f' and {replicas} replicas' if replicas > 1 else ''}; choose --ep that divides --nproc."
+                f"{world} processes cannot be dealt into groups of {expert} that share experts{copies};"
+                f" choose --ep{product} divides --nproc."
             )
         return Topology(replicas, world // (expert * replicas), expert)
 

@@ -96,7 +96,7 @@ def step_seconds(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config = dealt(config, mesh)
-    model = drawn(config.model, config.seed, mesh)
+    model = drawn(config, mesh)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer, mesh.sharding)
     loader = loader_of(config, corpus)

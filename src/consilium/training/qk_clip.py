@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from consilium.attention.mla import LatentAttention
-from consilium.model.block import Block
+from consilium.model.block import DecoderBlock
 from consilium.model.decoder import Decoder
 from consilium.parallel.part import Part, whole
 
@@ -26,5 +26,5 @@ def clip_heads(
     Of a model over several processes each scales the rows that it has.
     """
     for module in model.modules():
-        if isinstance(module, Block) and isinstance(module.attention, LatentAttention):
+        if isinstance(module, DecoderBlock) and isinstance(module.attention, LatentAttention):
             module.attention.cool((most / largest[module.layer]).clamp(max=1.0), part_of)

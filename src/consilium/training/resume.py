@@ -21,7 +21,7 @@ from consilium.words.say import say
 
 MAY_CHANGE: Final = frozenset(
     {"steps", "batch", "accumulate", "optimizer.learning_rate", "optimizer.router_learning_rate"}
-    | {"eval_every", "eval_tokens", "save_every", "saving", "keep", "threads", "recompute"}
+    | {"eval_every", "eval_tokens", "save_every", "saving", "keep", "threads", "recompute", "overlap"}
 )
 _WHY: Final = {
     "model": "its weights fit that model alone",

@@ -166,7 +166,7 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     config = as_stored(config, stored)
     changed = changes(stored, config, out)
     tokenizer_of(config, corpus)
-    model = allocated(config.model, site.mesh, site.device)
+    model = allocated(config.model, site.mesh, site.device, overlap=config.overlap)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer, site.mesh.sharding)
     watch, average = Watch(config.spikes), _averaged(config, model, site.mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from consilium.config.optimizer import AdamW, BlockState
 from consilium.config.training import Training
 from consilium.data.corpus import Corpus
 from consilium.errors import ConsiliumError
+from consilium.model.block import Block
 from consilium.model.build import allocate
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts, initialise
+from consilium.model.overlapped import OverlappedBlock
 from consilium.moe.all_to_all import over
 from consilium.parallel.mesh import Mesh
 
@@ -33,6 +36,8 @@ def dealt(config: Training, mesh: Mesh) -> Training:
     if world == 1:
         return config
     _refuse_alone(config)
+    if config.overlap:
+        _refuse_overlap(config, mesh)
     accumulate = math.lcm(config.accumulate, world)
     if config.batch % accumulate:
         raise ConsiliumError(
@@ -56,6 +61,27 @@ def _refuse_alone(config: Training) -> None:
         )
 
 
+def _refuse_overlap(config: Training, mesh: Mesh) -> None:
+    """Raise ConsiliumError where there is nothing to overlap, or no half to do it with."""
+    moe = config.model.moe
+    if moe is None or mesh.expert.size == 1:
+        raise ConsiliumError(
+            "train: overlap hides how rows travel to experts elsewhere, and all are here; give --ep, or set"
+            " overlap to false."
+        )
+    if not moe.divisible:
+        raise ConsiliumError(
+            "train: overlap routes a micro-batch in two halves, and this router or its admission must see all"
+            " tokens at once, or draws noise for them; set overlap to false."
+        )
+    rows = config.batch // math.lcm(config.accumulate, mesh.world.size)
+    if rows < 2:
+        raise ConsiliumError(
+            f"train: overlap needs 2 sequences in a micro-batch to make halves of and there is {rows}; give"
+            f" --batch {2 * math.lcm(config.accumulate, mesh.world.size)} or more."
+        )
+
+
 def agree(config: Training, corpus: Corpus, mesh: Mesh) -> None:
     """Raise ConsiliumError, in every process, where they would not train the same."""
     versions = f"torch: {torch.__version__}\nconsilium: {consilium.__version__}"
@@ -71,30 +97,34 @@ def agree(config: Training, corpus: Corpus, mesh: Mesh) -> None:
 
 
 def allocated(
-    config: Model, mesh: Mesh, device: str = "cpu", *, dtype: torch.dtype = torch.float32
+    config: Model,
+    mesh: Mesh,
+    device: str = "cpu",
+    *,
+    overlap: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """A model of which this process has its part, still to be written."""
-    model = allocate(
-        config, dtype=dtype, device=device, transports=over(mesh.expert), processes=mesh.world.size
-    )
+    blocks = partial(OverlappedBlock if overlap else Block, transports=over(mesh.expert))
+    model = allocate(config, dtype=dtype, device=device, blocks=blocks, processes=mesh.world.size)
     alone = [*model.layers, *(module.block for module in model.mtp), *model.mtp, model.embed]
     ends = [] if config.tied else [model.head]
     mesh.sharding.shard(model, (*alone, *ends), [moe.experts for moe in model.moe_modules().values()])
     return model
 
 
-def drawn(config: Model, seed: int, mesh: Mesh, device: str = "cpu") -> Decoder:
-    """The model of ``seed``: the same weights as in one process."""
-    model = allocated(config, mesh, device)
-    initialise(model, config.init, seed, mesh.sharding.part)
+def drawn(config: Training, mesh: Mesh, device: str = "cpu") -> Decoder:
+    """The model of the run's seed: the same weights as in one process."""
+    model = allocated(config.model, mesh, device, overlap=config.overlap)
+    initialise(model, config.model.init, config.seed, mesh.sharding.part)
     return model
 
 
-def placed(whole: Decoder, mesh: Mesh, device: str = "cpu") -> Decoder:
+def placed(whole: Decoder, mesh: Mesh, device: str = "cpu", *, overlap: bool = False) -> Decoder:
     """``whole``, of which this process keeps its part; one process keeps the model that it has."""
     if mesh.world.size == 1:
         return whole.to(device)
-    model = allocated(whole.config, mesh, device)
+    model = allocated(whole.config, mesh, device, overlap=overlap)
     fill(model, whole.state_dict(), mesh)
     return model
 

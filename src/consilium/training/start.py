@@ -38,11 +38,11 @@ def initial(
     """
     match config.init:
         case Random():
-            model, init = drawn(config.model, config.seed, mesh, device), config.init
+            model, init = drawn(config, mesh, device), config.init
         case Folder() as init:
             found = _from_folder(init, config, notice)
             init = _settled(init, _digest(found), "weights")
-            model = placed(found, mesh, device)
+            model = placed(found, mesh, device, overlap=config.overlap)
     freeze(model, config.freeze)
     return model, dataclasses.replace(config, init=init, tokenizer=tokenizer_of(config, corpus))
 
