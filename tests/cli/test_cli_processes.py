@@ -106,8 +106,11 @@ def test_a_launcher_of_one_process_trains_as_without_it(
         ),
         (["--nproc", "2", "--set", "overlap=true"], "overlap hides how rows travel to experts elsewhere"),
         (["--ep", "2"], "1 processes cannot be dealt into groups of 2"),
-        (["--nproc", "2", "--set", "optimizer.state.kind=int8"], "which Muon and 8-bit moments need whole"),
-        (["--nproc", "2", "--set", "saving=background"], "2 processes save together"),
+        (
+            ["--nproc", "2", "--set", "optimizer.state.kind=int8"],
+            "optimizer.state.kind int8 runs in one process",
+        ),
+        (["--nproc", "2", "--set", "saving=background"], "saving background runs in one process"),
     ],
 )
 def test_a_mistake_is_told_once(words: list[str], sentence: str, text: Path, tmp_path: Path) -> None:
