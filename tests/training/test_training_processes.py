@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from consilium.errors import ConsiliumError
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology
 from consilium.parallel.watch import PeerLost
+from consilium.records.metrics import read_metrics
 from consilium.training import loop, step
 from consilium.training.events import Event, Stepped
 from consilium.training.loop import train
@@ -32,20 +32,15 @@ from consilium.training.spread import allocated, dealt, drawn
 from processes import forked_alone, together
 from small import DEEPSEEK
 from support import relative_error
+from training.kills import TOPOLOGIES
+from training.test_training_resume import text
+from training.test_training_stops import DTYPES, SLOW, killed_as_the_whole, run_apart
 
-SMALL = dataclasses.replace(DEEPSEEK, layers=2, mtp=MTP(depth=1))
-TOPOLOGIES = {
-    "DP2": Topology(data=2),
-    "EP2": Topology(expert=2),
-    "DP2 EP2": Topology(data=2, expert=2),
-}
+__all__ = ["text"]
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text("".join(f"line {i * i} of a text.\n" for i in range(200)))
-    return path
+SMALL = dataclasses.replace(DEEPSEEK, layers=1, dense_first=0, mtp=MTP(depth=1))
+FEW = ("muon-float32-dp2", "adamw-bfloat16-ep2", "muon-bfloat16-dp2ep2")
+CELLS = tuple(f"muon-{dtype}-{place}" for dtype in DTYPES for place in TOPOLOGIES if place != "alone")
 
 
 def configuration(text: Path, **changes: object) -> Training:
@@ -62,51 +57,42 @@ def configuration(text: Path, **changes: object) -> Training:
     return dataclasses.replace(base, **changes)
 
 
-class Killed(BaseException):
-    """Like a kill nothing is saved on the way out; an error would be."""
+def losses(out: Path) -> dict[int, float]:
+    """By step, as they are on record."""
+    return {r.step: r.loss for r in read_metrics(out / "metrics.jsonl").records if r.loss is not None}
 
 
-def broken(config: Training, out: Path, mesh: Mesh, steps: tuple[int, ...]) -> None:
-    """A run that all processes leave after each of ``steps`` and then end."""
-    plain = loop._step
-
-    for last_step in steps:
-
-        def stepped(run: loop.Run, *rest: object, last: int = last_step) -> None:
-            plain(run, *rest)
-            if run.progress.step == last:
-                raise Killed
-
-        loop._step = stepped
-        try:
-            with pytest.raises(Killed):
-                train(config, out, resume=True, mesh=mesh)
-        finally:
-            loop._step = plain
-    train(config, out, resume=True, mesh=mesh)
-
-
-def ended(out: Path, step: int) -> tuple[object, list[object]]:
-    """SHA-256 of every file of the last checkpoint, and the losses on record."""
-    manifest = json.loads((out / f"checkpoints/step-{step}/manifest.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return manifest, [(line["step"], line.get("train/loss"), line.get("val/bits_per_byte")) for line in lines]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_a_run_over_processes_that_crashed_reaches_the_same_bits(
-    topology: Topology, dtype: str, text: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stops", "chained", "cells"),
+    [
+        pytest.param(1, 0, FEW, id="a stop a topology", marks=pytest.mark.timeout(300)),
+        pytest.param(20, 5, CELLS, id="20 stops and a chain a cell", marks=SLOW),
+    ],
+)
+def test_killed_runs_over_processes_reach_the_hash_of_the_whole_run(
+    stops: int,
+    chained: int,
+    cells: tuple[str, ...],
+    text: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    config = configuration(text, dtype=dtype)
+    """All processes of a run die in one moment, as where a machine loses power."""
+    killed_as_the_whole(tmp_path, text, (stops, chained), cells, record_property)
 
-    def work(mesh: Mesh) -> Mapping[str, Tensor]:
-        train(config, tmp_path / "whole", mesh=mesh)
-        broken(config, tmp_path / "broken", mesh, (1, 3))
-        return {}
 
-    together(topology, work)
-    assert ended(tmp_path / "whole", 5) == ended(tmp_path / "broken", 5)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="a process of a run is found by /proc, on Linux alone")
+@pytest.mark.parametrize("trials", [pytest.param(7, id="21 trials", marks=SLOW)])
+def test_a_run_that_loses_a_process_says_which_ends_in_time_and_goes_on_to_the_same_bits(
+    trials: int, text: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    topologies = [place for place in TOPOLOGIES if place != "alone"]
+    found = run_apart("lost.py", tmp_path, text, trials, *topologies)
+    faults = [fault for faults in found.values() for fault in faults if fault]
+    record_property("trials", trials * len(topologies))
+    record_property("failures", len(faults))
+    assert [len(ended) for ended in found.values()] == [trials] * len(topologies)
+    assert not faults
 
 
 def test_a_run_goes_on_over_other_processes(text: Path, tmp_path: Path) -> None:
@@ -125,11 +111,9 @@ def test_a_run_goes_on_over_other_processes(text: Path, tmp_path: Path) -> None:
     together(Topology(data=2, expert=2), first)
     train(config, tmp_path / "run", resume=True, stop=iter([False, True]).__next__)
     together(Topology(expert=2), last)
-    _, ours = ended(tmp_path / "run", 5)
-    _, expected = ended(tmp_path / "whole", 5)
-    losses = {step: loss for step, loss, _ in ours if loss}
-    assert losses == pytest.approx({step: loss for step, loss, _ in expected if loss}, rel=1e-5)
-    assert len(losses) == 5
+    ours = losses(tmp_path / "run")
+    assert ours == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert len(ours) == 5
     averages = [tmp_path / name / "checkpoints/step-5/average" for name in ("whole", "run")]
     mean, other = (store.load(average).state_dict() for average in averages)
     for name, value in mean.items():
@@ -229,7 +213,7 @@ def test_a_process_that_is_lost_is_named_by_the_others_in_time(
         plain = loop._step
 
         def stepped(run: loop.Run, *rest: object) -> None:
-            if run.progress.step == 3 and mesh.world.rank == 2:
+            if run.progress.step == 1 and mesh.world.rank == 2:
                 lost_at.write_text(str(time.time()))
                 os.kill(os.getpid(), how)
             plain(run, *rest)

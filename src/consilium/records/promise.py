@@ -14,6 +14,7 @@ Breakage = Literal[
     "SIGTERM",
     "SIGINT",
     "SIGHUP",
+    "SIGSTOP",
     "power cut (simulated)",
     "disk full",
     "error in a step",
