@@ -41,7 +41,11 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
     }
     study = (sys.executable, str(ROOT / "bench" / "jacobs.py"), "--out", str(records / "jacobs.json"))
     sieve = (sys.executable, str(ROOT / "bench" / "filters.py"), "--out", str(records / "filters.json"))
-    return {"filters": sieve, **commands, "jacobs": study}
+    scripts = {
+        name: (sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(records / f"{name}.json"))
+        for name in ("processes", "costs")
+    }
+    return {"filters": sieve, **commands, **scripts, "jacobs": study}
 
 
 def is_done(record: Path) -> bool:

@@ -9,6 +9,7 @@ Legend: P processes of the group, S rows that leave, G rows that arrive.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, final
@@ -34,15 +35,25 @@ Work = Callable[[], str | None]
 @final
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Bytes that this process has sent to others, by the name of the collective, one entry a call."""
+    """What the exchange of rows has cost this process, by the name of the collective, one entry a call."""
 
     sent: dict[str, list[int]] = field(default_factory=dict)
+    """Bytes for others."""
+    waited: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds in which nothing else was done."""
 
     def add(self, name: str, count: int) -> None:
         self.sent.setdefault(name, []).append(count)
 
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.waited.setdefault(name, []).append(time.perf_counter() - begun)
+
     def clear(self) -> None:
         self.sent.clear()
+        self.waited.clear()
 
 
 @final
@@ -165,7 +176,7 @@ class Group:
         if self.handle is None:
             return take_PC.copy_(give_PC)
         self.ledger.add("counts", give_PC[0].numel() * give_PC.element_size() * (self.size - 1))
-        with self._named("counts"):
+        with self._named("counts"), self.ledger.waiting("counts"):
             dist.all_to_all_single(take_PC, give_PC.contiguous(), group=self.handle)
         return take_PC
 
@@ -203,6 +214,7 @@ class Exchange:
     def wait(self) -> Tensor:
         """The rows that arrived, those of process 0 first."""
         if self.work is not None:
-            with self.group._named(self.name):  # noqa: SLF001 - the other half of the same collective
+            named = self.group._named(self.name)  # noqa: SLF001 - the other half of the same collective
+            with named, self.group.ledger.waiting(self.name):
                 self.work.wait()
         return self.rows_GB
