@@ -3,9 +3,9 @@
 usage: python bench/costs.py [--shape train-1b] [--steps 30] [--out bench/records/costs.json]
 
 Memory: each contestant trains two steps of the same shape in a process of its own. What counts is the peak of
-the second above what the process holds when it begins: weights, gradients, moments and libraries. Recording: a run of the
-small model writes its metrics and loads as every run does, and what is spent on counting, entropies and files
-is held against the time of its steps.
+the second above what the process holds when it begins: weights, gradients, moments and libraries. Recording:
+a run of the small model writes its metrics and loads as every run does, and what is spent on counting,
+entropies and files is held against the time of its steps.
 """
 
 from __future__ import annotations

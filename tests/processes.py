@@ -21,6 +21,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from consilium.model.decoder import Decoder
+from consilium.model.init import first_experts
 from consilium.parallel.mesh import Mesh
 from consilium.parallel.start import member
 from consilium.parallel.topology import Topology
@@ -96,3 +98,14 @@ def ended(children: list[int], seconds: float) -> list[int]:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
     return [codes[child] for child in children]
+
+
+@torch.no_grad()
+def fill(model: Decoder, whole: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """Write this process's part of weights that are all in ``whole``; balance state is everybody's."""
+    first = first_experts(model)
+    for name, tensor in model.state_dict().items():
+        part = mesh.sharding.part(tensor)
+        begin = first.get(name, 0) + part.rows.start
+        source = whole[name]
+        part.here.copy_(source[begin : begin + len(part.rows)] if tensor.ndim else source)

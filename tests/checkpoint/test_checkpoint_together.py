@@ -19,8 +19,8 @@ from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology
-from consilium.training.spread import allocated, fill, rows_of, stamped
-from processes import together
+from consilium.training.spread import allocated, rows_of, stamped
+from processes import fill, together
 from small import DEEPSEEK, SWITCH, lively
 
 CASES = {

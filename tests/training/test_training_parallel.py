@@ -24,9 +24,9 @@ from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology
 from consilium.recipes.variants import with_balance
 from consilium.training.optimizer import build_optimizer
-from consilium.training.spread import allocated, fill
+from consilium.training.spread import allocated
 from consilium.training.step import StepResult, gradients, update
-from processes import together
+from processes import fill, together
 from small import DEEPSEEK, SWITCH, lively, random_batch
 from support import relative_error
 

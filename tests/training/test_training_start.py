@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import platform
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,15 +17,34 @@ from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.balance import Balance, ImportanceLoss, SwitchLoss
 from consilium.config.data import Data, TextPath
-from consilium.config.router import NoGate, Uniform
+from consilium.config.moe import MoE
+from consilium.config.router import NoGate, Router, TopK, Uniform
 from consilium.config.training import Bytes, Folder, Training
+from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
+from consilium.model.build import build
 from consilium.model.decoder import Decoder
+from consilium.parallel.mesh import Mesh
+from consilium.parallel.topology import Topology
 from consilium.training.events import Event, Notice
 from consilium.training.freeze import freeze, is_frozen
 from consilium.training.loop import train
-from small import DEEPSEEK, lively
+from consilium.training.spread import allocated
+from consilium.training.start import initial
+from processes import together
+from small import DEEPSEEK, DENSE, lively
+from support import relative_error
+
+MMAP_THRESHOLD = -3
+"""A parameter's name in glibc's malloc.h."""
+LARGE = dataclasses.replace(
+    DENSE,
+    hidden_size=256,
+    layers=2,
+    dense_first=0,
+    moe=MoE(experts=32, width=512, router=Router(select=TopK(k=2))),
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +212,85 @@ def test_the_command_begins_with_a_folder_and_goes_on_when_it_is_gone(
     assert main(["train", str(theirs), "--out", str(tmp_path / "run"), "--resume"]) == 2
     assert "its weights have begun already" in capsys.readouterr().err
     assert main(["train", str(theirs), *words, "--steps", "1", "--params", "1M"]) == 2
+
+
+@pytest.mark.parametrize("suffix", ["", ".gguf"], ids=["folder", "gguf"])
+def test_several_processes_begin_with_the_same_weights_each_with_its_own_part(
+    suffix: str, text: Path, theirs: Path, tmp_path: Path
+) -> None:
+    start = Folder(path=f"{theirs}{suffix}")
+    if suffix:
+        assert main(["convert", str(theirs), start.path, "--to", "gguf"]) == 0
+    mtp = dataclasses.replace(DEEPSEEK.mtp, depth=0)
+    changes = {"init": start, "tokenizer": Bytes(), "model": dataclasses.replace(DEEPSEEK, mtp=mtp)}
+    config = configuration(text, theirs, steps=1, accumulate=2, **changes)
+    alone = train(config, tmp_path / "alone")
+
+    def work(mesh: Mesh) -> dict[str, torch.Tensor]:
+        train(config, tmp_path / "two", mesh=mesh)
+        return {}
+
+    together(Topology(expert=2), work)
+    inits = [io.read_yaml(Training, tmp_path / name / "config.yaml").init for name in ("alone", "two")]
+    assert inits[0] == inits[1], "the digest is of all the weights"
+    one, two = weights(store.load(alone.checkpoint)), weights(store.load(tmp_path / "two"))
+    assert all(relative_error(two[name], one[name]) < 1e-5 for name in one)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is read as Linux with glibc tells it")
+def test_a_process_holds_no_expert_of_another_at_any_time(tmp_path: Path) -> None:
+    """Of 96 MiB, nearly all of it experts: half and what one tensor takes, drawn or read."""
+    whole = sum(parameter.nbytes for parameter in build(LARGE, device="meta").parameters())
+    store.save(build(LARGE), tmp_path / "large", tokenizer=Tokenizer.of_bytes())
+    random = Training(model=LARGE, tokenizer=Bytes(), steps=1)
+    configs = {
+        "drawn": random,
+        "read": dataclasses.replace(random, init=Folder(path=str(tmp_path / "large"))),
+    }
+    corpus = build_corpus(Data(), LARGE.vocab_size, start=Bytes())
+
+    def work(mesh: Mesh) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(grown(config, corpus, mesh)) for name, config in configs.items()}
+
+    for name, growth in together(Topology(expert=2), work)[1].items():
+        assert 0.4 * whole < float(growth) < 0.7 * whole, name
+    (growth,) = together(Topology(), lambda mesh: {"all": torch.tensor(grown(random, corpus, mesh))})
+    assert float(growth["all"]) > 0.9 * whole, "the measure sees what a process holds"
+
+
+def grown(config: Training, corpus: Corpus, mesh: Mesh) -> float:
+    """Bytes by which the process was larger at most while it made its model, pages of files not counted.
+
+    What it frees it gives back.
+    """
+    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+    allocated(DEEPSEEK, mesh)  # libraries that the first one imports
+    done, seen = threading.Event(), [held()]
+
+    def look() -> None:
+        while not done.wait(0.0005):
+            seen.append(held())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    initial(config, corpus, mesh=mesh)
+    done.set()
+    watcher.join()
+    return float(max(seen) - seen[0])
+
+
+def held() -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+def test_a_resumed_run_saves_the_ends_and_sampling_of_what_it_began_with(
+    text: Path, theirs: Path, tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    shutil.copytree(theirs, started)
+    (started / "generation_config.json").write_text('{"eos_token_id": [256, 7], "temperature": 0.5}')
+    config = configuration(text, started, steps=2)
+    train(config, tmp_path / "run", stop=iter([False, True]).__next__)
+    assert store.load(train(config, tmp_path / "run", resume=True).checkpoint).generation == (
+        store.load(started).generation
+    )

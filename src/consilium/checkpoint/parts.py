@@ -5,7 +5,6 @@ Each file holds rows of tensors; ``parts.json`` says with which row of a tensor 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,17 +83,6 @@ def _filled(name: str, spans: list[tuple[range, Entry]], target: Tensor, wanted:
             continue
         begin, end = max(span.start, wanted.start), min(span.stop, wanted.stop)
         if begin < end:
-            part = _rows_of(entry, begin - span.start, end - span.start)
+            part = safetensors_io.rows_of(entry, begin - span.start, end - span.start)
             safetensors_io.read_into(name, part, target[begin - wanted.start : end - wanted.start])
     return target
-
-
-def _rows_of(entry: Entry, begin: int, end: int) -> Entry:
-    """Rows lie one after the other."""
-    row = (entry.end - entry.start) // entry.shape[0]
-    return dataclasses.replace(
-        entry,
-        shape=(end - begin, *entry.shape[1:]),
-        start=entry.start + begin * row,
-        end=entry.start + end * row,
-    )

@@ -5,6 +5,7 @@ Layout of a file: 8 bytes little-endian length, that many bytes of JSON header, 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -268,3 +269,14 @@ def _entry(path: Path, name: str, described: object, data: int) -> Entry:
 
 def _bad(path: Path, what: str) -> ConsiliumError:
     return ConsiliumError(f"{path} {what}; restore it, or download or save it again.")
+
+
+def rows_of(entry: Entry, begin: int, end: int) -> Entry:
+    """Some rows of a tensor, which lie one after the other."""
+    row = (entry.end - entry.start) // entry.shape[0]
+    return dataclasses.replace(
+        entry,
+        shape=(end - begin, *entry.shape[1:]),
+        start=entry.start + begin * row,
+        end=entry.start + end * row,
+    )

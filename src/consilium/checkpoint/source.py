@@ -54,6 +54,10 @@ class Source(Protocol):
         """Copy our tensor ``name`` into ``target``, in its dtype; ConsiliumError names a tensor at fault."""
         ...
 
+    def fill_rows(self, name: str, target: Tensor, first: int) -> None:
+        """The same of its rows from ``first`` on, as many as ``target`` has."""
+        ...
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
         ...
@@ -82,13 +86,17 @@ class FolderSource:
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
         """Copy the rows of our tensor ``name`` from ``first`` on, as many as ``target`` has.
 
-        Of a stack that lies there expert by expert nothing else is read.
+        Of a stack that lies there expert by expert, or as it is, nothing else is read.
         """
+        whole = self.found.get(name) if self.table is None else None
         if is_by_expert(self.config, name, self.table):
             for stored_name, view in named(self.config, {name: target}, self.table, first=first):
                 self.fill_stored(stored_name, view)
         elif target.shape == self.state[name].shape:
             self.fill(name, target)
+        elif isinstance(whole, Entry) and whole.shape == self.state[name].shape:
+            rows = safetensors_io.rows_of(whole, first, first + target.shape[0])
+            safetensors_io.read_into(name, rows, target, check_finite=self.check_finite)
         else:
             target.copy_(self.read(name)[first : first + target.shape[0]])
 

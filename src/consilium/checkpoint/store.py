@@ -154,7 +154,7 @@ def load(
     source = open_folder(folder, dtype=dtype, check_finite=check_finite)
     kind = source.state["embed.weight"].dtype
     model = allocate(source.config, source.generation, dtype=kind, device=device)
-    _fill(Content.of(model), source)
+    fill(Content.of(model), source)
     return model
 
 
@@ -183,12 +183,7 @@ def load_weights(
     shapes = build(content.config, device="meta").state_dict()
     found = find(folder, content.config)
     source = fitted(folder, content.config, found, shapes, check_finite=check_finite)
-    for name, tensor in content.weights.items():
-        part = mesh.sharding.part(tensor)
-        if tensor.ndim:
-            source.fill_rows(name, part.here, content.firsts.get(name, 0) + part.rows.start)
-        else:
-            source.fill(name, part.here)
+    fill(content, source, mesh)
 
 
 def load_training_state(
@@ -261,6 +256,11 @@ def _open(folder: Path) -> tuple[Model, dict[str, Stored]]:
     return as_stored(config, found), found
 
 
-def _fill(model: Content, source: Source) -> None:
-    for name, target in model.weights.items():
-        source.fill(name, target)
+def fill(model: Content, source: Source, mesh: Mesh = ALONE) -> None:
+    """Copy what ``source`` has of ``model``; a process reads of the experts those that it has."""
+    for name in model.weights.keys() & source.state.keys():
+        part = mesh.sharding.part(model.weights[name])
+        if part.here.ndim:
+            source.fill_rows(name, part.here, model.firsts.get(name, 0) + part.rows.start)
+        else:
+            source.fill(name, part.here)

@@ -14,6 +14,7 @@ import torch
 
 import consilium
 from consilium.checkpoint import store
+from consilium.checkpoint.hf.generation import read_generation
 from consilium.config import io
 from consilium.config.data import spelled
 from consilium.config.training import Training
@@ -166,7 +167,8 @@ def _go_on(config: Training, stored: Training, checkpoint: Path, site: Site) -> 
     config = as_stored(config, stored)
     changed = changes(stored, config, out)
     tokenizer_of(config, corpus)
-    model = allocated(config.model, site.mesh, site.device, overlap=config.overlap)
+    ends = read_generation(checkpoint)
+    model = allocated(config.model, site.mesh, site.device, generation=ends, overlap=config.overlap)
     freeze(model, config.freeze)
     optimizer = build_optimizer(model, config.optimizer, site.mesh.sharding)
     watch, average = Watch(config.spikes), _averaged(config, model, site.mesh)

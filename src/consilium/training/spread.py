@@ -13,6 +13,7 @@ from torch import Tensor
 import consilium
 from consilium.checkpoint.parts import every_row
 from consilium.config import io
+from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.config.optimizer import AdamW, BlockState
 from consilium.config.training import Training
@@ -101,12 +102,13 @@ def allocated(
     mesh: Mesh,
     device: str = "cpu",
     *,
+    generation: GenerationDefaults = GenerationDefaults(),
     overlap: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """A model of which this process has its part, still to be written."""
     blocks = partial(OverlappedBlock if overlap else Block, transports=over(mesh.expert))
-    model = allocate(config, dtype=dtype, device=device, blocks=blocks, processes=mesh.world.size)
+    model = allocate(config, generation, dtype=dtype, device=device, blocks=blocks, processes=mesh.world.size)
     alone = [*model.layers, *(module.block for module in model.mtp), *model.mtp, model.embed]
     ends = [] if config.tied else [model.head]
     mesh.sharding.shard(model, (*alone, *ends), [moe.experts for moe in model.moe_modules().values()])
@@ -118,26 +120,6 @@ def drawn(config: Training, mesh: Mesh, device: str = "cpu") -> Decoder:
     model = allocated(config.model, mesh, device, overlap=config.overlap)
     initialise(model, config.model.init, config.seed, mesh.sharding.part)
     return model
-
-
-def placed(whole: Decoder, mesh: Mesh, device: str = "cpu", *, overlap: bool = False) -> Decoder:
-    """``whole``, of which this process keeps its part; one process keeps the model that it has."""
-    if mesh.world.size == 1:
-        return whole.to(device)
-    model = allocated(whole.config, mesh, device, overlap=overlap)
-    fill(model, whole.state_dict(), mesh)
-    return model
-
-
-@torch.no_grad()
-def fill(model: Decoder, whole: Mapping[str, Tensor], mesh: Mesh) -> None:
-    """Write this process's part of weights that are all in ``whole``; balance state is everybody's."""
-    first = first_experts(model)
-    for name, tensor in model.state_dict().items():
-        part = mesh.sharding.part(tensor)
-        begin = first.get(name, 0) + part.rows.start
-        source = whole[name]
-        part.here.copy_(source[begin : begin + len(part.rows)] if tensor.ndim else source)
 
 
 def stamped(state: Mapping[str, Tensor], model: Decoder, mesh: Mesh) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from consilium.checkpoint import store
+from consilium.config.model import Model
 from consilium.config.training import Folder, Random, StartTokenizer, StartWeights, Training
 from consilium.data.corpus import Corpus, fingerprint
 from consilium.errors import ConsiliumError
@@ -17,7 +18,7 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.training.freeze import freeze
-from consilium.training.spread import drawn, placed
+from consilium.training.spread import allocated, drawn
 from consilium.words.say import say
 
 S = TypeVar("S", StartWeights, StartTokenizer)
@@ -40,9 +41,15 @@ def initial(
         case Random():
             model, init = drawn(config, mesh, device), config.init
         case Folder() as init:
-            found = _from_folder(init, config, notice)
-            init = _settled(init, _digest(found), "weights")
-            model = placed(found, mesh, device, overlap=config.overlap)
+            source = _opened(init, config)
+            _tell_left(source, init.path, config.model, notice)
+            model = allocated(
+                config.model, mesh, device, generation=source.generation, overlap=config.overlap
+            )
+            content = store.Content.of(model)
+            store.fill(content, source, mesh)
+            digest = mesh.world.led(lambda: _digest(content, source, whole=mesh.world.size == 1))
+            init = _settled(init, digest, "weights")
     freeze(model, config.freeze)
     return model, dataclasses.replace(config, init=init, tokenizer=tokenizer_of(config, corpus))
 
@@ -78,49 +85,49 @@ def _settled(folder: Folder, sha256: str, what: str) -> Folder:
     return dataclasses.replace(folder, sha256=sha256)
 
 
-def _from_folder(folder: Folder, config: Training, notice: Callable[[str], None]) -> Decoder:
-    source = store.load(folder.path, dtype="float32")
+def _opened(folder: Folder, config: Training) -> store.Source:
+    """The weights of a folder, of which nothing is read yet, where the model has a place for every need.
+
+    State that balances begins anew where the folder has none.
+    """
+    source = store.open_folder(folder.path, dtype="float32")
     if source.config.vocab_size != config.model.vocab_size:
         raise ConsiliumError(
             f"train: {folder.path} has a vocabulary of {source.config.vocab_size} tokens and the model one of"
             f" {config.model.vocab_size}; give them the same."
         )
-    if source.config == config.model:
-        return source
-    model = _refitted(source, folder.path, config)
-    left = [name for name in source.state_dict() if name not in model.state_dict()]
+    for name, parameter in build(config.model, device="meta").named_parameters():
+        if name not in source.state or source.state[name].shape != parameter.shape:
+            raise ConsiliumError(
+                f"train: {folder.path} has no weight {name} of shape {list(parameter.shape)}; give the model"
+                " the settings of that folder."
+            )
+    return source
+
+
+def _tell_left(source: store.Source, path: str, model: Model, notice: Callable[[str], None]) -> None:
+    wanted = build(model, device="meta").state_dict()
+    left = [name for name in source.state if name not in wanted]
     if left:
         notice(
             say(
                 "{count} tensors of {folder} have no place in the model and are left out, such as {name}",
                 count=len(left),
-                folder=folder.path,
+                folder=path,
                 name=left[0],
             )
         )
-    return model
 
 
-def _refitted(source: Decoder, path: str, config: Training) -> Decoder:
-    """The weights of ``source`` in a model of other settings; state that balances begins anew where new."""
-    model = build(config.model, seed=config.seed)
-    found, wanted = source.state_dict(), model.state_dict()
-    for name, parameter in model.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
-            raise ConsiliumError(
-                f"train: {path} has no weight {name} of shape {list(parameter.shape)}; give the model the"
-                " settings of that folder."
-            )
-    with torch.no_grad():
-        for name in wanted.keys() & found.keys():
-            wanted[name].copy_(found[name])
-    return model
+def _digest(model: store.Content, source: store.Source, *, whole: bool) -> str:
+    """SHA-256 of names and values, whatever the format of the files and however many have parts of them.
 
-
-def _digest(model: Decoder) -> str:
-    """SHA-256 of names and values, whatever the format of the files."""
+    What is in parts is read again, a tensor at a time.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()))
+    for name, tensor in sorted(model.weights.items()):
+        values = tensor if whole or name not in source.state else source.read(name)
+        digest.update(f"{name} {list(values.shape)}\0".encode())
+        flat = values.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        digest.update(flat.numpy().data)
     return digest.hexdigest()

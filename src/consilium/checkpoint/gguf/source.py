@@ -46,6 +46,13 @@ class FileSource:
         for theirs, view in _views(self.config, self.header, name, target.detach()):
             _read_into(self.header.tensors[theirs], view, check_finite=self.check_finite)
 
+    def fill_rows(self, name: str, target: Tensor, first: int) -> None:
+        """Copy the rows of our tensor ``name`` from ``first`` on, as many as ``target`` has."""
+        if target.shape == self.state[name].shape:
+            self.fill(name, target)
+        else:
+            target.copy_(self.read(name)[first : first + target.shape[0]])
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
         values = torch.zeros_like(self.state[name], dtype=dtype, device="cpu")
