@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consilium.errors import ConsiliumError
 from consilium.parallel.exchange import Route, begin
@@ -14,7 +16,7 @@ from consilium.parallel.group import Group
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology, share
 from consilium.parallel.watch import PeerLost
-from processes import together
+from processes import forked_alone, together
 
 FOUR = Topology(data=2, expert=2)
 
@@ -50,6 +52,8 @@ def sums_and_words(mesh: Mesh) -> Mapping[str, Tensor]:
     assert counts.tolist() == [2**54, 6]
     assert share_of.item() == 3
     assert world.any(rank == 2, False) == (True, False)
+    (most,) = world.largest(torch.tensor([rank, -rank]))
+    assert most.tolist() == [3, 0]
     assert world.texts("é" * rank) == ["", "é", "éé", "ééé"]
     assert world.led(lambda: f"from {rank}") == "from 0"
     assert world.of_first(rank + 0.1) == 0.1
@@ -124,3 +128,17 @@ def exchanges(mesh: Mesh) -> Mapping[str, Tensor]:
 
 def test_rows_of_several_dtypes_travel_as_one_message_and_gradients_come_back() -> None:
     together(Topology(data=3), exchanges)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_who_is_lost_while_a_weight_is_gathered_is_named(how: signal.Signals) -> None:
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        linear = nn.Linear(4, 4, bias=False)
+        mesh.sharding.shard(linear, (), ())
+        if mesh.world.rank == 1:
+            os.kill(os.getpid(), how)
+        with pytest.raises(PeerLost, match=r"rank 1 did not answer in the collective 'gather of a weight'"):
+            mesh.sharding.gathered(linear.weight)
+        return {}
+
+    forked_alone(Topology(data=2), work, lost=1, limit=2.0)

@@ -147,7 +147,7 @@ TOPOLOGIES = {
     "EP2 DP2": (Topology(data=2, expert=2), ("deepseek", "deepseek, recomputed", "muon")),
     "EP1 DP3": (Topology(data=3), ("muon, six micro-batches",)),
     "EP4 DP1": (Topology(expert=4), ("counts of the step",)),
-    "two replicas of EP2": (Topology(replicas=2, expert=2), ("quantiles",)),
+    "two replicas of EP2": (Topology(replicas=2, expert=2), ("quantiles", "muon")),
 }
 
 

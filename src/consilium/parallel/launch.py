@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,8 @@ def _forked(rank: int, processes: int, store: Path, work: Callable[[], int]) -> 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable() // processes)))
         code = work()
+    except BaseException:  # noqa: BLE001 - a fault: nobody above tells it, as this process ends here
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

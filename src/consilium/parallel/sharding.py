@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from consilium.parallel.part import Part, whole
+from consilium.parallel.watch import Watch
 
 
 @final
@@ -30,6 +31,8 @@ class FullySharded:
     """All processes of a replica."""
     same_experts: DeviceMesh
     """Those that have the same experts."""
+    watch: Watch
+    """Over the processes of a replica."""
     _plain: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """By sharded parameter: the plain one of what is here, which lives as long."""
 
@@ -59,7 +62,10 @@ class FullySharded:
 
     @torch.no_grad()
     def gathered(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if not isinstance(tensor, DTensor):
+            return tensor.detach()
+        with self.watch.over("gather of a weight"):
+            return tensor.full_tensor()
 
     @contextmanager
     def local(self, model: nn.Module) -> Iterator[None]:

@@ -89,6 +89,7 @@ def _mesh(store: Store, rank: int, topology: Topology, device: str, limit: dt.ti
         )
     )
     assert world.watch is not None
+    assert replica.watch is not None
     world.watch.introduce()
     for group in (world, expert, replica):
         group.sum(torch.zeros(1))
@@ -99,7 +100,9 @@ def _mesh(store: Store, rank: int, topology: Topology, device: str, limit: dt.ti
         expert=expert,
         replica=replica,
         sharding=FullySharded(
-            _device_mesh(device, ranks_HS, replica, copies), _device_mesh(device, mine_HD, data, copies)
+            _device_mesh(device, ranks_HS, replica, copies),
+            _device_mesh(device, mine_HD, data, copies),
+            replica.watch,
         ),
     )
 

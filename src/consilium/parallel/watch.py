@@ -21,7 +21,7 @@ from consilium.machine.process import identity, is_gone
 
 GRACE: Final = 1.5
 """Seconds in which the others may leave their word."""
-_BACKEND: Final = "distributed_c10d.py"
+_BACKENDS: Final = ("distributed_c10d.py", "_functional_collectives.py")
 
 
 class PeerLost(Exception):
@@ -79,6 +79,6 @@ class Watch:
 def _collective(error: BaseException) -> str | None:
     """The collective that raised ``error``, such as one of FSDP's; None where none did."""
     frames = traceback.extract_tb(error.__traceback__)
-    names = [frame.name for frame in frames if frame.filename.endswith(_BACKEND)]
+    names = [frame.name for frame in frames if frame.filename.endswith(_BACKENDS)]
     named = next((name for name in reversed(names) if name != "wrapper"), None)
     return named or ("wait" if isinstance(error, dist.DistError) else None)
