@@ -27,11 +27,12 @@ import torch
 
 from consilium.benchmarking.record import once, record
 from consilium.config.attention import GQA
+from consilium.config.data import Data
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Router, Score, Sigmoid, Softmax, TopK
-from consilium.config.training import Bytes, Data, Training
+from consilium.config.training import Bytes, Training
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.errors import ConsiliumError, nearest
 from consilium.evaluation.bits import Evaluation, Reading, measure

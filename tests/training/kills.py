@@ -23,11 +23,12 @@ import torch
 
 from consilium.checkpoint import store
 from consilium.config.balance import AdaptiveLoss, Balance, PIDBias
+from consilium.config.data import Data, TextPath
 from consilium.config.model import MTP, Model
 from consilium.config.moe import Capacity
 from consilium.config.optimizer import AdamW, BlockState, Exponential, LinearRamp, Muon, Optimizer, Spikes
 from consilium.config.router import Jitter
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.disk import atomic
 from consilium.parallel.launch import launch
 from consilium.parallel.start import joined

@@ -16,8 +16,7 @@ from consilium.errors import ConsiliumError
 from consilium.moe.experts import Experts
 from consilium.ops.orthogonal import COEFFICIENTS
 from consilium.parallel.mesh import ALONE
-from consilium.planner.optimizer import is_hidden, state_bytes
-from consilium.planner.run import run_memory
+from consilium.planner.training import is_hidden, run_memory, state_bytes
 from consilium.training import block_adamw
 from consilium.training.freeze import freeze, is_frozen
 from consilium.training.muon import StackedMuon

@@ -17,9 +17,10 @@ from consilium.checkpoint import store
 from consilium.checkpoint.verify import verify_folder
 from consilium.cli.main import main
 from consilium.config import io
+from consilium.config.data import Data, TextPath
 from consilium.config.model import MTP
 from consilium.config.optimizer import Exponential, Muon
-from consilium.config.training import Bytes, Data, TextPath, Training
+from consilium.config.training import Bytes, Training
 from consilium.errors import ConsiliumError
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.parallel.topology import Topology

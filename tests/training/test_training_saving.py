@@ -16,7 +16,7 @@ from consilium.config.training import Training
 from consilium.data.corpus import build_corpus
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
-from consilium.planner.run import run_memory
+from consilium.planner.training import run_memory
 from consilium.training.events import Event, Saved, Stepped
 from consilium.training.files import locked
 from consilium.training.loop import train

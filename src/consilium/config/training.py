@@ -12,9 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 from consilium.config.attention import MLA
 from consilium.config.balance import AdaptiveLoss, BalanceLoss, ImportanceLoss
 from consilium.config.base import Size, configuration
-from consilium.config.data import BuiltIn as BuiltIn  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.data import Data
-from consilium.config.data import TextPath as TextPath  # noqa: PLC0414 - where older scripts look for it
 from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.optimizer import (

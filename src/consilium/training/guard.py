@@ -17,7 +17,7 @@ from consilium.errors import ConsiliumError
 from consilium.machine.memory import asked_for, is_out_of_memory, memory_limit, refuse_beyond_memory
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.planner.parameters import parameters
-from consilium.planner.run import run_memory
+from consilium.planner.training import run_memory
 
 PATIENCE = 10
 """Bad steps in a row after which the run stops: the data or the learning rate is at fault, not chance."""

@@ -16,7 +16,7 @@ from consilium.moe.experts import Experts
 from consilium.moe.shared import GatedNetwork
 from consilium.ops.feed_forward import DenseNetwork
 from consilium.parallel.part import Sharding, Whole
-from consilium.planner.optimizer import in_blocks, is_hidden, is_router
+from consilium.planner.training import in_blocks, is_hidden, is_router
 from consilium.training.block_adamw import BlockAdamW
 from consilium.training.muon import StackedMuon
 
