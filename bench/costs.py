@@ -2,10 +2,10 @@
 
 usage: python bench/costs.py [--shape train-1b] [--steps 30] [--out bench/records/costs.json]
 
-Memory: each contestant trains two steps of the same shape in a process of its own. What counts is the peak of
-the second above what the process holds when it begins: weights, gradients, moments and libraries. Recording:
-a run of the small model writes its metrics and loads as every run does, and what is spent on counting,
-entropies and files is held against the time of its steps.
+Memory: each contestant trains two steps of the same shape in a process of its own, and torch's profiler counts
+the tensors of the second: those that live between its two passes, and the most at any time beyond what it began
+with (weights, gradients, moments). Recording: a run of the small model writes its metrics and loads as every
+run does, and what is spent on counting, entropies and files is held against the time of its steps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from consilium.benchmarking.benchmarks import ours, shapes, transformers
 from consilium.benchmarking.record import once, record
@@ -45,6 +46,17 @@ from consilium.training.loop import train
 
 GIB = 2**30
 OURS = "consilium"
+BETWEEN = "between the passes"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """GiB of tensors."""
+
+    between: float
+    """Live between the two passes, beside weights and moments."""
+    most: float
+    """Live at any time beyond weights, gradients and moments."""
 
 
 def contestants(name: str) -> dict[str, Callable[[], object]]:
@@ -61,45 +73,70 @@ def _theirs(shape: Any, kind: str) -> Callable[[], int]:
     return next(run for label, run in transformers(shape).items() if label.endswith(kind))
 
 
-def peak(name: str, contestant: str) -> float:
-    """GiB that a second step adds at its peak, in this process."""
+def memory(name: str, contestant: str) -> Memory:
+    """Of a second step in this process, by the allocations that torch's profiler sees."""
     torch.set_num_threads(2)
     step = contestants(name)[contestant]()
     assert callable(step)
     step()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _held("VmRSS")
-    step()
-    return (_held("VmHWM") - before) / GIB
+    backward = torch.Tensor.backward
+
+    def marked(*args: Any, **options: Any) -> None:
+        with record_function(BETWEEN):
+            pass
+        backward(*args, **options)
+
+    watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with patch.object(torch.Tensor, "backward", marked), watched as seen:
+        step()
+    assert seen.profiler is not None
+    return _memory(seen.profiler.kineto_results.events())
 
 
-def _held(key: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+def _memory(events: Sequence[Any]) -> Memory:
+    """``events`` of a step that began with all gradients of the step before."""
+    kept = most = live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == BETWEEN:
+            kept = live
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    gradients = _freed(events)
+    return Memory((kept + gradients) / GIB, most / GIB)
 
 
-def peaks(name: str) -> Iterator[Figure]:
-    found: dict[str, float] = {}
+def _freed(events: Sequence[Any]) -> int:
+    """Bytes that a step gives back before it allocates anything: the gradients of the step before."""
+    total = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            if event.nbytes() > 0:
+                break
+            total -= event.nbytes()
+    return total
+
+
+def memories(name: str) -> Iterator[Figure]:
+    found: dict[str, Memory] = {}
     for contestant in contestants(name):
         done = subprocess.run(
-            [sys.executable, __file__, "--shape", name, "--peak", contestant],
+            [sys.executable, __file__, "--shape", name, "--memory", contestant],
             capture_output=True,
             text=True,
             check=True,
         )
-        found[contestant] = json.loads(done.stdout.splitlines()[-1])
-    least = min((value, label) for label, value in found.items() if label != OURS)
-    for label, value in found.items():
-        rival, ratio = (least[1], value / least[0]) if label == OURS else (None, None)
-        yield Figure(
-            name=f"{label}: beyond weights, gradients and moments",
-            unit="GiB",
-            median=value,
-            minimum=value,
-            maximum=value,
-            n=1,
-            against=rival,
-            ratio=ratio,
-        )
+        found[contestant] = Memory(*json.loads(done.stdout.splitlines()[-1]))
+    for kind, what in (
+        ("between", "kept between the passes"),
+        ("most", "most beyond weights, gradients, moments"),
+    ):
+        values = {label: getattr(memory, kind) for label, memory in found.items()}
+        least = min((value, label) for label, value in values.items() if label != OURS)
+        for label, value in values.items():
+            single = once(f"{label}: {what}", "GiB", value)
+            rival = {"against": least[1], "ratio": value / least[0]} if label == OURS else {}
+            yield replace(single, **rival)
 
 
 @dataclass
@@ -177,14 +214,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--shape", choices=tuple(shapes()), default="train-1b")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--peak", metavar="CONTESTANT", help="only print the peak of one, of this process")
+    parser.add_argument("--memory", metavar="CONTESTANT", help="only print that of one, of this process")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    if options.peak:
-        print(peak(options.shape, options.peak))
+    if options.memory:
+        found = memory(options.shape, options.memory)
+        print(json.dumps([found.between, found.most]))
         return 0
     counted = once("parameters", "millions", parameters(shapes()[options.shape].model).total / 1e6)
-    figures = [counted, *peaks(options.shape), recording(options.steps)]
+    figures = [counted, *memories(options.shape), recording(options.steps)]
     found = record("costs", f"python bench/costs.py --shape {options.shape}", figures)
     if options.out is not None:
         write_json(options.out, found)
