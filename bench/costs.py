@@ -3,9 +3,10 @@
 usage: python bench/costs.py [--shape train-1b] [--steps 30] [--out bench/records/costs.json]
 
 Memory: each contestant trains two steps of the same shape in a process of its own, and torch's profiler
-counts the tensors of the second: those that live between its two passes, and the most at any time beyond what
-it began with (weights, gradients, moments). Recording: a run of the small model writes its metrics and loads as every
-run does, and what is spent on counting, entropies and files is held against the time of its steps.
+counts the tensors of the second: those that live between its two passes, and the most at any time beyond
+what it began with (weights, gradients, moments). Recording: a run of the small model writes its metrics
+and loads as every run does, and what is spent on counting, entropies and files is held against the time
+of its steps.
 """
 
 from __future__ import annotations
