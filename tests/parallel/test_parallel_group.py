@@ -142,3 +142,16 @@ def test_who_is_lost_while_a_weight_is_gathered_is_named(how: signal.Signals) ->
         return {}
 
     forked_alone(Topology(data=2), work, lost=1, limit=2.0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_who_waits_for_a_process_that_waits_for_the_lost_one_names_the_lost_one(how: signal.Signals) -> None:
+    def work(mesh: Mesh) -> Mapping[str, Tensor]:
+        if mesh.world.rank == 3:
+            os.kill(os.getpid(), how)
+        group = mesh.world if mesh.world.rank == 1 else mesh.expert
+        with pytest.raises(PeerLost, match=f"rank 3 did not answer .* so rank {mesh.world.rank} stops"):
+            group.sum(torch.zeros(1))
+        return {}
+
+    forked_alone(FOUR, work, lost=3, limit=2.0)

@@ -113,7 +113,8 @@ def _group(ranks_GP: torch.Tensor, store: Store, rank: int, limit: dt.timedelta)
     handle, _ = dist.new_subgroups_by_enumeration(rows, timeout=limit)
     assert isinstance(handle, ProcessGroup), "every process is in one of them"
     mine = next(row for row in rows if rank in row)
-    return Group(mine.index(rank), len(mine), handle, Watch(store, rank, tuple(mine)))
+    watch = Watch(store, rank, tuple(mine), ranks_GP.numel())
+    return Group(mine.index(rank), len(mine), handle, watch)
 
 
 def _device_mesh(device: str, ranks_HS: torch.Tensor, shard: Group, copies: Group) -> DeviceMesh:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -37,6 +37,8 @@ class Watch:
     rank: int
     members: tuple[int, ...]
     """Ranks of the group, this one among them."""
+    world: int
+    """Processes of the run."""
 
     @contextlib.contextmanager
     def over(self, name: str | None = None) -> Iterator[None]:
@@ -61,19 +63,28 @@ class Watch:
     def _missing(self, what: str) -> list[int]:
         """Ranks that leave no word within the grace; of these the ones known to be gone, where some are.
 
-        The others may wait, in good health, for a word of this process.
+        Where all of this group have left one, they waited for somebody outside: for who is known to be gone.
         """
-        others = [rank for rank in self.members if rank != self.rank]
         until = time.monotonic() + GRACE
-        try:
+        with contextlib.suppress(RuntimeError):  # the store lived in a process that is gone
             self.store.set(f"left/{self.rank}", what)
-            while others and time.monotonic() < until:
-                others = [rank for rank in others if not self.store.check([f"left/{rank}"])]
+        silent = self._silent(self.members, until)
+        try:
+            suspects = silent or self._silent(range(self.world), time.monotonic())
+            gone = [rank for rank in suspects if is_gone(self.store.get(f"process/{rank}").decode())]
+        except RuntimeError:
+            return silent
+        return gone or silent
+
+    def _silent(self, ranks: Sequence[int], until: float) -> list[int]:
+        """The others of ``ranks`` that have left no word at the time ``until``, or all where none is kept."""
+        silent = [rank for rank in ranks if rank != self.rank]
+        with contextlib.suppress(RuntimeError):
+            while silent := [rank for rank in silent if not self.store.check([f"left/{rank}"])]:
+                if time.monotonic() > until:
+                    break
                 time.sleep(0.05)
-            gone = [rank for rank in others if is_gone(self.store.get(f"process/{rank}").decode())]
-        except RuntimeError:  # the store lived in a process that is gone
-            return others
-        return gone or others
+        return silent
 
 
 def _collective(error: BaseException) -> str | None:
