@@ -58,11 +58,13 @@ class Command:
         words = ["train", str(self.settings), "--out", str(self.out), "--resume"]
         os._exit(consilium([*words, "--nproc", processes, "--ep", shared]))
 
-    def begun(self, child: int) -> list[int]:
-        """Wait for the first step; the processes, by rank."""
+    def reached(self, step: int, child: int) -> list[int]:
+        """Wait until so many steps are on record; the processes, by rank."""
         until, metrics = time.monotonic() + LONGEST_RUN, self.out / "metrics.jsonl"
-        while time.monotonic() < until and not (metrics.exists() and b"train/loss" in metrics.read_bytes()):
-            time.sleep(0.005)
+        while time.monotonic() < until:
+            if metrics.exists() and metrics.read_bytes().count(b"train/loss") >= step:
+                break
+            time.sleep(0.002)
         return [int(pid) for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split()]
 
 
@@ -73,13 +75,13 @@ def seconds_until_gone(processes: list[int]) -> float:
     return time.monotonic() - begun
 
 
-def lose(command: Command, how: signal.Signals, rank: int, after: float) -> str | None:
-    """Take ``rank`` from a run. What went wrong then, "" where nothing did, None where the run was faster."""
+def lose(command: Command, how: signal.Signals, rank: int, moment: tuple[int, float]) -> str:
+    """Take ``rank`` from a run so many seconds after a step; what went wrong then, "" where nothing did."""
     child = command.start()
-    ranks = command.begun(child)
-    code = outcome(child, after)
-    if code is not None or len(ranks) < command.topology.world:
-        return None if code == 0 else f"ended with {code} by itself"
+    ranks = command.reached(moment[0], child)
+    code = outcome(child, moment[1])
+    if code is not None:
+        return f"ended with {code} by itself"
     os.kill(ranks[rank], how)
     took = seconds_until_gone([pid for pid in ranks if pid != ranks[rank]])
     code = outcome(child, LONGEST_RUN)
@@ -92,15 +94,11 @@ def lose(command: Command, how: signal.Signals, rank: int, after: float) -> str 
 
 
 def trial(command: Command, expected: str, typical: float, chance: random.Random, how: signal.Signals) -> str:
-    """What is wrong with a run that lost a process and then went on."""
-    fault: str | None = None
-    while fault is None:
-        rank, after = chance.randrange(command.topology.world), chance.uniform(0, 0.8 * typical)
-        fault = lose(command, how, rank, after)
-        if fault is None:
-            command = dataclasses.replace(command, out=command.out.with_name(f"{command.out.name}-again"))
-    where = f"{command.out.name}, {how.name} of rank {rank} after {after:.2f} s"
-    if fault:
+    """What is wrong with a run that lost a process and then went on; a step takes ``typical`` seconds."""
+    rank = chance.randrange(command.topology.world)
+    moment = chance.randint(1, STEPS - 2), chance.uniform(0, typical)
+    where = f"{command.out.name}, {how.name} of rank {rank} {moment[1]:.2f} s after step {moment[0]}"
+    if fault := lose(command, how, rank, moment):
         return f"{where}: {fault}"
     for _, checkpoint in atomic.steps(command.out / CHECKPOINTS):
         verify(checkpoint)
@@ -115,10 +113,10 @@ def trials(name: str, text: Path, folder: Path, count: int) -> list[str]:
     settings.write_text(io.to_yaml(config))
     whole = Command(settings, topology, folder / f"{name}-whole")
     child = whole.start()
-    whole.begun(child)
+    whole.reached(1, child)
     begun = time.monotonic()
     assert outcome(child, LONGEST_RUN) == 0, whole.said.read_text()
-    typical, expected = time.monotonic() - begun, fingerprint(whole.out)
+    typical, expected = (time.monotonic() - begun) / STEPS, fingerprint(whole.out)
     chance, hows = random.Random(name), (signal.SIGKILL, signal.SIGSTOP)
     commands = (Command(settings, topology, folder / f"{name}-{i}") for i in range(count))
     return [trial(one, expected, typical, chance, hows[i % 2]) for i, one in enumerate(commands)]
