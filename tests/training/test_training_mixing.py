@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from consilium.config.training import Bytes, Training
 from consilium.data.mixture import next_shares
 from consilium.disk import atomic
 from consilium.errors import ConsiliumError
+from consilium.parallel.mesh import Mesh
+from consilium.parallel.topology import Topology
 from consilium.records.metrics import read_metrics
 from consilium.report.build import build_report
 from consilium.training.events import Event, Stepped
 from consilium.training.loop import train
 from consilium.training.mixing import Mixing, Reweighted
+from processes import together
 from small import DEEPSEEK
 
 
@@ -125,3 +129,23 @@ def test_what_was_mixed_comes_back_bit_for_bit() -> None:
     changed = next_shares(Dynamic(), {"a": 0.3, "b": 0.7}, {"a": 1.1, "b": 2.3}, {"a": 1 / 3, "b": 0.1})
     mixing = Mixing({"a": 1 / 3, "b": 0.1}, [Reweighted(2, 8, changed)])
     assert Mixing.from_json(mixing.to_json()) == mixing
+
+
+def test_over_processes_the_shares_follow_the_same_losses(text: Path, tmp_path: Path) -> None:
+    """Two processes evaluate and choose rows together; then one goes on, in the middle of the changes."""
+    config = configuration(text, Dynamic(every=2, floor=0.05))
+    config = dataclasses.replace(config, accumulate=2)
+    train(config, tmp_path / "one")
+
+    def work(mesh: Mesh) -> dict[str, torch.Tensor]:
+        train(config, tmp_path / "two", stop=iter([False] * 5 + [True]).__next__, mesh=mesh)
+        return {}
+
+    together(Topology(expert=2), work)
+    train(config, tmp_path / "two", resume=True)
+    one, two = shares(tmp_path / "one"), shares(tmp_path / "two")
+    assert list(one) == list(two)
+    assert len({tuple(of.values()) for of in one.values()}) > 2, "shares moved"
+    first = min(step for step in one if step)
+    for step, expected in one.items():  # AdamW makes of the last bits of a step more with every further one
+        assert two[step] == pytest.approx(expected, rel=1e-5 if step <= first else 1e-3)
