@@ -161,7 +161,9 @@ def table(score: str, found: Studies) -> str:
     known = {method: found[f"{score}-{method}"] for method in TEXTS if f"{score}-{method}" in found}
     if not known:
         return UNMEASURED
-    return markdown(HEADINGS, (row(method, study, known.get("none")) for method, study in known.items()))
+    rows = markdown(HEADINGS, (row(method, study, known.get("none")) for method, study in known.items()))
+    missing = ", ".join(f"`{method}`" for method in TEXTS if method not in known)
+    return f"{rows}\nNot measured yet: {missing}.\n" if missing else rows
 
 
 def picture_name(score: str) -> str:
