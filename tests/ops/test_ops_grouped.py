@@ -21,6 +21,7 @@ from consilium.ops.grouped import (
     observed_feed_forward,
     stacked_feed_forward,
 )
+from consilium.ops.ways import block
 from consilium.ops.weights import Dense, DenseStack, Matrix
 from support import relative_error
 
@@ -324,3 +325,31 @@ def test_weights_that_multiply_themselves_need_no_kernel(backend: Backend | None
     expected = networks(x, counts, up, down, "swiglu", "reference")
     assert torch.equal(y, expected)
     assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
+
+
+@given(st.integers(0, 10**6))
+def test_a_block_is_at_most_15_rows_or_an_eighth_larger_and_small_ones_are_as_they_are(count: int) -> None:
+    size = block(count)
+    assert count <= size < count + max(16, count / 8)
+    assert size == count or count > 16
+    assert block(size) == size
+
+
+def test_blocks_are_of_few_sizes() -> None:
+    """A product is compiled for each: six an expert network, and oneDNN keeps 1024 of them."""
+    assert len({block(count) for count in range(17, 4097)}) <= 64
+
+
+@pytest.mark.parametrize("counts", [(17, 0, 33, 100), (0, 200, 18)], ids=str)
+def test_rows_in_blocks_give_the_values_and_gradients_of_rows_alone(counts: tuple[int, ...]) -> None:
+    """What lies in the spare rows of a block reaches nothing; tests poison what is not written."""
+    x, up, down, grad = problem(counts, size=32, width=32)
+    low = x.detach().to(LOW).requires_grad_()
+    y = networks(low, counts, up, down, "swiglu", "loop")
+    got = gradients(y, grad, low, up, down)
+    exact = networks(x, counts, up, down, "swiglu", "reference")
+    wanted = gradients(exact, grad, x, up, down)
+    assert relative_error(y, exact) < 0.02
+    assert all(relative_error(a, b) < 0.03 for a, b in zip(got, wanted, strict=True))
+    for weight in got[1:]:
+        assert weight.isfinite().all()

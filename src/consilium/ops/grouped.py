@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from consilium.config.feed_forward import Activation
 from consilium.ops.feed_forward import activate
 from consilium.ops.rows import ByToken, Rows, sum_by_token
-from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way
+from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way, block
 from consilium.ops.weights import DenseStack, Stack
 
 Backend = Literal["reference", "grouped", "padded", "loop"]
@@ -109,7 +109,9 @@ def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
 def _plan(backend: Backend | None, x_RD: Tensor, counts_E: Counts, network: Network) -> _Plan:
     """``x_RD`` may as well be the tokens of the rows: only what kind of tensor it is is asked."""
     chosen = _possible(backend or choose(x_RD, counts_E, network), x_RD, counts_E, network)
-    return _Plan(network.activation, counts_E, chosen)
+    compiled = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
+    blocks_E = tuple(map(block, counts_E)) if compiled else counts_E
+    return _Plan(network.activation, counts_E, blocks_E, chosen)
 
 
 def _possible(backend: Backend, x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
@@ -133,6 +135,7 @@ def _padding(counts_E: Counts) -> float:
 class _Plan:
     activation: Activation
     counts_E: Counts
+    blocks_E: Counts
     backend: Backend
 
     @property
@@ -143,7 +146,7 @@ class _Plan:
             case "padded":
                 return Passes(self.counts_E, Padded(self.counts_E))
             case "loop" | "reference":
-                return Loop(self.counts_E)
+                return Loop(self.counts_E, self.blocks_E)
 
 
 class _Networks(Function):

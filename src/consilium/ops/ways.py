@@ -6,8 +6,9 @@ F, C the most rows of one expert, P rows of a layout (R or E*C), I inputs and O 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, final
+from typing import Final, NamedTuple, Protocol, final
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from consilium.config.feed_forward import Activation
 from consilium.ops.feed_forward import activate, activate_backward
 
 Counts = tuple[int, ...]
+
+SMALL: Final = 16
+"""Rows up to which a block has no spare ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,47 +79,83 @@ class Way(Protocol):
         ...
 
 
+def block(count: int) -> int:
+    """Rows of the block of an expert that has ``count``: at most 15 or an eighth more, of few different sizes.
+
+    oneDNN compiles a product for every shape that it has not seen, which takes longer than the product itself
+    (docs/log.md), and in training an expert hardly ever has as many rows twice.
+    """
+    step = max(SMALL, 1 << max(count.bit_length() - 4, 0))
+    return count if count <= SMALL else -(-count // step) * step
+
+
+def _places(rows_E: Sequence[slice], counts_E: Counts) -> Tensor:
+    """Of each row: where it is in blocks."""
+    begins = [torch.arange(rows.start, rows.start + n) for rows, n in zip(rows_E, counts_E, strict=True)]
+    return torch.cat(begins)
+
+
 @final
 class Loop:
-    """Expert after expert, products written in place: temporaries of one expert stay in the cache."""
+    """Expert after expert, products written in place: temporaries of one expert stay in the cache.
 
-    def __init__(self, counts_E: Counts) -> None:
+    Each has a block of rows, of which those behind its own are zero.
+    """
+
+    def __init__(self, counts_E: Counts, blocks_E: Counts) -> None:
         self.rows_E: list[slice] = []
-        for count in counts_E:
+        for count in blocks_E:
             start = self.rows_E[-1].stop if self.rows_E else 0
             self.rows_E.append(slice(start, start + count))
+        self.size = sum(blocks_E)
+        self.place_R = None if blocks_E == counts_E else _places(self.rows_E, counts_E)
 
     def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
-        h_RG = x_RD.new_empty(x_RD.shape[0], network.up_EGD.shape[1])
-        y_RD = x_RD.new_empty(x_RD.shape)
+        x_PD = self._enter(x_RD)
+        h_PG = x_PD.new_empty(x_PD.shape[0], network.up_EGD.shape[1])
+        y_PD = x_PD.new_empty(x_PD.shape)
         for e, rows in self._live():
             up_GD, down_DF = network.up_EGD[e].to(x_RD.dtype), network.down_EDF[e].to(x_RD.dtype)
-            torch.mm(x_RD[rows], up_GD.t(), out=h_RG[rows])
-            torch.mm(activate(h_RG[rows], network.activation), down_DF.t(), out=y_RD[rows])
-        return h_RG, y_RD
+            torch.mm(x_PD[rows], up_GD.t(), out=h_PG[rows])
+            torch.mm(activate(h_PG[rows], network.activation), down_DF.t(), out=y_PD[rows])
+        return h_PG, self._leave(y_PD)
 
     def backward(self, passed: Passed, network: Network, asked: Asked) -> Gradients:
-        grad_RD, x_RD, weight_R = passed.grad_RD, passed.x_RD, passed.weight_R
+        x_PD, grad_PD = self._enter(passed.x_RD), self._enter(passed.grad_RD)
+        weight_P = None if passed.weight_R is None else self._enter(passed.weight_R[:, None])[:, 0]
         found = Gradients(
-            torch.empty_like(x_RD) if asked.x else None,
-            torch.empty_like(weight_R) if asked.weight and weight_R is not None else None,
+            torch.empty_like(x_PD) if asked.x else None,
+            torch.empty_like(weight_P) if asked.weight and weight_P is not None else None,
             self._empty(network.up_EGD) if asked.up else None,
             self._empty(network.down_EDF) if asked.down else None,
         )
         for e, rows in self._live():
-            up_GD, down_DF = network.up_EGD[e].to(x_RD.dtype), network.down_EDF[e].to(x_RD.dtype)
-            p_RF = grad_RD[rows] @ down_DF if asked.inside else None
-            weight_R1 = None if weight_R is None else weight_R[rows, None]
-            inner = _inner(passed.h_PG[rows], p_RF, weight_R1, network.activation)
+            up_GD, down_DF = network.up_EGD[e].to(x_PD.dtype), network.down_EDF[e].to(x_PD.dtype)
+            p_PF = grad_PD[rows] @ down_DF if asked.inside else None
+            weight_P1 = None if weight_P is None else weight_P[rows, None]
+            inner = _inner(passed.h_PG[rows], p_PF, weight_P1, network.activation)
             if found.x is not None:
                 torch.mm(inner.grad_h, up_GD, out=found.x[rows])
             if found.weight is not None:
                 found.weight[rows] = inner.grad_weight()
             if found.up is not None:
-                _outer(inner.grad_h, x_RD[rows], found.up[e])
+                _outer(inner.grad_h, x_PD[rows], found.up[e])
             if found.down is not None:
-                _outer(grad_RD[rows], inner.weighted_a(), found.down[e])
-        return found
+                _outer(grad_PD[rows], inner.weighted_a(), found.down[e])
+        return found._replace(x=self._left(found.x), weight=self._left(found.weight))
+
+    def _enter(self, x_RI: Tensor) -> Tensor:
+        """Rows in blocks, spare rows zero."""
+        if self.place_R is None:
+            return x_RI
+        x_PI = x_RI.new_zeros(self.size, x_RI.shape[1])
+        return x_PI.index_copy_(0, self.place_R.to(x_RI.device), x_RI)
+
+    def _leave(self, x_P: Tensor) -> Tensor:
+        return x_P if self.place_R is None else x_P.index_select(0, self.place_R.to(x_P.device))
+
+    def _left(self, x_P: Tensor | None) -> Tensor | None:
+        return None if x_P is None else self._leave(x_P)
 
     def _empty(self, weight_EOI: Tensor) -> Tensor:
         """Room for a gradient, already zero for idle experts."""
