@@ -46,6 +46,9 @@ FAR_BEHIND = 4.0
 """Times the fastest, beyond which a contestant's exact figure does not matter."""
 
 
+WARM_UP = 4
+"""Turns before those that count: kernels are compiled for the shapes that steps have."""
+
 PROMPT, DECODED = 64, 32
 """Tokens read and tokens added."""
 
@@ -204,7 +207,7 @@ def _ids(shape: Shape) -> torch.Tensor:
 def take_turns(
     contestants: Mapping[str, Contestant], repeats: int, progress: Progress = _unheard
 ) -> dict[str, list[float]]:
-    """Run all once to warm up, then in turn; return tokens a second of each run by contestant.
+    """Run all some times to warm up, then in turn; return tokens a second of each run by contestant.
 
     Who is far behind after the warm-up takes no turn: its first run, which may be minutes, is its figure.
     """
@@ -212,6 +215,8 @@ def take_turns(
     limit = FAR_BEHIND * min(seconds for _, seconds in warm.values())
     near = [name for name, (_, seconds) in warm.items() if seconds < limit]
     speeds = {name: [] if name in near else [tokens / seconds] for name, (tokens, seconds) in warm.items()}
+    for name in near * min(WARM_UP, repeats):
+        contestants[name]()
     for turn in range(repeats):
         for i, name in enumerate(near):
             tokens, seconds = _timed(contestants[name])

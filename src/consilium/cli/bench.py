@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def run(options: Namespace) -> int:
     from consilium.records.io import to_json, write_json
 
     keep_memory()
+    # Contestants share a process; by default oneDNN keeps 1024 kernels, and one would push out the other's.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     figures = _measure(options, settle(options))
     made = record(options.name, f"consilium {shlex.join(sys.argv[1:])}", figures)
     if options.out is not None:

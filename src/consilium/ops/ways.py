@@ -80,7 +80,7 @@ class Way(Protocol):
 
 
 def block(count: int) -> int:
-    """Rows of the block of an expert that has ``count``: at most 15 or an eighth more, of few different sizes.
+    """Rows of the block of an expert that has ``count``: at most 15 or an eighth more, of few sizes.
 
     oneDNN compiles a product for every shape that it has not seen, which takes longer than the product itself
     (docs/log.md), and in training an expert hardly ever has as many rows twice.
