@@ -91,11 +91,12 @@ def memory(name: str, contestant: str) -> Memory:
     with patch.object(torch.Tensor, "backward", marked), watched as seen:
         step()
     assert seen.profiler is not None
-    return _memory(seen.profiler.kineto_results.events())
+    gradients = 4 * parameters(shapes()[name].model).total
+    return _memory(seen.profiler.kineto_results.events(), gradients)
 
 
-def _memory(events: Sequence[Any]) -> Memory:
-    """``events`` of a step that began with all gradients of the step before."""
+def _memory(events: Sequence[Any], gradients: int) -> Memory:
+    """Of the allocations of a step; that it gives back the gradients of the step before is not among them."""
     kept = most = live = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == BETWEEN:
@@ -103,19 +104,7 @@ def _memory(events: Sequence[Any]) -> Memory:
         elif event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    gradients = _freed(events)
-    return Memory((kept + gradients) / GIB, most / GIB)
-
-
-def _freed(events: Sequence[Any]) -> int:
-    """Bytes that a step gives back before it allocates anything: the gradients of the step before."""
-    total = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            if event.nbytes() > 0:
-                break
-            total -= event.nbytes()
-    return total
+    return Memory(kept / GIB, (most - gradients) / GIB)
 
 
 def memories(name: str) -> Iterator[Figure]:
