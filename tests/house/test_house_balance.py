@@ -148,7 +148,8 @@ def test_the_page_shows_means_spreads_and_paired_differences(docs: ModuleType, t
     }
     text = docs.page(found)
     assert "| `switch` | 3.5 (2.5 to 4.5) | +0.500 |" in text
-    assert text.count("Not measured yet") == 2
+    assert text.count("Not measured yet;") == 2
+    assert "Not measured yet: `switch-z`, `global`" in text
     assert all(f"| `{method}` | " in text for method in TEXTS)
     drawing = docs.picture("softmax", found)
     assert "prefers-color-scheme: dark" in drawing

@@ -239,8 +239,9 @@ def test_several_processes_begin_with_the_same_weights_each_with_its_own_part(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is read as Linux with glibc tells it")
 def test_a_process_holds_no_expert_of_another_at_any_time(tmp_path: Path) -> None:
-    """Of 96 MiB, nearly all of it experts: half and what one tensor takes, drawn or read."""
-    whole = sum(parameter.nbytes for parameter in build(LARGE, device="meta").parameters())
+    """Of 96 MiB, nearly all of it experts: half, and less than two tensors of them beside it."""
+    sizes = [parameter.nbytes for parameter in build(LARGE, device="meta").parameters()]
+    whole, most = sum(sizes), sum(sizes) / 2 + 2 * max(sizes) / 2
     store.save(build(LARGE), tmp_path / "large", tokenizer=Tokenizer.of_bytes())
     random = Training(model=LARGE, tokenizer=Bytes(), steps=1)
     configs = {
@@ -253,7 +254,7 @@ def test_a_process_holds_no_expert_of_another_at_any_time(tmp_path: Path) -> Non
         return {name: torch.tensor(grown(config, corpus, mesh)) for name, config in configs.items()}
 
     for name, growth in together(Topology(expert=2), work)[1].items():
-        assert 0.4 * whole < float(growth) < 0.7 * whole, name
+        assert 0.4 * whole < float(growth) < most, name
     (growth,) = together(Topology(), lambda mesh: {"all": torch.tensor(grown(random, corpus, mesh))})
     assert float(growth["all"]) > 0.9 * whole, "the measure sees what a process holds"
 
