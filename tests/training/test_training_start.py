@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import json
+import os
 import platform
 import shutil
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
+import growth
 import pytest
 import torch
 
@@ -17,34 +20,19 @@ from consilium.cli.main import main
 from consilium.config import io
 from consilium.config.balance import Balance, ImportanceLoss, SwitchLoss
 from consilium.config.data import Data, TextPath
-from consilium.config.moe import MoE
-from consilium.config.router import NoGate, Router, TopK, Uniform
+from consilium.config.router import NoGate, Uniform
 from consilium.config.training import Bytes, Folder, Training
-from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
-from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.parallel.mesh import Mesh
 from consilium.parallel.topology import Topology
 from consilium.training.events import Event, Notice
 from consilium.training.freeze import freeze, is_frozen
 from consilium.training.loop import train
-from consilium.training.spread import allocated
-from consilium.training.start import initial
 from processes import together
-from small import DEEPSEEK, DENSE, lively
+from small import DEEPSEEK, lively
 from support import relative_error
-
-MMAP_THRESHOLD = -3
-"""A parameter's name in glibc's malloc.h."""
-LARGE = dataclasses.replace(
-    DENSE,
-    hidden_size=256,
-    layers=2,
-    dense_first=0,
-    moe=MoE(experts=32, width=512, router=Router(select=TopK(k=2))),
-)
 
 
 @pytest.fixture(scope="module")
@@ -239,49 +227,20 @@ def test_several_processes_begin_with_the_same_weights_each_with_its_own_part(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is read as Linux with glibc tells it")
 def test_a_process_holds_no_expert_of_another_at_any_time(tmp_path: Path) -> None:
-    """Of 96 MiB, nearly all of it experts: half, and less than two tensors of them beside it."""
-    sizes = [parameter.nbytes for parameter in build(LARGE, device="meta").parameters()]
-    whole, most = sum(sizes), sum(sizes) / 2 + 2 * max(sizes) / 2
-    store.save(build(LARGE), tmp_path / "large", tokenizer=Tokenizer.of_bytes())
-    random = Training(model=LARGE, tokenizer=Bytes(), steps=1)
-    configs = {
-        "drawn": random,
-        "read": dataclasses.replace(random, init=Folder(path=str(tmp_path / "large"))),
+    """Nearly all of the weights are experts: half, and less than two tensors of them beside it."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # what is freed is given back
     }
-    corpus = build_corpus(Data(), LARGE.vocab_size, start=Bytes())
-
-    def work(mesh: Mesh) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor(grown(config, corpus, mesh)) for name, config in configs.items()}
-
-    for name, growth in together(Topology(expert=2), work)[1].items():
-        assert 0.4 * whole < float(growth) < most, name
-    (growth,) = together(Topology(), lambda mesh: {"all": torch.tensor(grown(random, corpus, mesh))})
-    assert float(growth["all"]) > 0.9 * whole, "the measure sees what a process holds"
-
-
-def grown(config: Training, corpus: Corpus, mesh: Mesh) -> float:
-    """Bytes by which the process was larger at most while it made its model, pages of files not counted.
-
-    What it frees it gives back.
-    """
-    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
-    allocated(DEEPSEEK, mesh)  # libraries that the first one imports
-    done, seen = threading.Event(), [held()]
-
-    def look() -> None:
-        while not done.wait(0.0005):
-            seen.append(held())
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    initial(config, corpus, mesh=mesh)
-    done.set()
-    watcher.join()
-    return float(max(seen) - seen[0])
-
-
-def held() -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+    command = [sys.executable, str(Path(growth.__file__)), str(tmp_path / "large")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    whole, most = found["whole"], found["whole"] / 2 + found["largest"]
+    for name in ("drawn by two", "read by two"):
+        assert 0.4 * whole < found["growth"][name] < most, (name, found)
+    assert found["growth"]["drawn by one"] > 0.9 * whole, "the measure sees what a process holds"
 
 
 def test_a_resumed_run_saves_the_ends_and_sampling_of_what_it_began_with(
