@@ -32,6 +32,7 @@ from consilium.config.router import (
     Weight,
 )
 from consilium.config.router import Router as RouterConfig
+from consilium.moe.routing.gate import Gate
 from consilium.moe.routing.router import Router
 from consilium.moe.routing.score import score, transform
 from consilium.moe.routing.select import Choice
@@ -249,3 +250,19 @@ def test_preferences_fall(select: ExpertChoice | Threshold | TopP | TopK) -> Non
     routing = router(RouterConfig(select=select, weight=Raw()))(vectors(20), None, tokens(20), LayerMode())
     chosen_TK = routing.scores_TE.gather(1, routing.experts_TK)
     assert (chosen_TK.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 17, 127])
+@pytest.mark.parametrize(("distinct", "copies"), [(2, 2), (3, 5), (5, 3), (7, 9), (8, 8), (3, 1)])
+def test_equal_rows_of_a_gate_give_logits_equal_to_the_last_bit(
+    tokens: int, distinct: int, copies: int
+) -> None:
+    torch.manual_seed(0)
+    for inputs in (17, 100, 577, 1000):
+        gate = Gate(inputs, distinct * copies)
+        rows_ND = torch.randn(distinct, inputs).repeat_interleave(copies, dim=0)
+        gate.weight.data = rows_ND
+        x_TD = torch.randn(tokens, inputs)
+        logits_TNC = gate(x_TD).view(tokens, distinct, copies)
+        assert (logits_TNC == logits_TNC[..., :1]).all()
+        assert relative_error(logits_TNC.flatten(1), x_TD.double() @ rows_ND.double().T) < 1e-5

@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size, N outputs of a gate (experts or groups of exper
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from consilium.moe.types import LayerMode
 from consilium.ops.exact import exact_linear
 
+_OUTPUTS: Final = 16
+_TOKENS: Final = 8
+"""Products of so many outputs, or a multiple, and at least so many tokens sum each element in one order."""
+
 
 @final
 class Gate(nn.Module):
     """A linear map computed in full float32 whatever dtype its parameters and input have.
 
     A gate in bfloat16 sends 0.3 % (8 experts) to 4.0 % (256 experts in groups) of random tokens elsewhere, as
-    docs/conformance.md measures; megablocks and vLLM both shipped one.
+    docs/conformance.md measures; megablocks and vLLM both shipped one. Equal rows of the weight give logits
+    that are equal to the last bit, on which virtual groups (2410.07524 section 3.2) choose together.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
@@ -30,7 +35,15 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return exact_linear(x_TD, self.weight.float(), None if self.bias is None else self.bias.float())
+        tokens, outputs = x_TD.shape[0], self.weight.shape[0]
+        x_TD = _with_rows(x_TD, max(_TOKENS - tokens, 0))
+        weight_ND = _with_rows(self.weight.float(), -outputs % _OUTPUTS)
+        logits_TN = exact_linear(x_TD, weight_ND)[:tokens, :outputs]
+        return logits_TN if self.bias is None else logits_TN + self.bias.float()
+
+
+def _with_rows(x: Tensor, more: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 @final
