@@ -38,7 +38,9 @@ class Gate(nn.Module):
         tokens, outputs = x_TD.shape[0], self.weight.shape[0]
         x_TD = _with_rows(x_TD, max(_TOKENS - tokens, 0))
         weight_ND = _with_rows(self.weight.float(), -outputs % _OUTPUTS)
-        logits_TN = exact_linear(x_TD, weight_ND)[:tokens, :outputs]
+        logits_TN = exact_linear(x_TD, weight_ND)
+        if logits_TN.shape != (tokens, outputs):
+            logits_TN = logits_TN[:tokens, :outputs].clone()  # no view: FSDP2 hooks what a block returns
         return logits_TN if self.bias is None else logits_TN + self.bias.float()
 
 
