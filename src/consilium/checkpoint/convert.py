@@ -62,16 +62,29 @@ def convert(
     if folder.resolve() == destination.resolve():
         raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
     source = open_folder(folder, dtype=dtype, check_finite=True)
+    beside = companions(folder)
+    commit_folder(
+        destination,
+        lambda staged: fill_folder(staged, source, beside=beside, progress=progress, files=files),
+        unless=(SCALARS,),
+        files=files,
+    )
+
+
+def fill_folder(
+    folder: Path,
+    source: Source,
+    *,
+    beside: Mapping[str, bytes],
+    progress: Progress = lambda done, total: None,
+    files: Filesystem = DISK,
+) -> None:
+    """Write ``source`` into ``folder``, and the files ``beside`` it by name, a tensor of ours at a time."""
     written = dict(named(source.config, source.state, published(source.config)))
-    descriptions = _descriptions(folder, source)
-
-    def write(staged: Path) -> None:
-        for name, content in descriptions.items():
-            files.write(staged / name, [content])
-        values = _told(_values(source, written), written, progress)
-        safetensors_io.write_sharded(staged, written, values=values, files=files)
-
-    commit_folder(destination, write, unless=(SCALARS,), files=files)
+    for name, content in {**_descriptions(source), **beside}.items():
+        files.write(folder / name, [content])
+    values = _told(_values(source, written), written, progress)
+    safetensors_io.write_sharded(folder, written, values=values, files=files)
 
 
 @final
@@ -127,15 +140,20 @@ def _told(
     return told
 
 
-def _descriptions(folder: Path, source: Source) -> dict[str, bytes]:
+def _descriptions(source: Source) -> dict[str, bytes]:
     generation = source.generation
     dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
-    described: dict[str, bytes] = {
+    return {
         CONFIG: _json(to_hugging_face(source.config, dtype=dtype, generation=generation)),
         GENERATION: _json(generation_config(generation)),
     }
+
+
+def companions(folder: Path) -> dict[str, bytes]:
+    """The tokenizer of a folder or of a GGUF file, as the files that go along with its weights."""
     if folder.suffix == GGUF:
-        return described | _own_tokenizer(folder)
+        return _own_tokenizer(folder)
+    described: dict[str, bytes] = {}
     if (folder / _TOKENIZER_CONFIG).exists():
         described[_TOKENIZER_CONFIG] = _json(_tokenizer_config(read_object(folder / _TOKENIZER_CONFIG)))
     carried = (name for name in _CARRIED if (folder / name).exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 
 from consilium.checkpoint.safetensors_io import SINGLE, Entry, read_header
@@ -140,3 +142,13 @@ def _inside(folder: Path, file: object, where: str) -> str:
         f"{folder / where[:200]} names or links {str(file)[:80]!r}, which is not a file of this folder;"
         " download the folder again from a source you trust."
     )
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names and values in their order, whatever the format of the files that they come from."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {list(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        found.update(flat.numpy().data)
+    return found.hexdigest()

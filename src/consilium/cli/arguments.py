@@ -132,6 +132,20 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def assignments(texts: Iterable[str]) -> dict[str, str]:
+    """Read what ``--set KEY=VALUE`` was given. Raises ConsiliumError for one without a key or a value."""
+    return dict(_assignment(text) for text in texts)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConsiliumError(f"--set {text!r} has no '='; write --set key.path=value.")
+    if not value:
+        raise ConsiliumError(f"--set {text} has no value; write one, or null where none is meant.")
+    return key, value
+
+
 def _scaled(text: str, units: MappingProxyType[str, int], wanted: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import checkpoint_in
+from consilium.cli.arguments import assignments
 from consilium.config import io
 from consilium.config.data import read_source
 from consilium.config.model import Model
@@ -179,16 +180,7 @@ def _given(**values: object) -> dict[str, object]:
 
 def _assignments(options: Namespace) -> dict[str, str]:
     """``--set train.key`` is ``--set key``: the configuration is that of training."""
-    return dict(_assignment(text) for text in options.set)
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConsiliumError(f"--set {text!r} has no '='; write --set key.path=value.")
-    if not value:
-        raise ConsiliumError(f"--set {text} has no value; write one, or null where none is meant.")
-    return key.removeprefix("train."), value
+    return {key.removeprefix("train."): value for key, value in assignments(options.set).items()}
 
 
 def _sets_steps(options: Namespace) -> bool:

@@ -33,14 +33,18 @@ def running_arguments(
         metavar="NAME",
         help="auto, cpu, cuda or cuda:N; auto is the first CUDA device, and the CPU where there is none",
     )
+    threads_argument(parser)
+    parser.add_argument(
+        "--dtype", choices=tuple(dtypes), help=f"{_listed(dtypes)}, to compute in; default: {dtype}"
+    )
+
+
+def threads_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=_threads,
         metavar="N",
         help="CPU threads; default: OMP_NUM_THREADS, or as many as have a core of their own here",
-    )
-    parser.add_argument(
-        "--dtype", choices=tuple(dtypes), help=f"{_listed(dtypes)}, to compute in; default: {dtype}"
     )
 
 

@@ -64,14 +64,17 @@ class DecoderBlock(nn.Module, ABC):
         """Both halves one after the other."""
         attended = self.attend(x_BSD, context, cache)
         x_BSD = attended.y_BSD
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        fed = self.feed(self.feed_forward_norm(x_BSD), tokens, mode)
+        y_BSD = self.feed_forward_post_norm(fed.x_BSD)
+        return BlockResult(x_BSD + y_BSD, fed.routing, fed.report, attended.largest_H)
+
+    def feed(self, normed_BSD: Tensor, tokens: Tokens, mode: Mode) -> BlockResult:
+        """What the network or the experts make of their input, without the norm behind and the residual."""
         if self.feed_forward is not None:
-            y_BSD = self.feed_forward_post_norm(self.feed_forward(normed_BSD))
-            return BlockResult(x_BSD + y_BSD, largest_H=attended.largest_H)
+            return BlockResult(self.feed_forward(normed_BSD))
         assert self.moe is not None, "a block is dense or routes"
         result = self.moe(normed_BSD.flatten(0, 1), tokens, mode.at(self.moe.layer))
-        y_BSD = self.feed_forward_post_norm(result.y_TD.view_as(x_BSD))
-        return BlockResult(x_BSD + y_BSD, result.routing, result.report, attended.largest_H)
+        return BlockResult(result.y_TD.view_as(normed_BSD), result.routing, result.report)
 
 
 Blocks = Callable[[Model, int], DecoderBlock]

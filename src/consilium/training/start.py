@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from consilium.checkpoint import store
+from consilium.checkpoint.weights import digest
 from consilium.config.model import Model
 from consilium.config.training import Folder, Random, StartTokenizer, StartWeights, Training
 from consilium.data.corpus import Corpus, fingerprint
@@ -120,14 +118,8 @@ def _tell_left(source: store.Source, path: str, model: Model, notice: Callable[[
 
 
 def _digest(model: store.Content, source: store.Source, *, whole: bool) -> str:
-    """SHA-256 of names and values, whatever the format of the files and however many have parts of them.
-
-    What is in parts is read again, a tensor at a time.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.weights.items()):
-        values = tensor if whole or name not in source.state else source.read(name)
-        digest.update(f"{name} {list(values.shape)}\0".encode())
-        flat = values.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        digest.update(flat.numpy().data)
-    return digest.hexdigest()
+    """The digest of all values; what is in parts is read again, a tensor at a time."""
+    return digest(
+        (name, tensor if whole or name not in source.state else source.read(name))
+        for name, tensor in sorted(model.weights.items())
+    )

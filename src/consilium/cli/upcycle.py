@@ -1,0 +1,192 @@
+"""``consilium upcycle``: a sparse model out of a trained one, and how far it is from it."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from consilium.cli.arguments import assignments, count, json_flag, path
+from consilium.cli.exits import command_line
+from consilium.cli.progress import Lines
+from consilium.cli.running import threads_argument
+from consilium.errors import ConsiliumError, nearest
+from consilium.words.say import say
+
+if TYPE_CHECKING:
+    from consilium.config.upcycling import Upcycling
+    from consilium.records.upcycling import Certificate
+
+METHODS = (
+    "split-random",
+    "split-cluster",
+    "split-inner",
+    "split-inter",
+    "split-graph",
+    "copy",
+    "virtual-group",
+    "qwen",
+    "drop",
+    "carve",
+    "expand",
+)
+FAILED = 1
+"""The result is written, and further from its source than its method promises."""
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "dense", type=path, metavar="DENSE", help="a run, a checkpoint, a downloaded folder or a .gguf file"
+    )
+    parser.add_argument("out", type=path, metavar="OUT", help="a new folder")
+    parser.add_argument("--method", required=True, metavar="NAME", help=", ".join(METHODS))
+    parser.add_argument(
+        "--experts", type=count, required=True, metavar="E", help="routed experts; of virtual-group: copies"
+    )
+    parser.add_argument("--top-k", type=count, required=True, metavar="K", help="experts that a token uses")
+    parser.add_argument(
+        "--shared", type=count, metavar="S", help="shared experts: slices, or 1 for the whole network"
+    )
+    parser.add_argument(
+        "--granularity",
+        type=count,
+        metavar="G",
+        help="parts that each copy is cut into (virtual-group, qwen); default: 1",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    parser.add_argument(
+        "--data",
+        type=path,
+        metavar="PATH",
+        help="calibration text, a file or folder; default: of the built-in text",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another key: gate, scale, spread, dense_first, moe_every, calibration_tokens, method.*",
+    )
+    threads_argument(parser)
+    json_flag(parser)
+
+
+def run(options: Namespace) -> int:
+    from consilium.checkpoint.folders import checkpoint_in
+
+    asked = asked_of(options)
+    checkpoint_in(options.dense)  # light: what is no model is told before torch is imported
+    import torch
+
+    from consilium.machine.processors import threads
+    from consilium.upcycling.run import run as upcycle
+
+    torch.set_num_threads(options.threads or threads())
+    with ExitStack() as stack:
+        made = upcycle(options.dense, options.out, asked, data=options.data, progress=_Stages(stack))
+    if options.json:
+        print(json.dumps(_data(options.out, made)))
+    else:
+        print(_text(options.out, asked, made))
+    return 0 if made.kept else FAILED
+
+
+def asked_of(options: Namespace) -> Upcycling:
+    """The options as one configuration. Raises ConsiliumError naming the nearest method or key."""
+    if options.method not in METHODS:
+        raise ConsiliumError(f"upcycle: unknown method {options.method!r}.{nearest(options.method, METHODS)}")
+    given = {"experts": options.experts, "top_k": options.top_k, "shared": options.shared or 0}
+    if options.granularity is not None:
+        given["method.granularity"] = options.granularity
+    texts = {key: str(value) for key, value in given.items()}
+    return configured(
+        {"method": options.method, "seed": str(options.seed)} | texts | assignments(options.set)
+    )
+
+
+def configured(values: Mapping[str, str]) -> Upcycling:
+    """An ``Upcycling`` of keys and values as text, ``method`` a name or keys below it."""
+    from consilium.config.io import replace
+    from consilium.config.upcycling import Copy, Upcycling
+
+    for key in ("method", "experts", "top_k"):
+        if key not in values:
+            raise ConsiliumError(f"upcycle: {key} is missing; give {key}=VALUE.")
+    keyed = {"method.kind" if key == "method" else key: value for key, value in values.items()}
+    return replace(Upcycling(method=Copy(), experts=1, top_k=1), keyed, where="upcycle")
+
+
+@final
+class _Stages:
+    """A line of progress for each stage of the work."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._lines: dict[str, Lines] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._lines:
+            self._stack.close()
+            verbs = {"measuring": say("measuring"), "comparing": say("comparing"), "writing": say("writing")}
+            self._lines[what] = self._stack.enter_context(Lines(verbs[what]))
+        self._lines[what](done, total)
+
+
+def _data(out: Path, made: Certificate) -> dict[str, object]:
+    from consilium.records.io import adapter
+
+    certificate = adapter(type(made)).dump_python(made, mode="json")
+    return {"written": str(out), "kept": made.kept, "certificate": certificate}
+
+
+def _text(out: Path, asked: Upcycling, made: Certificate) -> str:
+    from consilium.records.loads import max_over_mean
+    from consilium.report.plain import columns
+
+    head = (say("layer"), say("max difference"), say("relative"), say("busiest expert"))
+    rows = [
+        (
+            str(found.layer),
+            f"{found.largest:.2e}",
+            f"{found.relative:.2e}",
+            f"{max_over_mean(found.load):.2f}" if found.load else say("dense"),
+        )
+        for found in made.layers
+    ]
+    return "\n".join([columns([head, *rows]), *_summary(made), *_next(out, asked)])
+
+
+def _summary(made: Certificate) -> list[str]:
+    apart = say(
+        "logits: max difference {largest:.2e}, relative {relative:.2e}",
+        largest=made.largest,
+        relative=made.relative,
+    )
+    bits = say(
+        "bits per byte: {before:.4f} before, {after:.4f} after ({change:+.4f}), on {tokens:,} tokens",
+        before=made.bits_per_byte_before,
+        after=made.bits_per_byte_after,
+        change=made.bits_per_byte_after - made.bits_per_byte_before,
+        tokens=made.tokens,
+    )
+    if made.promise is None:
+        kept = say("the method promises no equality; training closes the difference")
+    elif made.kept:
+        kept = say("equal, as the method promises (relative below {promise:.0e})", promise=made.promise)
+    else:
+        kept = say(
+            "NOT equal: the method promises a relative difference below {promise:.0e}", promise=made.promise
+        )
+    return [apart, bits, kept]
+
+
+def _next(out: Path, asked: Upcycling) -> list[str]:
+    gate = say(
+        "gate: rows levelled on the text so that loads are even; logits of standard deviation {spread:g}",
+        spread=asked.spread,
+    )
+    trained = command_line("train", out, "--out", f"{out}-trained", "--data", "PATH")
+    return [gate, say("written: {out}; go on with {command}", out=str(out), command=trained)]

@@ -1,0 +1,162 @@
+"""How a trained model becomes a sparse one, as data: a method, what it makes and how its gate begins.
+
+Every method is a closed union member; ``consilium.planner.upcycled`` says what each makes of a configuration
+and ``consilium.upcycling`` what it makes of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from consilium.config.base import Size, configuration
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@configuration
+class RandomSplit:
+    """The hidden neurons of each network, dealt at random (LLaMA-MoE, 2406.16554: independent, random)."""
+
+    kind: Literal["split-random"] = "split-random"
+
+
+@configuration
+class ClusterSplit:
+    """Neurons whose rows of one matrix are alike, in clusters of equal size (independent, clustering)."""
+
+    kind: Literal["split-cluster"] = "split-cluster"
+    rows: Literal["gate", "up"] = "up"
+    metric: Literal["l2", "cosine"] = "l2"
+
+
+@configuration
+class InnerSplit:
+    """Each expert has the neurons that matter most to one cluster of the tokens (sharing, inner).
+
+    Matter: |activation * gradient|, summed. A neuron may be in several experts and in none.
+    """
+
+    kind: Literal["split-inner"] = "split-inner"
+
+
+@configuration
+class InterSplit:
+    """As inner; neurons that matter to most clusters are always on, the shared experts (sharing, inter)."""
+
+    kind: Literal["split-inter"] = "split-inter"
+
+
+@configuration
+class GraphSplit:
+    """Neurons that are active together, by the leading eigenvectors of their co-activation."""
+
+    kind: Literal["split-graph"] = "split-graph"
+
+
+@configuration
+class Copy:
+    """Every expert is the whole network (sparse upcycling, 2212.05055; Skywork-MoE, 2406.06563)."""
+
+    kind: Literal["copy"] = "copy"
+
+
+@configuration
+class VirtualGroup:
+    """``experts`` copies cut into ``granularity`` shards, the shards of a copy behind equal gate rows.
+
+    So the first choice is a whole network (Nvidia, 2410.07524). ``weights`` are softmax-then-top-k (raw) or
+    top-k-then-softmax (normalised). ``scaling="cube_root"`` puts the factor on all matrices as the paper
+    does, which is exact for squared ReLU alone; ``down`` is exact for every activation.
+    """
+
+    kind: Literal["virtual-group"] = "virtual-group"
+    granularity: Size = 1
+    weights: Literal["raw", "normalised"] = "raw"
+    scaling: Literal["down", "cube_root"] = "down"
+
+
+@configuration
+class Qwen:
+    """Copies whose neurons are shuffled, cut into ``granularity`` experts and drawn anew in part.
+
+    The shared expert is the whole network (Qwen1.5-MoE).
+    """
+
+    kind: Literal["qwen"] = "qwen"
+    granularity: Size = 1
+    fresh: Share = 0.5
+
+
+@configuration
+class Drop:
+    """Copies of which a share of the neurons is drawn anew (Drop-Upcycling, 2502.19261)."""
+
+    kind: Literal["drop"] = "drop"
+    fresh: Share = 0.5
+
+
+@configuration
+class Carve:
+    """Neurons that are active for most tokens are shared, the others grouped by when they are.
+
+    CMoE (2502.04416). The gate row of an expert is that of its most typical neuron.
+    """
+
+    kind: Literal["carve"] = "carve"
+    active: Share = 0.1
+    """Share of its neurons that counts as active for a token: those of largest activation."""
+
+
+@configuration
+class Expand:
+    """A sparse model with each expert ``experts / E`` times (expert upcycling)."""
+
+    kind: Literal["expand"] = "expand"
+
+
+Method = Annotated[
+    RandomSplit
+    | ClusterSplit
+    | InnerSplit
+    | InterSplit
+    | GraphSplit
+    | Copy
+    | VirtualGroup
+    | Qwen
+    | Drop
+    | Carve
+    | Expand,
+    Field(discriminator="kind"),
+]
+Split = RandomSplit | ClusterSplit | InnerSplit | InterSplit | GraphSplit | Carve
+
+
+@configuration
+class Upcycling:
+    """``experts`` routed experts of which a token uses ``top_k``, beside ``shared`` ones.
+
+    Split methods cut the network into ``experts + shared`` slices. For those that copy, ``shared=1`` keeps
+    the whole network for every token, behind a sigmoid that begins at a half; the routed experts give the
+    other half.
+
+    ``scale`` is what a split's outputs are multiplied by, weights summing to 1: ``sum`` is k, so that the
+    experts chosen count as they did in the network; ``ratio`` is E/k (LLaMA-MoE); ``none`` is 1. It is put
+    into the down matrices.
+
+    ``spread`` is the standard deviation of the gate's logits at the start: where it is small, the weights of
+    the chosen are equal.
+    """
+
+    method: Method
+    experts: Size
+    top_k: Size
+    shared: NonNegativeInt = 0
+    gate: Literal["linear", "mlp", "standardised"] = "linear"
+    scale: Literal["sum", "ratio", "none"] = "sum"
+    spread: PositiveFloat = 3e-6
+    dense_first: NonNegativeInt = 0
+    moe_every: Size = 1
+    calibration_tokens: Size = 4096
+    seed: NonNegativeInt = 0

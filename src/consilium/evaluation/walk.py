@@ -1,0 +1,250 @@
+"""A model run over text one block at a time, straight from its files: never more than a block in memory.
+
+Everything is computed in float32, whatever the dtype of the files.
+
+Legend: B rows, S tokens of a row, D hidden size, T tokens of all passages without padding, F width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consilium.attention.context import build_context
+from consilium.attention.types import Context
+from consilium.checkpoint.source import Source
+from consilium.config.model import Model
+from consilium.data.corpus import Corpus
+from consilium.evaluation.bits import Reading
+from consilium.model.block import Block
+from consilium.model.types import Inputs
+from consilium.moe.types import Mode
+from consilium.ops.feed_forward import activate
+from consilium.ops.loss import IGNORE, token_nll
+from consilium.ops.norm import rms_norm
+
+_CHUNK: Final = 256
+"""Tokens whose logits are held at once."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A batch of text of one domain."""
+
+    inputs: Inputs
+    targets_BS: Tensor
+    """int64, -1 where there is none."""
+    bytes: int
+    """Of the source behind the targets."""
+
+    def tokens(self, x_BSX: Tensor) -> Tensor:
+        """What belongs to tokens and not to padding: [T, ...]."""
+        valid_BS = self.inputs.valid_BS
+        return x_BSX.flatten(0, 1) if valid_BS is None else x_BSX[valid_BS]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What one block did; tensors [B, S, D] by passage."""
+
+    layer: int
+    block: Block
+    before: tuple[Tensor, ...]
+    """Its input."""
+    normed: tuple[Tensor, ...]
+    """The input of its feed-forward network or experts."""
+    fed: tuple[Tensor, ...]
+    """What those made of it."""
+    loads: tuple[Tensor, ...]
+    """int64 [E] tokens of each expert by passage; none of a dense block."""
+    after: tuple[Tensor, ...]
+
+
+def passages(corpus: Corpus, reading: Reading) -> tuple[Passage, ...]:
+    """The held-out text of all domains, cut as ``reading`` says."""
+    found = [labelled for domain in corpus.domains for labelled in reading.batches(corpus, domain)]
+    return tuple(
+        Passage(Inputs.of(labelled.batch), labelled.batch.targets_BS, int(labelled.bytes_BS.sum()))
+        for labelled in found
+    )
+
+
+@torch.no_grad()
+def walk(source: Source, text: Sequence[Passage]) -> Iterator[Visit]:
+    """Visit the blocks of ``source`` from the first to the last."""
+    states = _embedded(source, text)
+    for layer in range(source.config.layers):
+        visit = _visit(block_of(source, layer), source.config, text, states)
+        yield visit
+        states = visit.after
+
+
+def block_of(source: Source, layer: int) -> Block:
+    """Block ``layer`` with its weights in float32, none of them to be trained."""
+    with torch.device("meta"):
+        block = Block(source.config, layer)
+    block = block.to_empty(device="cpu").requires_grad_(False)
+    for name, values in block.state_dict().items():
+        source.fill(f"layers.{layer}.{name}", values)
+    return block
+
+
+def _embedded(source: Source, text: Sequence[Passage]) -> tuple[Tensor, ...]:
+    weight_VD = source.read("embed.weight")
+    scale = source.config.embedding_scale
+    return tuple(F.embedding(passage.inputs.ids_BS, weight_VD).float() * scale for passage in text)
+
+
+def _visit(block: Block, config: Model, text: Sequence[Passage], states: tuple[Tensor, ...]) -> Visit:
+    normed, fed, after, loads = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    for passage, x_BSD in zip(text, states, strict=True):
+        attended_BSD = block.attend(x_BSD, context_of(config, passage)).y_BSD
+        normed.append(block.feed_forward_norm(attended_BSD))
+        result = block.feed(normed[-1], passage.inputs.tokens(), Mode())
+        fed.append(result.x_BSD)
+        after.append(attended_BSD + block.feed_forward_post_norm(fed[-1]))
+        if result.report is not None:
+            loads.append(result.report.load_E)
+    return Visit(block.layer, block, states, tuple(normed), tuple(fed), tuple(loads), tuple(after))
+
+
+def context_of(config: Model, passage: Passage) -> Context:
+    inputs = passage.inputs
+    return build_context(
+        config.attention,
+        inputs.positions(),
+        sequence_BS=inputs.sequence_BS,
+        valid_BS=inputs.valid_BS,
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far values are from those expected, summed over parts."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    """Of the differences."""
+    expected: float = 0.0
+    """Squares of what was expected."""
+
+    @property
+    def relative(self) -> float:
+        """Euclidean norm of the differences over that of what was expected."""
+        return (self.squares / self.expected) ** 0.5 if self.expected else float(self.squares > 0)
+
+    def and_of(self, actual: Tensor, expected: Tensor) -> Difference:
+        apart = actual.double() - expected.double()
+        largest = float(apart.abs().max()) if apart.numel() else 0.0
+        squares = self.squares + float(apart.square().sum())
+        return Difference(
+            max(self.largest, largest), squares, self.expected + float(expected.double().square().sum())
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What two models with one head predict."""
+
+    logits: Difference
+    bits_per_byte: tuple[float, float]
+    """Of the one expected and of the other."""
+    tokens: int
+
+
+@torch.no_grad()
+def compare_ends(
+    source: Source, text: Sequence[Passage], expected: Sequence[Tensor], actual: Sequence[Tensor]
+) -> Ends:
+    """Compare the last states [B, S, D] of two models, by the last norm and the head of ``source``."""
+    config = source.config
+    norm_D = source.read("norm.weight", torch.float32)
+    head_VD = source.read("embed.weight" if config.tied else "head.weight", torch.float32)
+    logits, nats, size, count = Difference(), [0.0, 0.0], 0, 0
+    for passage, one_BSD, other_BSD in zip(text, expected, actual, strict=True):
+        targets_T = passage.tokens(passage.targets_BS)
+        size += passage.bytes
+        count += int((targets_T != IGNORE).sum())
+        both_TD = [passage.tokens(x_BSD).split(_CHUNK) for x_BSD in (one_BSD, other_BSD)]
+        for one_CD, other_CD, targets_C in zip(*both_TD, targets_T.split(_CHUNK), strict=True):
+            pair = [_logits(x_CD, norm_D, head_VD, config) for x_CD in (one_CD, other_CD)]
+            logits = logits.and_of(pair[1], pair[0])
+            nats = [n + float(token_nll(x, targets_C).sum()) for n, x in zip(nats, pair, strict=True)]
+    bits = [n / torch.log(torch.tensor(2.0)).item() / max(size, 1) for n in nats]
+    return Ends(logits, (bits[0], bits[1]), count)
+
+
+def _logits(x_CD: Tensor, norm_D: Tensor, head_VD: Tensor, config: Model) -> Tensor:
+    return (rms_norm(x_CD, norm_D, config.norm_epsilon) * config.logit_scale) @ head_VD.T
+
+
+def importances(
+    source: Source, text: Sequence[Passage], before: Mapping[int, tuple[Tensor, ...]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Visit the blocks from the last to the first: |activation * gradient| of each hidden neuron, [T, F].
+
+    ``before`` holds the inputs of all blocks by layer, and under the number of layers the last states. The
+    gradient is that of the summed loss. Of a block one at a time is in memory.
+    """
+    config = source.config
+    grads = _last_gradients(source, text, before[config.layers])
+    for layer in reversed(range(config.layers)):
+        block = block_of(source, layer)
+        parts, lower = list[Tensor](), list[Tensor]()
+        for passage, x_BSD, grad_BSD in zip(text, before[layer], grads, strict=True):
+            part_TF, below_BSD = _backward(block, config, passage, x_BSD, grad_BSD)
+            parts.append(part_TF)
+            lower.append(below_BSD)
+        grads = tuple(lower)
+        yield layer, torch.cat(parts)
+
+
+def _last_gradients(source: Source, text: Sequence[Passage], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of the summed loss by the last states."""
+    config = source.config
+    norm_D = source.read("norm.weight", torch.float32)
+    head_VD = source.read("embed.weight" if config.tied else "head.weight", torch.float32)
+    found: list[Tensor] = []
+    for passage, x_BSD in zip(text, states, strict=True):
+        parts = zip(
+            x_BSD.flatten(0, 1).split(_CHUNK), passage.targets_BS.flatten().split(_CHUNK), strict=True
+        )
+        grads = [_chunk_gradient(x_CD, t_C, norm_D, head_VD, config) for x_CD, t_C in parts]
+        found.append(torch.cat(grads).view_as(x_BSD))
+    return tuple(found)
+
+
+def _chunk_gradient(
+    x_CD: Tensor, targets_C: Tensor, norm_D: Tensor, head_VD: Tensor, config: Model
+) -> Tensor:
+    with torch.enable_grad():
+        x_CD = x_CD.detach().requires_grad_()
+        nll = token_nll(_logits(x_CD, norm_D, head_VD, config), targets_C).sum()
+    return torch.autograd.grad(nll, x_CD)[0]
+
+
+def _backward(
+    block: Block, config: Model, passage: Passage, x_BSD: Tensor, grad_BSD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|activation * gradient| of the tokens [T, F], and the gradient by the block's input."""
+    network = block.feed_forward
+    with torch.enable_grad():
+        x_BSD = x_BSD.detach().requires_grad_()
+        attended_BSD = block.attend(x_BSD, context_of(config, passage)).y_BSD
+        if network is None:
+            fed = block.feed(block.feed_forward_norm(attended_BSD), passage.inputs.tokens(), Mode())
+            y_BSD, hidden_BSF = attended_BSD + block.feed_forward_post_norm(fed.x_BSD), x_BSD
+        else:
+            hidden_BSF = activate(network.up(block.feed_forward_norm(attended_BSD)), network.activation)
+            y_BSD = attended_BSD + block.feed_forward_post_norm(network.down(hidden_BSF))
+    grad_x_BSD, grad_hidden_BSF = torch.autograd.grad(y_BSD, (x_BSD, hidden_BSF), grad_BSD)
+    return passage.tokens((hidden_BSF * grad_hidden_BSF).abs().detach()), grad_x_BSD

@@ -1,0 +1,224 @@
+"""The configuration of a sparse model made out of a trained one: its cost is known without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import assert_never
+
+from consilium.config.balance import Balance, SwitchLoss
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import Model
+from consilium.config.moe import AlwaysOn, MoE, NoShared, Shared, SigmoidGated
+from consilium.config.router import (
+    LinearGate,
+    MLPGate,
+    Normalised,
+    Projection,
+    Raw,
+    Router,
+    Standardise,
+    TopK,
+    Transform,
+    Weight,
+)
+from consilium.config.upcycling import (
+    Carve,
+    ClusterSplit,
+    Copy,
+    Drop,
+    Expand,
+    GraphSplit,
+    InnerSplit,
+    InterSplit,
+    Qwen,
+    RandomSplit,
+    Split,
+    Upcycling,
+    VirtualGroup,
+)
+from consilium.errors import ConsiliumError
+
+
+def upcycled(model: Model, asked: Upcycling) -> Model:
+    """Return what ``asked`` makes of ``model``.
+
+    Raises ConsiliumError in one sentence for a model that is not dense (expand: not sparse), for sizes that
+    do not divide and for more experts chosen than there are.
+    """
+    if isinstance(asked.method, Expand):
+        return _expanded(model, asked)
+    if model.moe is not None or model.dense is None:
+        raise ConsiliumError(
+            f"upcycle: the {model.family} model has experts already; --method expand makes more of them, and"
+            " the other methods take a dense model."
+        )
+    moe = _moe(model.dense, asked)
+    kept = model.dense if asked.dense_first or asked.moe_every > 1 else None
+    return dataclasses.replace(
+        model,
+        family=_family(asked),
+        dense=kept,
+        moe=moe,
+        dense_first=asked.dense_first,
+        moe_every=asked.moe_every,
+    )
+
+
+def slices(dense: FeedForward, asked: Upcycling) -> int:
+    """Parts that one copy of the network is cut into. Raises ConsiliumError where they do not divide it."""
+    match asked.method:
+        case VirtualGroup(granularity=parts) | Qwen(granularity=parts):
+            pass
+        case Copy() | Drop() | Expand():
+            parts = 1
+        case _:
+            parts = asked.experts + asked.shared
+    if dense.width % parts:
+        near = next(n for n in range(parts, 0, -1) if dense.width % n == 0)
+        raise ConsiliumError(
+            f"upcycle: {dense.width} hidden neurons are not divisible into {parts} parts of equal size;"
+            f" choose a number that divides them, such as {near}."
+        )
+    return parts
+
+
+def factor(asked: Upcycling) -> float:
+    """What the outputs of routed experts are multiplied by, put into their matrices.
+
+    Of copies it makes the output that of the network while the logits of all experts are equal.
+    """
+    match asked.method:
+        case Copy() | Drop() | Expand():
+            size = 1.0
+        case VirtualGroup(granularity=shards) | Qwen(granularity=shards):
+            size = float(shards)
+        case _:
+            ratio = asked.experts / asked.top_k
+            size = {"sum": float(asked.top_k), "ratio": ratio, "none": 1.0}[asked.scale]
+    return size / _sum_of_weights(asked) * (0.5 if _has_whole(asked) else 1.0)
+
+
+def _sum_of_weights(asked: Upcycling) -> float:
+    """Of those chosen, while all logits are equal."""
+    return asked.top_k / _routed(asked) if isinstance(_weight(asked), Raw) else 1.0
+
+
+def _has_whole(asked: Upcycling) -> bool:
+    """Whether the whole network is a shared expert."""
+    return isinstance(asked.method, Qwen) or (asked.shared > 0 and not isinstance(asked.method, Split))
+
+
+def _moe(dense: FeedForward, asked: Upcycling) -> MoE:
+    _check(dense, asked)
+    width = dense.width // slices(dense, asked)
+    return MoE(
+        experts=_routed(asked),
+        width=width,
+        activation=dense.activation,
+        router=Router(
+            projection=_projection(asked),
+            transforms=_transforms(asked),
+            select=TopK(k=asked.top_k),
+            weight=_weight(asked),
+        ),
+        balance=Balance(losses=(SwitchLoss(),)),
+        shared=_shared(dense, asked, width),
+    )
+
+
+def _check(dense: FeedForward, asked: Upcycling) -> None:
+    method = asked.method
+    if not isinstance(method, Split) and asked.shared > 1:
+        raise ConsiliumError(
+            f"upcycle: --shared {asked.shared} for {method.kind}, whose shared expert is the whole network;"
+            " give --shared 1 or none."
+        )
+    if isinstance(method, InterSplit) and not asked.shared:
+        raise ConsiliumError(
+            "upcycle: split-inter puts neurons that most tokens need into shared experts; give --shared 1 or"
+            " more, or choose split-inner."
+        )
+    if isinstance(method, VirtualGroup):
+        _check_groups(dense, asked, method)
+
+
+def _check_groups(dense: FeedForward, asked: Upcycling, method: VirtualGroup) -> None:
+    if asked.top_k % method.granularity:
+        raise ConsiliumError(
+            f"upcycle: virtual groups of {method.granularity} shards need a --top-k that is a multiple of"
+            f" {method.granularity}, so that whole networks are chosen, and {asked.top_k} is none."
+        )
+    if method.scaling == "cube_root" and dense.activation != "squared_relu":
+        raise ConsiliumError(
+            f"upcycle: a cube root on every matrix is exact for squared_relu, and this network has"
+            f" {dense.activation}; leave method.scaling at 'down'."
+        )
+
+
+def _routed(asked: Upcycling) -> int:
+    match asked.method:
+        case VirtualGroup(granularity=shards) | Qwen(granularity=shards):
+            return asked.experts * shards
+        case _:
+            return asked.experts
+
+
+def _projection(asked: Upcycling) -> Projection:
+    return MLPGate() if asked.gate == "mlp" else LinearGate()
+
+
+def _transforms(asked: Upcycling) -> tuple[Transform, ...]:
+    return (Standardise(),) if asked.gate == "standardised" else ()
+
+
+def _weight(asked: Upcycling) -> Weight:
+    """A single expert has its score, since a weight of 1 would give the gate no gradient."""
+    match asked.method:
+        case VirtualGroup(weights="raw"):
+            return Raw()
+        case _:
+            return Raw() if asked.top_k == 1 else Normalised()
+
+
+def _shared(dense: FeedForward, asked: Upcycling, width: int) -> Shared:
+    """A whole network stands behind a sigmoid, which begins at a half."""
+    if _has_whole(asked):
+        return SigmoidGated(width=dense.width)
+    return AlwaysOn(count=asked.shared, width=width) if asked.shared else NoShared()
+
+
+def _family(asked: Upcycling) -> str:
+    match asked.method:
+        case RandomSplit() | ClusterSplit() | InnerSplit() | InterSplit() | GraphSplit() | Carve():
+            return "llama-moe"
+        case Copy() | Drop() | Expand():
+            return "mixtral"
+        case VirtualGroup():
+            return "nemotron-moe"
+        case Qwen():
+            return "qwen-moe"
+        case _:
+            assert_never(asked.method)
+
+
+def _expanded(model: Model, asked: Upcycling) -> Model:
+    if model.moe is None:
+        raise ConsiliumError(
+            f"upcycle: expand makes more experts of a sparse model, and this {model.family} model is dense;"
+            " choose --method copy."
+        )
+    if asked.experts % model.moe.experts or asked.experts == model.moe.experts:
+        raise ConsiliumError(
+            f"upcycle: expand repeats each of {model.moe.experts} experts alike, so --experts must be a"
+            f" multiple of {model.moe.experts}, such as {2 * model.moe.experts}, and {asked.experts} is none."
+        )
+    select = model.moe.router.select
+    if not isinstance(select, TopK) or select.groups is not None:
+        raise ConsiliumError(
+            f"upcycle: expand needs a router that chooses the k best of all experts, and this one's select is"
+            f" {select.kind!r} in groups or by another rule; choose another model."
+        )
+    router = dataclasses.replace(model.moe.router, select=TopK(k=asked.top_k))
+    return dataclasses.replace(
+        model, moe=dataclasses.replace(model.moe, experts=asked.experts, router=router)
+    )

@@ -1,0 +1,251 @@
+"""A trained model made sparse: surveyed on text, cut, certified and written, a layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from consilium.checkpoint.convert import companions, fill_folder
+from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
+from consilium.checkpoint.source import Source
+from consilium.checkpoint.store import SCALARS, open_folder
+from consilium.checkpoint.weights import digest
+from consilium.config.data import Data
+from consilium.config.io import from_data, to_data
+from consilium.config.model import Model
+from consilium.config.upcycling import Drop, Expand, Qwen, Split, Upcycling, VirtualGroup
+from consilium.data.corpus import Corpus, held_out_corpus, measured_corpus, whole_documents
+from consilium.data.paths import path_texts
+from consilium.data.tokenizer import Tokenizer
+from consilium.disk.atomic import commit_folder
+from consilium.disk.files import DISK, Filesystem
+from consilium.errors import ConsiliumError
+from consilium.evaluation.bits import Reading
+from consilium.evaluation.walk import Passage, Visit, importances, passages, walk
+from consilium.model.build import build
+from consilium.planner.upcycled import factor, upcycled
+from consilium.records.io import to_json
+from consilium.records.upcycling import NAME, Certificate, Lineage
+from consilium.upcycling.certificate import certify
+from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
+from consilium.upcycling.expand import Expanded
+from consilium.upcycling.source import Upcycled, stream
+
+Progress = Callable[[str, int, int], None]
+"""Hears what is being done, how much of it is done, and how much there is."""
+
+_CONTEXT: Final = 512
+_BYTES_A_TOKEN: Final = 16
+"""More than a tokenizer gets out of one; so much text is read and no more."""
+_FEWEST: Final = 64
+"""Tokens for each expert chosen, so that an even load can be told from an uneven one."""
+
+
+def upcycle(
+    dense: Path | str,
+    out: Path | str,
+    *,
+    data: Path | str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    files: Filesystem = DISK,
+    **options: object,
+) -> Certificate:
+    """Make a sparse model of the one in ``dense`` and write it to the folder ``out``.
+
+    ``dense`` is a run, a checkpoint, a Hugging Face folder or a GGUF file; ``options`` are the fields of
+    ``consilium.config.upcycling.Upcycling``, with the name of a method or one of its classes as ``method``.
+    ``data`` is calibration text, by default what the built-in text holds out. The certificate compares both
+    models on it. Raises ConsiliumError for a model or options that do not fit, for too little text and for
+    too little room on the disk, before anything is written.
+    """
+    return run(Path(dense), Path(out), _asked(options), data=data, progress=progress, files=files)
+
+
+def run(
+    dense: Path,
+    out: Path,
+    asked: Upcycling,
+    *,
+    data: Path | str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    files: Filesystem = DISK,
+) -> Certificate:
+    """``upcycle`` with its options as one value."""
+    folder = checkpoint_in(dense)
+    source = open_folder(folder, check_finite=True)
+    config = upcycled(source.config, asked)
+    corpus = _calibration(folder, source.config, data)
+    text = _passages(corpus, asked, config)
+    made: list[Certificate] = []
+
+    def write(staged: Path) -> None:
+        sparse = _sparse(source, config, asked, text, progress)
+        _refuse_full(staged, sparse)
+        certificate = certify(
+            source,
+            sparse,
+            text,
+            promise=promise(source, asked),
+            progress=lambda done, total: progress("comparing", done, total),
+        )
+        lineage = _lineage(dense, source, sparse, corpus.sha256, certificate)
+        fill_folder(
+            staged,
+            sparse,
+            beside=companions(folder) | {NAME: f"{to_json(lineage)}\n".encode()},
+            progress=lambda done, total: progress("writing", done, total),
+            files=files,
+        )
+        made.append(certificate)
+
+    commit_folder(out, write, unless=(SCALARS,), files=files)
+    return made[0]
+
+
+def _asked(options: Mapping[str, object]) -> Upcycling:
+    method = options.get("method")
+    plain = {key: to_data(v) if dataclasses.is_dataclass(v) else v for key, v in options.items()}
+    if isinstance(method, str):
+        plain["method"] = {"kind": method}
+    return from_data(Upcycling, plain, where="upcycle")
+
+
+def promise(source: Source, asked: Upcycling) -> float | None:
+    """The relative error of the logits that the method stays below; None where it promises nothing.
+
+    With float32 weights; in a narrower dtype a factor that is no power of two rounds.
+    """
+    if not _is_exact(source, asked):
+        return None
+    wide = source.state["embed.weight"].dtype == torch.float32
+    return 1e-5 if wide or factor(asked).as_integer_ratio()[0] == 1 else 3e-2
+
+
+def _is_exact(source: Source, asked: Upcycling) -> bool:
+    if asked.spread > 1e-5 or asked.gate == "standardised":
+        return False
+    match asked.method:
+        case Expand():
+            return False
+        case Drop(fresh=fresh) | Qwen(fresh=fresh):
+            return fresh == 0 and isinstance(asked.method, Drop)
+        case VirtualGroup():
+            return True
+        case method if isinstance(method, Split):
+            return asked.top_k == asked.experts and asked.scale == "sum"
+        case _:
+            return True
+
+
+def _calibration(folder: Path, config: Model, data: Path | str | None) -> Corpus:
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ConsiliumError as error:
+        raise ConsiliumError(f"upcycle: {error} Without it there is no text to calibrate on.") from None
+    check_vocabulary(tokenizer.vocab_size, config.vocab_size, folder)
+    if data is None:
+        return held_out_corpus(Data(), tokenizer)
+    return measured_corpus(whole_documents(path_texts(Path(data))), tokenizer)
+
+
+def _passages(corpus: Corpus, asked: Upcycling, config: Model) -> tuple[Passage, ...]:
+    share = -(-asked.calibration_tokens // len(corpus.domains))
+    found = passages(corpus, Reading(min(_CONTEXT, config.max_length), limit_tokens=share))
+    tokens = sum(int(p.tokens(p.inputs.ids_BS).numel()) for p in found)
+    assert config.moe is not None, "the result is sparse"
+    needed = -(-_FEWEST * config.moe.experts // config.moe.most_active)
+    if tokens < needed:
+        raise ConsiliumError(
+            f"upcycle: the calibration text has {tokens} tokens, and {config.moe.experts} experts of which a"
+            f" token uses {config.moe.most_active} need {needed} at least to be levelled; give more text with"
+            " --data, or raise calibration_tokens."
+        )
+    return found
+
+
+def _sparse(
+    source: Source, config: Model, asked: Upcycling, text: Sequence[Passage], progress: Progress
+) -> Source:
+    dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
+    state = build(config, dtype=dtype, device="meta").state_dict()
+    if isinstance(asked.method, Expand):
+        return Expanded(source, asked, config, state)
+    return Upcycled(source, asked, config, state, _survey(source, config, asked, text, progress))
+
+
+def _survey(
+    source: Source, config: Model, asked: Upcycling, text: Sequence[Passage], progress: Progress
+) -> dict[int, Cut]:
+    cuts: dict[int, Cut] = {}
+    visits: list[Visit] = []
+    total = source.config.layers * (2 if needs_gradients(asked) else 1)
+    for visit in walk(source, text):
+        if needs_gradients(asked):
+            visits.append(dataclasses.replace(visit, fed=()))
+        elif config.is_moe(visit.layer):
+            cuts[visit.layer] = cut(_network(visit, text), asked, stream(asked.seed, visit.layer, "cut"))
+        progress("measuring", visit.layer + 1, total)
+    return cuts if not visits else _surveyed_backwards(source, config, asked, text, visits, progress)
+
+
+def _surveyed_backwards(
+    source: Source,
+    config: Model,
+    asked: Upcycling,
+    text: Sequence[Passage],
+    visits: Sequence[Visit],
+    progress: Progress,
+) -> dict[int, Cut]:
+    cuts: dict[int, Cut] = {}
+    before = {visit.layer: visit.before for visit in visits} | {len(visits): visits[-1].after}
+    for layer, importance_TF in importances(source, text, before):
+        if config.is_moe(layer):
+            network = dataclasses.replace(_network(visits[layer], text), importance_TF=importance_TF)
+            cuts[layer] = cut(network, asked, stream(asked.seed, layer, "cut"))
+        progress("measuring", 2 * len(visits) - layer, 2 * len(visits))
+    return cuts
+
+
+def _network(visit: Visit, text: Sequence[Passage]) -> Network:
+    found = visit.block.feed_forward
+    assert found is not None, "the source is dense"
+    x_TD = torch.cat([p.tokens(x_BSD) for p, x_BSD in zip(text, visit.normed, strict=True)])
+    return Network(found.up.weight, found.down.weight, found.activation, x_TD)
+
+
+def _lineage(
+    dense: Path, source: Source, sparse: Source, text_sha256: str, certificate: Certificate
+) -> Lineage:
+    neurons: list[list[list[int]]] = []
+    shared: list[list[int]] = []
+    if isinstance(sparse, Upcycled) and not isinstance(sparse.asked.method, VirtualGroup):
+        neurons = [sparse.cuts[layer].neurons_ES.tolist() for layer in sorted(sparse.cuts)]
+        shared = [
+            plan.shared_N.tolist() for _, plan in sorted(sparse.cuts.items()) if plan.shared_N is not None
+        ]
+    assert isinstance(sparse, Upcycled | Expanded), "what this module makes"
+    return Lineage(
+        source=dense.name,
+        source_sha256=digest((name, source.read(name)) for name in sorted(source.state)),
+        text_sha256=text_sha256,
+        upcycling=to_data(sparse.asked),
+        certificate=certificate,
+        neurons=neurons,
+        shared=shared,
+    )
+
+
+def _refuse_full(folder: Path, sparse: Source) -> None:
+    """Raise ConsiliumError where the result is larger than what is free."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in sparse.state.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConsiliumError(
+            f"upcycle: the result takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free for"
+            f" {folder.parent}; make room, or choose another place or fewer experts."
+        )
