@@ -12,20 +12,14 @@ Legend: L MoE layers, E experts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import multiprocessing
 import statistics
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
+from studies import Measure, Settings, Study, ended
 
-from consilium.benchmarking.record import once, record
+from consilium.benchmarking.record import once
 from consilium.config.attention import GQA
 from consilium.config.data import Data
 from consilium.config.feed_forward import FeedForward
@@ -34,21 +28,17 @@ from consilium.config.moe import MoE
 from consilium.config.router import Router, Score, Sigmoid, Softmax, TopK
 from consilium.config.training import Bytes, Training
 from consilium.data.corpus import Corpus, build_corpus
-from consilium.errors import ConsiliumError, nearest
 from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.evaluation.loads import ExpertLoad
-from consilium.machine.processors import cpu_name
 from consilium.model.build import build
 from consilium.recipes.balances import TEXTS
 from consilium.recipes.variants import with_balance
-from consilium.records.bench import BenchRecord, Figure
-from consilium.records.io import read_json, write_json
+from consilium.records.bench import Figure
 from consilium.records.loads import WINDOW, max_over_mean
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
 from consilium.training.step import StepResult, train_step
 
-RECORDS = Path(__file__).parent / "records"
 SCORES: Mapping[str, Score] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
 CHOICES = (2, 4, 8)
 """k of the study by k, at the same active and the same total width."""
@@ -61,17 +51,6 @@ BALANCED, HELD = 0.5, 10
 """Balanced from the first step on after which so many steps have a mean MaxVio below this."""
 POINTS = 24
 """Of the curve over the steps."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    steps: int
-    seeds: int
-    records: Path
-
-    @property
-    def command(self) -> str:
-        return f"--steps {self.steps} --seeds {self.seeds}"
 
 
 def names() -> tuple[str, ...]:
@@ -193,75 +172,19 @@ def curve(violations: Sequence[float]) -> list[tuple[int, float]]:
     return [(end, statistics.fmean(violations[end - size : end])) for end in ends]
 
 
-def command_of(name: str, settings: Settings) -> str:
-    return f"python bench/balance.py {name} {settings.command}"
-
-
-def path_of(name: str, settings: Settings) -> Path:
-    return settings.records / f"balance-{name}.json"
-
-
-def is_done(name: str, settings: Settings) -> bool:
-    """Whether there is a record of these settings and this processor, whatever the commit."""
-    path = path_of(name, settings)
-    if not path.exists():
-        return False
-    found = read_json(BenchRecord, path)
-    return found.command == command_of(name, settings) and found.machine.startswith(cpu_name())
-
-
-def work(waiting: Any, corpus: Corpus, settings: Settings) -> None:
-    """Take names from the queue until there is none."""
-    torch.set_num_threads(1)
-    while (name := waiting.get()) is not None:
-        begun = time.monotonic()
-        found: list[Figure] = []
-        for seed in range(settings.seeds):
-            found += figures(trained(training_of(name, settings.steps, seed), corpus), seed)
-        write_json(path_of(name, settings), record(f"balance-{name}", command_of(name, settings), found))
-        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
-
-
-def run(chosen: Sequence[str], jobs: int, settings: Settings) -> int:
-    """Processes are forked with the text in memory, before this one has trained anything."""
-    torch.set_num_threads(1)
+def prepare(_: Settings) -> Measure:
+    """Read the text once; every run reads it in the same order."""
     config = training_of(names()[0], 1, 0)
     corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer)
-    context = multiprocessing.get_context("fork")
-    waiting = context.SimpleQueue()
-    for name in (*chosen, *[None] * jobs):
-        waiting.put(name)
-    workers = [context.Process(target=work, args=(waiting, corpus, settings)) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return max(abs(worker.exitcode or 0) for worker in workers)
+
+    def measured(name: str, settings: Settings) -> Iterator[Figure]:
+        for seed in range(settings.seeds):
+            yield from figures(trained(training_of(name, settings.steps, seed), corpus), seed)
+
+    return measured
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--again", action="store_true", help="also what is done")
-    for option, default in (("jobs", 2), ("steps", 240), ("seeds", 3)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    settings = Settings(options.steps, options.seeds, options.records)
-    for name in options.names:
-        if name not in names():
-            raise ConsiliumError(f"unknown run {name!r}.{nearest(name, names())}")
-    chosen = [n for n in options.names or names() if options.again or not is_done(n, settings)]
-    print(f"{len(chosen)} of {len(options.names or names())} to run", flush=True)
-    return run(chosen, options.jobs, settings) if chosen else 0
-
+STUDY = Study("balance", names(), 240, prepare)
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConsiliumError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; run it again to go on")
+    ended(STUDY, __doc__ or "")

@@ -29,6 +29,12 @@ def bench() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def studies() -> Iterator[ModuleType]:
+    with loaded("bench/studies.py") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
 def docs() -> Iterator[ModuleType]:
     with loaded("docs/generate_balance.py") as module:
         yield module
@@ -72,7 +78,9 @@ def test_balance_is_reached_where_ten_steps_hold_it(bench: ModuleType) -> None:
     assert bench.curve([0.0, 2.0] * 24)[:2] == [(2, 1.0), (4, 1.0)]
 
 
-def test_a_run_gives_every_figure_and_its_record_is_done(bench: ModuleType, tmp_path: Path) -> None:
+def test_a_run_gives_every_figure_and_its_record_is_done(
+    bench: ModuleType, studies: ModuleType, tmp_path: Path
+) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for name in "ab":
@@ -85,19 +93,20 @@ def test_a_run_gives_every_figure_and_its_record_is_done(bench: ModuleType, tmp_
     assert all(load.margins is None for result in run.results for load in result.loads.values())
     names = {figure.name for figure in bench.figures(run, 7)}
     assert {"bits per byte, seed 7", "MaxVio global, seed 7", "MaxVio at step 24, seed 7"} <= names
-    settings = bench.Settings(24, 1, tmp_path)
-    command = bench.command_of("sigmoid-quantile", settings)
-    made = record("balance-sigmoid-quantile", command, list(bench.figures(run, 0)))
-    write_json(bench.path_of("sigmoid-quantile", settings), made)
-    assert bench.is_done("sigmoid-quantile", settings)
-    assert not bench.is_done("sigmoid-quantile", dataclasses.replace(settings, steps=25))
-    assert not bench.is_done("sigmoid-none", settings)
-    assert bench.main(["sigmoid-quantile", "--steps=24", "--seeds=1", f"--records={tmp_path}"]) == 0
+    study, settings = bench.STUDY, bench.Settings(24, 1, tmp_path)
+    study.measure("sigmoid-quantile", settings, lambda name, _: bench.figures(run, 0))
+    assert study.is_done("sigmoid-quantile", settings)
+    assert not study.is_done("sigmoid-quantile", dataclasses.replace(settings, steps=25))
+    assert not study.is_done("sigmoid-none", settings)
+    words = ["sigmoid-quantile", "--steps=24", "--seeds=1", f"--records={tmp_path}"]
+    assert studies.main(study, words, "about") == 0
 
 
-def test_an_unknown_run_is_answered_with_the_nearest(bench: ModuleType, tmp_path: Path) -> None:
+def test_an_unknown_run_is_answered_with_the_nearest(
+    bench: ModuleType, studies: ModuleType, tmp_path: Path
+) -> None:
     with pytest.raises(ConsiliumError, match="Did you mean 'sigmoid-quantile'"):
-        bench.main(["sigmoid-quantil", f"--records={tmp_path}"])
+        studies.main(bench.STUDY, ["sigmoid-quantil", f"--records={tmp_path}"], "about")
 
 
 def made(docs: ModuleType, folder: Path, name: str, **figures: list[float]) -> object:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
-from consilium.cli.arguments import count, json_flag, size
+from consilium.cli.arguments import assignments, count, json_flag, size
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
+
+if TYPE_CHECKING:
+    from consilium.config.model import Model
 
 EVERY_LAW = "all"
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -44,6 +48,13 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=count, metavar="N", help="training tokens to cost, such as 8.1T; default: not asked"
     )
+    parser.add_argument(
+        "--upcycle",
+        action="append",
+        metavar="KEY=VALUE",
+        help="plan what consilium upcycle makes of MODEL: method=copy, experts=8, top_k=2 and its other keys;"
+        " default: MODEL itself",
+    )
     parser.add_argument("--against", metavar="MODEL", help="another model beside this one; default: none")
     parser.add_argument(
         "--law",
@@ -73,7 +84,7 @@ def run(options: Namespace) -> int:
     from consilium.cli.models import read_model
     from consilium.planner.plan import plan
 
-    model = read_model(options.model)
+    model = _made(read_model(options.model), options)
     planned = plan(model)
     other = None if options.against is None else plan(read_model(options.against))
     if options.json:
@@ -81,6 +92,16 @@ def run(options: Namespace) -> int:
     else:
         print(plan_text(model, planned, other, options))
     return 0
+
+
+def _made(model: Model, options: Namespace) -> Model:
+    """``model``, or what an upcycling would make of it."""
+    if options.upcycle is None:
+        return model
+    from consilium.config.upcycling import configured
+    from consilium.planner.upcycled import upcycled
+
+    return upcycled(model, configured(assignments(options.upcycle)))
 
 
 def _run_without_model(options: Namespace) -> int:

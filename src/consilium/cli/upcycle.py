@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -96,6 +95,8 @@ def run(options: Namespace) -> int:
 
 def asked_of(options: Namespace) -> Upcycling:
     """The options as one configuration. Raises ConsiliumError naming the nearest method or key."""
+    from consilium.config.upcycling import configured
+
     if options.method not in METHODS:
         raise ConsiliumError(f"upcycle: unknown method {options.method!r}.{nearest(options.method, METHODS)}")
     given = {"experts": options.experts, "top_k": options.top_k, "shared": options.shared or 0}
@@ -105,18 +106,6 @@ def asked_of(options: Namespace) -> Upcycling:
     return configured(
         {"method": options.method, "seed": str(options.seed)} | texts | assignments(options.set)
     )
-
-
-def configured(values: Mapping[str, str]) -> Upcycling:
-    """An ``Upcycling`` of keys and values as text, ``method`` a name or keys below it."""
-    from consilium.config.io import replace
-    from consilium.config.upcycling import Copy, Upcycling
-
-    for key in ("method", "experts", "top_k"):
-        if key not in values:
-            raise ConsiliumError(f"upcycle: {key} is missing; give {key}=VALUE.")
-    keyed = {"method.kind" if key == "method" else key: value for key, value in values.items()}
-    return replace(Upcycling(method=Copy(), experts=1, top_k=1), keyed, where="upcycle")
 
 
 @final
@@ -130,7 +119,12 @@ class _Stages:
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._lines:
             self._stack.close()
-            verbs = {"measuring": say("measuring"), "comparing": say("comparing"), "writing": say("writing")}
+            verbs = {
+                "weighing": say("weighing neurons"),
+                "measuring": say("measuring"),
+                "comparing": say("comparing"),
+                "writing": say("writing"),
+            }
             self._lines[what] = self._stack.enter_context(Lines(verbs[what]))
         self._lines[what](done, total)
 

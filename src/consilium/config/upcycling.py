@@ -6,11 +6,14 @@ and ``consilium.upcycling`` what it makes of weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from consilium.config.base import Size, configuration
+from consilium.config.io import replace
+from consilium.errors import ConsiliumError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -160,3 +163,15 @@ class Upcycling:
     moe_every: Size = 1
     calibration_tokens: Size = 4096
     seed: NonNegativeInt = 0
+
+
+def configured(values: Mapping[str, str]) -> Upcycling:
+    """An ``Upcycling`` of keys and values as text: ``method`` is a name, and its own keys are below it.
+
+    Raises ConsiliumError naming a key that is missing, and for an unknown one the nearest.
+    """
+    for key in ("method", "experts", "top_k"):
+        if key not in values:
+            raise ConsiliumError(f"upcycle: {key} is missing; give {key}=VALUE.")
+    keyed = {"method.kind" if key == "method" else key: value for key, value in values.items()}
+    return replace(Upcycling(method=Copy(), experts=1, top_k=1), keyed, where="upcycle")

@@ -79,11 +79,11 @@ def passages(corpus: Corpus, reading: Reading) -> tuple[Passage, ...]:
 @torch.no_grad()
 def walk(source: Source, text: Sequence[Passage]) -> Iterator[Visit]:
     """Visit the blocks of ``source`` from the first to the last."""
-    states = _embedded(source, text)
+    states = embedded(source, text)
     for layer in range(source.config.layers):
-        visit = _visit(block_of(source, layer), source.config, text, states)
-        yield visit
-        states = visit.after
+        found = visit(block_of(source, layer), source.config, text, states)
+        yield found
+        states = found.after
 
 
 def block_of(source: Source, layer: int) -> Block:
@@ -96,23 +96,35 @@ def block_of(source: Source, layer: int) -> Block:
     return block
 
 
-def _embedded(source: Source, text: Sequence[Passage]) -> tuple[Tensor, ...]:
+def embedded(source: Source, text: Sequence[Passage]) -> tuple[Tensor, ...]:
+    """States [B, S, D] before the first block."""
     weight_VD = source.read("embed.weight")
     scale = source.config.embedding_scale
     return tuple(F.embedding(passage.inputs.ids_BS, weight_VD).float() * scale for passage in text)
 
 
-def _visit(block: Block, config: Model, text: Sequence[Passage], states: tuple[Tensor, ...]) -> Visit:
-    normed, fed, after, loads = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    for passage, x_BSD in zip(text, states, strict=True):
-        attended_BSD = block.attend(x_BSD, context_of(config, passage)).y_BSD
-        normed.append(block.feed_forward_norm(attended_BSD))
-        result = block.feed(normed[-1], passage.inputs.tokens(), Mode())
-        fed.append(result.x_BSD)
-        after.append(attended_BSD + block.feed_forward_post_norm(fed[-1]))
-        if result.report is not None:
-            loads.append(result.report.load_E)
-    return Visit(block.layer, block, states, tuple(normed), tuple(fed), tuple(loads), tuple(after))
+def visit(block: Block, config: Model, text: Sequence[Passage], states: tuple[Tensor, ...]) -> Visit:
+    """Run one block on the ``states`` [B, S, D] before it."""
+    attended, normed = attend(block, config, text, states)
+    results = [
+        block.feed(x_BSD, passage.inputs.tokens(), Mode())
+        for passage, x_BSD in zip(text, normed, strict=True)
+    ]
+    fed = tuple(result.x_BSD for result in results)
+    after = (x + block.feed_forward_post_norm(y) for x, y in zip(attended, fed, strict=True))
+    loads = (result.report.load_E for result in results if result.report is not None)
+    return Visit(block.layer, block, states, normed, fed, tuple(loads), tuple(after))
+
+
+def attend(
+    block: Block, config: Model, text: Sequence[Passage], states: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The first half of a block: its result, residual included, and that normed for the second half."""
+    attended = tuple(
+        block.attend(x_BSD, context_of(config, passage)).y_BSD
+        for passage, x_BSD in zip(text, states, strict=True)
+    )
+    return attended, tuple(block.feed_forward_norm(x_BSD) for x_BSD in attended)
 
 
 def context_of(config: Model, passage: Passage) -> Context:

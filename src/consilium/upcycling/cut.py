@@ -1,12 +1,13 @@
 """Which hidden neurons of a network each expert gets, and how its gate begins: one choice a layer.
 
 Legend: T tokens, D hidden size, F width of the network, E routed experts, S neurons of an expert, N those of
-the shared experts, M others, G = 2F where the activation is gated (gate above up) else F.
+the shared experts, M others, C rows of the gate that differ, G = 2F where the activation is gated (gate above
+up) else F.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never, final
 
 import torch
@@ -68,12 +69,18 @@ class Cut:
 
     neurons_ES: Tensor
     """int64 neurons of each routed expert."""
-    gate_ED: Tensor
-    """Float32 rows of the gate, levelled."""
+    rows_CD: Tensor
+    """Directions in which the gate begins, before they are levelled: a row for ``shards`` experts."""
+    shards: int = 1
     shared_N: Tensor | None = None
     """int64 neurons of the shared experts; None without any, and where they have the whole network."""
     fresh_ES: Tensor | None = None
     """bool: those that are drawn anew."""
+
+    def gate(self, x_TD: Tensor, k: int, spread: float) -> Tensor:
+        """Rows [E, D] of a gate that chooses ``k`` experts alike on ``x_TD``."""
+        rows_CD = levelled(self.rows_CD, x_TD, k // self.shards, spread)
+        return rows_CD.repeat_interleave(self.shards, dim=0)
 
 
 def needs_gradients(asked: Upcycling) -> bool:
@@ -115,12 +122,12 @@ def _parts(network: Network, asked: Upcycling, generator: torch.Generator, order
     """Neurons in order, cut into equal parts, of which the last ``asked.shared`` are shared."""
     slices_XS = order_F.view(asked.experts + asked.shared, -1).sort(dim=1).values
     shared_N = slices_XS[asked.experts :].flatten() if asked.shared else None
-    return Cut(slices_XS[: asked.experts].clone(), _random_gate(network, asked, generator), shared_N)
+    rows_ED = _random_gate(network, asked, generator)
+    return Cut(slices_XS[: asked.experts].clone(), rows_ED, shared_N=shared_N)
 
 
 def _random_gate(network: Network, asked: Upcycling, generator: torch.Generator) -> Tensor:
-    rows_ED = random_rows(asked.experts, network.x_TD.shape[1], generator)
-    return levelled(rows_ED, network.x_TD, asked.top_k, asked.spread)
+    return random_rows(asked.experts, network.x_TD.shape[1], generator)
 
 
 def _grouped(points_FP: Tensor, asked: Upcycling, generator: torch.Generator) -> Tensor:
@@ -149,9 +156,7 @@ def _by_importance(network: Network, asked: Upcycling, generator: torch.Generato
         shared_N = _needed_by_most(importance_EF, size, asked.shared * size)
         importance_EF = importance_EF.index_fill(1, shared_N, -1.0)
     neurons_ES = importance_EF.topk(size, dim=1).indices.sort(dim=1).values
-    rows_ED = centres(x_TD, cluster_T, asked.experts)
-    gate_ED = levelled(rows_ED, network.x_TD, asked.top_k, asked.spread)
-    return Cut(neurons_ES, gate_ED, shared_N)
+    return Cut(neurons_ES, centres(x_TD, cluster_T, asked.experts), shared_N=shared_N)
 
 
 def _needed_by_most(importance_EF: Tensor, size: int, count: int) -> Tensor:
@@ -175,9 +180,8 @@ def _carved(network: Network, asked: Upcycling, generator: torch.Generator, acti
     cluster_M = balanced_clusters(points_MP, asked.experts, generator)
     typical_E = _typical(points_MP, cluster_M, asked.experts)
     rows_ED = network.rows("gate")[others_M[typical_E]].float()
-    gate_ED = levelled(rows_ED, network.x_TD, asked.top_k, asked.spread)
     neurons_ES = others_M[members(cluster_M, asked.experts)]
-    return Cut(neurons_ES, gate_ED, shared_N if asked.shared else None)
+    return Cut(neurons_ES, rows_ED, shared_N=shared_N if asked.shared else None)
 
 
 def _typical(points_MP: Tensor, cluster_M: Tensor, clusters: int) -> Tensor:
@@ -195,18 +199,14 @@ def _copies(network: Network, asked: Upcycling, generator: torch.Generator) -> C
 def _virtual_groups(network: Network, asked: Upcycling, generator: torch.Generator, shards: int) -> Cut:
     """Expert e is shard e mod G of its copy e // G, and the copies have a gate row each."""
     neurons_ES = torch.arange(network.width).view(shards, -1).repeat(asked.experts, 1)
-    rows_ED = random_rows(asked.experts, network.x_TD.shape[1], generator)
-    groups = asked.top_k // shards
-    gate_ED = levelled(rows_ED, network.x_TD, groups, asked.spread)
-    return Cut(neurons_ES, gate_ED.repeat_interleave(shards, dim=0))
+    return Cut(neurons_ES, _random_gate(network, asked, generator), shards)
 
 
 def _shuffled(network: Network, asked: Upcycling, generator: torch.Generator, shards: int) -> Cut:
     """The neurons of each copy in an order of their own, cut into ``shards``."""
     orders = [torch.randperm(network.width, generator=generator) for _ in range(asked.experts)]
     neurons_ES = torch.stack(orders).view(asked.experts * shards, -1).sort(dim=1).values
-    rows_ED = random_rows(len(neurons_ES), network.x_TD.shape[1], generator)
-    return Cut(neurons_ES, levelled(rows_ED, network.x_TD, asked.top_k, asked.spread))
+    return Cut(neurons_ES, random_rows(len(neurons_ES), network.x_TD.shape[1], generator))
 
 
 def _drawn_anew(plan: Cut, share: float, generator: torch.Generator) -> Cut:
@@ -215,4 +215,4 @@ def _drawn_anew(plan: Cut, share: float, generator: torch.Generator) -> Cut:
     places_ES = torch.rand(experts, size, generator=generator).argsort(dim=1)
     fresh_ES = torch.zeros(experts, size, dtype=torch.bool)
     fresh_ES.scatter_(1, places_ES[:, : round(share * size)], value=True)
-    return Cut(plan.neurons_ES, plan.gate_ED, plan.shared_N, fresh_ES)
+    return replace(plan, fresh_ES=fresh_ES)

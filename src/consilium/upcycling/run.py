@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,18 +26,15 @@ from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading
-from consilium.evaluation.walk import Passage, Visit, importances, passages, walk
+from consilium.evaluation.walk import Passage, passages
 from consilium.model.build import build
 from consilium.planner.upcycled import factor, upcycled
 from consilium.records.io import to_json
 from consilium.records.upcycling import NAME, Certificate, Lineage
 from consilium.upcycling.certificate import certify
-from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
 from consilium.upcycling.expand import Expanded
-from consilium.upcycling.source import Upcycled, stream
-
-Progress = Callable[[str, int, int], None]
-"""Hears what is being done, how much of it is done, and how much there is."""
+from consilium.upcycling.source import Upcycled
+from consilium.upcycling.survey import Progress, survey
 
 _CONTEXT: Final = 512
 _BYTES_A_TOKEN: Final = 16
@@ -175,47 +172,8 @@ def _sparse(
     state = build(config, dtype=dtype, device="meta").state_dict()
     if isinstance(asked.method, Expand):
         return Expanded(source, asked, config, state)
-    return Upcycled(source, asked, config, state, _survey(source, config, asked, text, progress))
-
-
-def _survey(
-    source: Source, config: Model, asked: Upcycling, text: Sequence[Passage], progress: Progress
-) -> dict[int, Cut]:
-    cuts: dict[int, Cut] = {}
-    visits: list[Visit] = []
-    total = source.config.layers * (2 if needs_gradients(asked) else 1)
-    for visit in walk(source, text):
-        if needs_gradients(asked):
-            visits.append(dataclasses.replace(visit, fed=()))
-        elif config.is_moe(visit.layer):
-            cuts[visit.layer] = cut(_network(visit, text), asked, stream(asked.seed, visit.layer, "cut"))
-        progress("measuring", visit.layer + 1, total)
-    return cuts if not visits else _surveyed_backwards(source, config, asked, text, visits, progress)
-
-
-def _surveyed_backwards(
-    source: Source,
-    config: Model,
-    asked: Upcycling,
-    text: Sequence[Passage],
-    visits: Sequence[Visit],
-    progress: Progress,
-) -> dict[int, Cut]:
-    cuts: dict[int, Cut] = {}
-    before = {visit.layer: visit.before for visit in visits} | {len(visits): visits[-1].after}
-    for layer, importance_TF in importances(source, text, before):
-        if config.is_moe(layer):
-            network = dataclasses.replace(_network(visits[layer], text), importance_TF=importance_TF)
-            cuts[layer] = cut(network, asked, stream(asked.seed, layer, "cut"))
-        progress("measuring", 2 * len(visits) - layer, 2 * len(visits))
-    return cuts
-
-
-def _network(visit: Visit, text: Sequence[Passage]) -> Network:
-    found = visit.block.feed_forward
-    assert found is not None, "the source is dense"
-    x_TD = torch.cat([p.tokens(x_BSD) for p, x_BSD in zip(text, visit.normed, strict=True)])
-    return Network(found.up.weight, found.down.weight, found.activation, x_TD)
+    bare = Upcycled(source, asked, config, state, {}, {})
+    return survey(bare, text, progress)
 
 
 def _lineage(

@@ -37,6 +37,8 @@ class Upcycled:
     config: Model
     state: Mapping[str, Tensor]
     cuts: Mapping[int, Cut]
+    gates: Mapping[int, Tensor]
+    """By layer: rows [E, D], levelled."""
 
     @property
     def generation(self) -> GenerationDefaults:
@@ -81,9 +83,9 @@ class Upcycled:
             case "router.projection.output.weight":
                 return torch.eye(self._moe.experts) * self.asked.spread
             case "router.projection.hidden.weight":
-                return plan.gate_ED / self.asked.spread
+                return self.gates[layer] / self.asked.spread
             case "router.projection.weight":
-                return plan.gate_ED
+                return self.gates[layer]
             case _:
                 raise AssertionError(f"an upcycled layer has no {part}")
 

@@ -1,0 +1,86 @@
+"""A dense model visited layer by layer on text, to decide on cuts, and the sparse one beside it, for gates.
+
+Gates are levelled on what they will get: the states of the sparse model, whose layers before are settled.
+
+Legend: D hidden size, F width of a network, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from consilium.evaluation.walk import (
+    Passage,
+    Visit,
+    attend,
+    block_of,
+    embedded,
+    importances,
+    visit,
+    walk,
+)
+from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
+from consilium.upcycling.source import Upcycled, stream
+
+Progress = Callable[[str, int, int], None]
+"""Hears what is being done, how much of it is done, and how much there is."""
+
+
+def survey(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcycled:
+    """Return ``bare`` with the cut and the gate of every sparse layer."""
+    cuts = _cuts_by_gradients(bare, text, progress) if needs_gradients(bare.asked) else {}
+    made = dataclasses.replace(bare, cuts=cuts)
+    states = embedded(bare.dense, text)
+    for seen in walk(bare.dense, text):
+        if bare.config.is_moe(seen.layer):
+            made, states = _settled(made, seen, text, states)
+        else:
+            states = visit(seen.block, bare.dense.config, text, states).after
+        progress("measuring", seen.layer + 1, bare.config.layers)
+    return made
+
+
+@torch.no_grad()
+def _settled(
+    made: Upcycled, seen: Visit, text: Sequence[Passage], states: tuple[Tensor, ...]
+) -> tuple[Upcycled, tuple[Tensor, ...]]:
+    """Decide on one layer, and run the sparse model through it."""
+    layer, asked, config = seen.layer, made.asked, made.config
+    plan = made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen, text))
+    _, normed = attend(seen.block, config, text, states)
+    gate_ED = plan.gate(_tokens(text, normed), asked.top_k, asked.spread)
+    made = dataclasses.replace(made, cuts={**made.cuts, layer: plan}, gates={**made.gates, layer: gate_ED})
+    after = visit(block_of(made, layer), config, text, states).after
+    return made, after
+
+
+def _cut(made: Upcycled, layer: int, network: Network) -> Cut:
+    return cut(network, made.asked, stream(made.asked.seed, layer, "cut"))
+
+
+def _cuts_by_gradients(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Mapping[int, Cut]:
+    """Forwards for the inputs of all blocks, backwards for the importance of neurons."""
+    visits = [dataclasses.replace(seen, fed=()) for seen in walk(bare.dense, text)]
+    before = {seen.layer: seen.before for seen in visits} | {len(visits): visits[-1].after}
+    cuts: dict[int, Cut] = {}
+    for layer, importance_TF in importances(bare.dense, text, before):
+        if bare.config.is_moe(layer):
+            network = dataclasses.replace(_network(visits[layer], text), importance_TF=importance_TF)
+            cuts[layer] = _cut(bare, layer, network)
+        progress("weighing", len(visits) - layer, len(visits))
+    return cuts
+
+
+def _network(seen: Visit, text: Sequence[Passage]) -> Network:
+    found = seen.block.feed_forward
+    assert found is not None, "the source is dense"
+    x_TD = _tokens(text, seen.normed)
+    return Network(found.up.weight, found.down.weight, found.activation, x_TD)
+
+
+def _tokens(text: Sequence[Passage], states: Sequence[Tensor]) -> Tensor:
+    return torch.cat([passage.tokens(x_BSD) for passage, x_BSD in zip(text, states, strict=True)])

@@ -1,0 +1,236 @@
+"""What each method makes: who has which neuron, even loads, the same bits again, and what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from consilium.checkpoint import store
+from consilium.cli.upcycle import METHODS
+from consilium.config import upcycling
+from consilium.config.moe import AlwaysOn, SigmoidGated
+from consilium.config.upcycling import ClusterSplit, Drop, Expand, Qwen, VirtualGroup
+from consilium.data.corpus import measured_corpus, whole_documents
+from consilium.data.paths import path_texts
+from consilium.data.tokenizer import Tokenizer
+from consilium.evaluation.bits import Reading, measure
+from consilium.evaluation.walk import importances, passages, walk
+from consilium.model.types import Inputs
+from consilium.records.io import read_json
+from consilium.records.upcycling import NAME, Lineage
+from consilium.upcycling.run import upcycle
+from support import relative_error
+from upcycling.sources import LLAMA, saved, text
+
+ALL: dict[str, dict[str, Any]] = {
+    "split-random": {"method": "split-random", "experts": 4, "top_k": 2, "shared": 2},
+    "split-cluster": {"method": "split-cluster", "experts": 6, "top_k": 2},
+    "split-cluster by gate and angle": {
+        "method": ClusterSplit(rows="gate", metric="cosine"),
+        "experts": 4,
+        "top_k": 2,
+    },
+    "split-inner": {"method": "split-inner", "experts": 4, "top_k": 2},
+    "split-inter": {"method": "split-inter", "experts": 3, "top_k": 1, "shared": 1},
+    "split-graph": {"method": "split-graph", "experts": 8, "top_k": 3},
+    "carve": {"method": "carve", "experts": 5, "top_k": 2, "shared": 1},
+    "copy": {"method": "copy", "experts": 4, "top_k": 2},
+    "standardised": {"method": "copy", "experts": 4, "top_k": 2, "gate": "standardised"},
+    "virtual-group": {"method": VirtualGroup(granularity=3), "experts": 4, "top_k": 3},
+    "qwen": {"method": Qwen(granularity=2), "experts": 3, "top_k": 2},
+    "drop": {"method": "drop", "experts": 4, "top_k": 2},
+}
+DISJOINT = ("split-random", "split-cluster", "split-cluster by gate and angle", "split-graph", "carve")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    saved(LLAMA, folder / "dense")
+    text(folder / "a.txt")
+    return folder / "dense"
+
+
+def made(dense: Path, out: Path, name: str, **more: Any) -> Lineage:
+    upcycle(dense, out, **{"data": dense.parent / "a.txt", "calibration_tokens": 3000, **ALL[name], **more})
+    return read_json(Lineage, out / NAME)
+
+
+def test_every_method_of_the_configuration_is_a_method_of_the_command() -> None:
+    members = get_args(get_args(upcycling.Method)[0])
+    assert tuple(member.kind for member in members) == METHODS
+    assert {options["method"] for options in ALL.values() if isinstance(options["method"], str)} <= set(
+        METHODS
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_loads_are_even_at_the_start_and_the_same_seed_makes_the_same_bits(
+    name: str, dense: Path, tmp_path: Path
+) -> None:
+    lineage = made(dense, tmp_path / "one", name)
+    for layer in lineage.certificate.layers:
+        assert min(layer.load) > 0
+        assert max(layer.load) < 1.35 * sum(layer.load) / len(layer.load), layer
+    assert made(dense, tmp_path / "two", name) == lineage
+    one, two, other = (tmp_path / n / "model.safetensors" for n in ("one", "two", "other"))
+    assert one.read_bytes() == two.read_bytes()
+    made(dense, tmp_path / "other", name, seed=1)
+    assert one.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("name", DISJOINT)
+def test_each_neuron_is_in_one_expert_with_all_its_rows(name: str, dense: Path, tmp_path: Path) -> None:
+    lineage = made(dense, tmp_path / "moe", name)
+    before, after = store.load(dense).state_dict(), store.load(tmp_path / "moe").state_dict()
+    factor = float(ALL[name]["top_k"])
+    for layer, experts in enumerate(lineage.neurons):
+        shared = list(lineage.shared[layer]) if lineage.shared else []
+        assert sorted([n for expert in experts for n in expert] + shared) == list(range(48))
+        up_GD, down_DF = (before[f"layers.{layer}.feed_forward.{w}.weight"] for w in ("up", "down"))
+        for expert, neurons in enumerate(experts):
+            both = [*neurons, *(48 + n for n in neurons)]
+            assert torch.equal(after[f"layers.{layer}.moe.experts.up"][expert], up_GD[both])
+            down_DS = after[f"layers.{layer}.moe.experts.down"][expert]
+            assert torch.equal(down_DS, down_DF[:, list(neurons)] * factor)
+        if shared:
+            assert torch.equal(after[f"layers.{layer}.moe.shared.down.weight"], down_DF[:, shared])
+
+
+def test_importance_is_activation_times_gradient(dense: Path) -> None:
+    """Against one backward pass through the whole model, in which the activations are leaves."""
+    source, model = store.open_folder(dense), store.load(dense).eval()
+    corpus = measured_corpus(whole_documents(path_texts(dense.parent / "a.txt")), Tokenizer.load(dense))
+    read = passages(corpus, Reading(64, limit_tokens=500))
+    visits = list(walk(source, read))
+    before = {visit.layer: visit.before for visit in visits} | {2: visits[-1].after}
+    found = dict(importances(source, read, before))
+    expected = {layer: list[torch.Tensor]() for layer in (0, 1)}
+    for passage in read:
+        hiddens = whole_pass(model, passage)
+        for layer, hidden_BSF in hiddens.items():
+            expected[layer].append(passage.tokens((hidden_BSF * hidden_BSF.grad).abs().detach()))
+    for layer, parts in expected.items():
+        assert relative_error(found[layer], torch.cat(parts)) < 1e-4
+    last = model.hidden(read[0].inputs).final_BSD
+    assert relative_error(model.norm(visits[-1].after[0]), last) < 1e-6
+
+
+def whole_pass(model: Any, passage: Any) -> dict[int, torch.Tensor]:
+    """Activations of each network, with the gradient of the summed loss."""
+    hiddens: dict[int, torch.Tensor] = {}
+
+    def kept(layer: int) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            inputs[0].retain_grad()
+            hiddens[layer] = inputs[0]
+
+        return hook
+
+    handles = [
+        block.feed_forward.down.register_forward_pre_hook(kept(i)) for i, block in enumerate(model.layers)
+    ]
+    logits_BSV = model(Inputs(passage.inputs.ids_BS, valid_BS=passage.inputs.valid_BS)).logits
+    loss = F.cross_entropy(
+        logits_BSV.flatten(0, 1), passage.targets_BS.flatten(), ignore_index=-1, reduction="sum"
+    )
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    return hiddens
+
+
+def test_an_expert_of_inner_sharing_has_what_matters_most_to_its_cluster(dense: Path, tmp_path: Path) -> None:
+    lineage = made(dense, tmp_path / "moe", "split-inner")
+    experts = lineage.neurons[0]
+    assert {len(expert) for expert in experts} == {12}
+    assert len({n for expert in experts for n in expert}) < 48, "experts share neurons"
+    inter = made(dense, tmp_path / "inter", "split-inter")
+    for experts, shared in zip(inter.neurons, inter.shared, strict=True):
+        assert len(shared) == 12
+        assert not set(shared) & {n for expert in experts for n in expert}
+
+
+def test_a_share_of_the_neurons_is_drawn_anew_and_the_others_stay(dense: Path, tmp_path: Path) -> None:
+    made(dense, tmp_path / "moe", "drop", method=Drop(fresh=0.25), seed=3)
+    before, after = store.load(dense).state_dict(), store.load(tmp_path / "moe").state_dict()
+    up_GD, up_EGD = before["layers.1.feed_forward.up.weight"], after["layers.1.moe.experts.up"]
+    same_EG = (up_EGD == up_GD).all(dim=2)
+    same_ES = same_EG[:, :48]
+    assert torch.equal(same_ES, same_EG[:, 48:]), "gate, up and down of a neuron go together"
+    down_DF, down_EDS = before["layers.1.feed_forward.down.weight"], after["layers.1.moe.experts.down"]
+    assert torch.equal(same_ES, (down_EDS == down_DF).all(dim=1))
+    assert (same_ES.sum(1) == 36).all()
+    assert len({tuple(row.tolist()) for row in same_ES}) == 4, "each expert has others"
+    fresh = up_EGD[~same_EG]
+    assert abs(float(fresh.std() / up_GD.std()) - 1) < 0.1
+
+
+def test_the_whole_network_is_a_shared_expert_behind_a_half_open_gate(dense: Path, tmp_path: Path) -> None:
+    made(dense, tmp_path / "qwen", "qwen")
+    made(dense, tmp_path / "copy", "copy", shared=1)
+    made(dense, tmp_path / "split", "split-random")
+    for name in ("qwen", "copy"):
+        model = store.load(tmp_path / name)
+        assert isinstance(model.config.moe and model.config.moe.shared, SigmoidGated)
+        state, before = model.state_dict(), store.load(dense).state_dict()
+        assert not state["layers.0.moe.shared.gate.weight"].any()
+        assert torch.equal(
+            state["layers.0.moe.shared.down.weight"], before["layers.0.feed_forward.down.weight"]
+        )
+    split = store.load(tmp_path / "split").config.moe
+    assert split is not None
+    assert split.shared == AlwaysOn(count=2, width=8)
+
+
+def test_the_certificate_measures_what_evaluation_does(dense: Path, tmp_path: Path) -> None:
+    found = made(dense, tmp_path / "moe", "split-random").certificate
+    corpus = measured_corpus(whole_documents(path_texts(dense.parent / "a.txt")), Tokenizer.load(dense))
+    reading = Reading(256, limit_tokens=3000)
+    for folder, bits in ((dense, found.bits_per_byte_before), (tmp_path / "moe", found.bits_per_byte_after)):
+        model = store.load(folder, dtype="float32").eval()
+        measured = measure(model, corpus, reading)
+        assert measured.bits_per_byte == pytest.approx(bits, rel=1e-5)
+        assert measured.tokens == found.tokens
+    assert found.promise is None
+    assert found.kept
+    assert found.relative > 0.01
+
+
+def test_experts_of_a_sparse_model_are_repeated(dense: Path, tmp_path: Path) -> None:
+    made(dense, tmp_path / "moe", "split-random")
+    options = {"data": dense.parent / "a.txt", "method": Expand(), "experts": 8, "top_k": 4}
+    found = upcycle(tmp_path / "moe", tmp_path / "more", **options)
+    before, after = store.load(tmp_path / "moe").state_dict(), store.load(tmp_path / "more").state_dict()
+    for name in ("experts.up", "experts.down"):
+        stack = f"layers.1.moe.{name}"
+        assert torch.equal(after[stack], before[stack].repeat(2, 1, 1))
+    assert torch.equal(after["layers.1.moe.shared.up.weight"], before["layers.1.moe.shared.up.weight"])
+    rows_ED, more_ED = (state["layers.1.moe.router.projection.weight"] for state in (before, after))
+    assert torch.equal(more_ED[:4], rows_ED)
+    assert 0 < relative_error(more_ED[4:], rows_ED) < 1e-4
+    # Twice the experts, twice as many chosen: each with its double, so that little but ties can change.
+    assert found.relative < 0.5
+    with_noise = upcycle(tmp_path / "moe", tmp_path / "noisy", **(options | {"top_k": 2, "spread": 0.5}))
+    assert with_noise.promise is None
+
+
+def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None:
+    lineage = made(dense, tmp_path / "moe", "copy")
+    assert lineage.source == "dense"
+    assert lineage.upcycling["method"] == {"kind": "copy"}
+    same = made(dense, tmp_path / "again", "copy", seed=7)
+    assert same.source_sha256 == lineage.source_sha256
+    assert same.text_sha256 == lineage.text_sha256
+    other = dataclasses.replace(LLAMA, layers=1)
+    saved(other, tmp_path / "other")
+    upcycle(
+        tmp_path / "other", tmp_path / "b", method="copy", experts=2, top_k=1, data=dense.parent / "a.txt"
+    )
+    assert json.loads((tmp_path / "b" / NAME).read_text())["source_sha256"] != lineage.source_sha256
