@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
-from consilium.checkpoint.folders import GGUF
+from consilium.checkpoint.folders import GGUF, refuse_inside
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.checkpoint.hf.generation import NAME as GENERATION
@@ -24,7 +24,6 @@ from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.data.tokenizer import TEMPLATE_FILE
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
-from consilium.errors import ConsiliumError
 from consilium.records.run import newest_of_run
 
 Progress = Callable[[int, int], None]
@@ -57,10 +56,8 @@ def convert(
     time. The new folder appears complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do,
     and for NaN or infinity.
     """
-    folder = newest_of_run(folder, CONFIG)
-    folder, destination = Path(folder), Path(destination)
-    if folder.resolve() == destination.resolve():
-        raise ConsiliumError(f"{destination} is the folder to convert; give the name of a new folder.")
+    folder, destination = Path(newest_of_run(folder, CONFIG)), Path(destination)
+    refuse_inside("convert", folder, destination)
     source = open_folder(folder, dtype=dtype, check_finite=True)
     beside = companions(folder)
     commit_folder(

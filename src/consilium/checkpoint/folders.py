@@ -45,6 +45,17 @@ def checkpoint_in(folder: Path | str) -> Path:
     )
 
 
+def refuse_inside(verb: str, source: Path, destination: Path) -> None:
+    """Raise ConsiliumError where ``destination`` is ``source`` or lies in it: what is read stays as it is."""
+    one, other = source.resolve(), destination.resolve()
+    if one == other:
+        raise ConsiliumError(f"{destination} is the folder to {verb}; give the name of a new folder.")
+    if one in other.parents:
+        raise ConsiliumError(
+            f"{verb}: {destination} lies inside {source}, which is to stay as it is; choose a place outside."
+        )
+
+
 def missing(name: str) -> str:
     """What to say of a folder ``name`` that is not there: a recipe, a name on the hub, or a slip."""
     if name.partition(":")[0] in catalogue.names():

@@ -34,14 +34,10 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from consilium.checkpoint.folders import checkpoint_in
+    from consilium.checkpoint.folders import checkpoint_in, refuse_inside
 
     source = checkpoint_in(options.source)
-    if options.source.resolve() in options.destination.resolve().parents:
-        raise ConsiliumError(
-            f"convert: {options.destination} lies inside {options.source}, which is to stay as it is;"
-            " choose a place outside."
-        )
+    refuse_inside("convert", options.source, options.destination)
     writers = {"hf": _to_folder, "gguf": _to_gguf}
     voice = plain if options.json else say
     start = time.monotonic()

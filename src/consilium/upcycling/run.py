@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from consilium.checkpoint.convert import companions, fill_folder
-from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
+from consilium.checkpoint.folders import check_vocabulary, checkpoint_in, refuse_inside
 from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.checkpoint.weights import digest
@@ -23,7 +23,7 @@ from consilium.data.corpus import Corpus, held_out_corpus, measured_corpus, whol
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
 from consilium.disk.atomic import commit_folder
-from consilium.disk.files import DISK, Filesystem
+from consilium.disk.files import DISK, Filesystem, refuse_full
 from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading
 from consilium.evaluation.walk import Passage, passages
@@ -74,15 +74,18 @@ def run(
 ) -> Certificate:
     """``upcycle`` with its options as one value."""
     folder = checkpoint_in(dense)
+    refuse_inside("upcycle", dense, out)
     source = open_folder(folder, check_finite=True)
     config = upcycled(source.config, asked)
     corpus = _calibration(folder, source.config, data)
     text = _passages(corpus, asked, config)
+    dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
+    state = build(config, dtype=dtype, device="meta").state_dict()
     made: list[Certificate] = []
 
     def write(staged: Path) -> None:
-        sparse = _sparse(source, config, asked, text, progress)
-        _refuse_full(staged, sparse)
+        refuse_full(out, sum(tensor.nbytes for tensor in state.values()), "the sparse model")
+        sparse = _sparse(source, config, asked, state, text, progress)
         certificate = certify(
             source,
             sparse,
@@ -166,10 +169,13 @@ def _passages(corpus: Corpus, asked: Upcycling, config: Model) -> tuple[Passage,
 
 
 def _sparse(
-    source: Source, config: Model, asked: Upcycling, text: Sequence[Passage], progress: Progress
+    source: Source,
+    config: Model,
+    asked: Upcycling,
+    state: Mapping[str, Tensor],
+    text: Sequence[Passage],
+    progress: Progress,
 ) -> Source:
-    dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
-    state = build(config, dtype=dtype, device="meta").state_dict()
     if isinstance(asked.method, Expand):
         return Expanded(source, asked, config, state)
     bare = Upcycled(source, asked, config, state, {}, {})
@@ -196,14 +202,3 @@ def _lineage(
         neurons=neurons,
         shared=shared,
     )
-
-
-def _refuse_full(folder: Path, sparse: Source) -> None:
-    """Raise ConsiliumError where the result is larger than what is free."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in sparse.state.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConsiliumError(
-            f"upcycle: the result takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free for"
-            f" {folder.parent}; make room, or choose another place or fewer experts."
-        )

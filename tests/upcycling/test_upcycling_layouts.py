@@ -1,0 +1,86 @@
+"""The folders open where there is an architecture for them, in transformers with the same logits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consilium.checkpoint import store
+from consilium.cli.main import main
+from consilium.config.upcycling import Qwen, VirtualGroup
+from consilium.upcycling.run import upcycle
+from support import relative_error
+from upcycling.sources import LLAMA, QWEN3, saved, text
+
+LAYOUTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "copies of llama": (LLAMA, {"method": "copy", "experts": 4, "top_k": 2}, "mixtral"),
+    "a split of llama": (LLAMA, {"method": "split-random", "experts": 4, "top_k": 2}, "mixtral"),
+    "groups, normalised": (
+        LLAMA,
+        {"method": VirtualGroup(granularity=2, weights="normalised"), "experts": 2, "top_k": 2},
+        "mixtral",
+    ),
+    "qwen": (LLAMA, {"method": Qwen(granularity=2), "experts": 2, "top_k": 2}, "qwen2_moe"),
+    "copies beside the whole": (
+        LLAMA,
+        {"method": "copy", "experts": 2, "top_k": 2, "shared": 1},
+        "qwen2_moe",
+    ),
+    "copies of qwen3": (QWEN3, {"method": "drop", "experts": 4, "top_k": 2}, "qwen3_moe"),
+    "groups, raw": (
+        LLAMA,
+        {"method": VirtualGroup(granularity=2), "experts": 2, "top_k": 2},
+        "deepseek",
+    ),
+    "standardised": (
+        LLAMA,
+        {"method": "copy", "experts": 2, "top_k": 2, "gate": "standardised"},
+        "skywork_moe",
+    ),
+}
+NATIVE = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_result_has_the_layout_of_the_architecture_that_computes_it(name: str, tmp_path: Path) -> None:
+    config, options, kind = LAYOUTS[name]
+    saved(config, tmp_path / "dense")
+    # A spread that shows: with equal weights any expert would do.
+    upcycle(tmp_path / "dense", tmp_path / "moe", data=text(tmp_path / "a.txt"), spread=0.7, **options)
+    assert json.loads((tmp_path / "moe/config.json").read_text())["model_type"] == kind
+    if kind not in NATIVE:
+        return
+    library = pytest.importorskip("transformers", reason="the oracle is transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = library.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
+    ids_BS = torch.randint(0, 259, (2, 33), generator=torch.Generator().manual_seed(0))
+    ours = store.load(tmp_path / "moe").eval()
+    with torch.no_grad():
+        assert relative_error(ours(ids_BS).logits, theirs(ids_BS).logits) < 1e-5
+
+
+def test_a_result_is_exported_for_llama_cpp_and_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(LLAMA, tmp_path / "dense")
+    upcycle(
+        tmp_path / "dense",
+        tmp_path / "moe",
+        method="copy",
+        experts=2,
+        top_k=2,
+        data=text(tmp_path / "a.txt"),
+    )
+    assert main(["convert", str(tmp_path / "moe"), str(tmp_path / "moe.gguf"), "--to", "gguf"]) == 0
+    words = ["--data", str(tmp_path / "a.txt"), "--steps", "3", "--batch", "2", "--seq", "32"]
+    words += ["--threads", "1", "--set", "eval_tokens=64"]
+    run = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "moe.gguf"), "--out", run, *words]) == 0
+    assert main(["generate", run, "--prompt", "line", "--max-tokens", "4"]) == 0
+    capsys.readouterr()

@@ -1,0 +1,157 @@
+"""What cannot be upcycled is said in one sentence, and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from consilium.cli.main import main
+from consilium.config.moe import MoE
+from consilium.config.router import Router, TopK
+from consilium.records.upcycling import NAME
+from upcycling.sources import LLAMA, saved, text
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    saved(LLAMA, folder / "dense")
+    moe = MoE(experts=4, width=16, router=Router(select=TopK(k=2)))
+    saved(dataclasses.replace(LLAMA, family="mixtral", moe=moe), folder / "sparse")
+    text(folder / "a.txt")
+    (folder / "short.txt").write_text("a few words")
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "notes.txt").write_text("mine")
+    return folder
+
+
+def words(home: Path, out: Path, text_: str) -> list[str]:
+    given = text_.split()
+    data = [] if "--data" in given else ["--data", str(home / "a.txt")]
+    places = [str(home / given[0]), str(out)]
+    return ["upcycle", *places, *(str(home / w) if w.endswith(".txt") else w for w in given[1:]), *data]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("dense --method copi --experts 2 --top-k 1", "unknown method 'copi'. Did you mean 'copy'?"),
+        ("dense --method copy --experts 2 --top-k 3", "top-3 of 2 experts is impossible"),
+        ("dense --method split-random --experts 7 --top-k 2", "not divisible into 7 parts"),
+        ("dense --method split-random --experts 4 --top-k 2 --shared 1", "not divisible into 5 parts"),
+        ("dense --method split-inter --experts 4 --top-k 2", "give --shared 1 or more"),
+        ("dense --method copy --experts 4 --top-k 2 --shared 2", "shared expert is the whole network"),
+        ("dense --method virtual-group --experts 4 --top-k 3 --granularity 2", "a multiple of 2"),
+        ("dense --method virtual-group --experts 4 --top-k 5 --granularity 5", "not divisible into 5 parts"),
+        (
+            "dense --method virtual-group --experts 2 --top-k 2 --set method.scaling=cube_root",
+            "exact for squared_relu",
+        ),
+        ("dense --method copy --experts 2 --top-k 1 --granularity 2", "unknown key"),
+        ("dense --method copy --experts 2 --top-k 1 --set gaet=mlp", "Did you mean 'gate'?"),
+        ("dense --method copy --experts 2 --top-k 1 --set method.fresh=0.5", "unknown key"),
+        ("dense --method drop --experts 2 --top-k 1 --set method.fresh=1.5", "less than or equal to 1"),
+        ("sparse --method copy --experts 2 --top-k 1", "has experts already"),
+        ("dense --method expand --experts 4 --top-k 1", "is dense; choose --method copy"),
+        ("sparse --method expand --experts 6 --top-k 2", "multiple of 4"),
+        ("dense --method copy --experts 8 --top-k 1 --data short.txt", "give more text"),
+        ("nothere --method copy --experts 2 --top-k 1", "no such folder"),
+        ("theirs --method copy --experts 2 --top-k 1", "is not a checkpoint"),
+        ("dense --method copy --experts 2 --top-k 1 --data nothere.txt", "nothere.txt"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    home: Path, tmp_path: Path, given: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(home, tmp_path / "out", given)) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
+    assert not list(tmp_path.iterdir())
+
+
+COPY = "dense --method copy --experts 2 --top-k 1"
+
+
+def test_a_folder_of_somebody_else_stays_and_is_told_before_the_work(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.upcycling.run.survey", None)
+    assert main(words(home, home / "theirs", COPY)) == 2
+    assert "theirs" in capsys.readouterr().err
+    assert [path.name for path in (home / "theirs").iterdir()] == ["notes.txt"]
+    assert main(words(home, home / "dense" / "inside", COPY)) == 2
+    assert main(words(home, home / "dense", COPY)) == 2
+    assert not (home / "dense" / "inside").exists()
+
+
+def test_without_a_tokenizer_there_is_no_text(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "dense", tmp_path / "dense")
+    (tmp_path / "dense/tokenizer.json").unlink()
+    (tmp_path / "dense/manifest.json").unlink()
+    assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "out"), *COPY.split()[1:]]) == 2
+    assert "no text to calibrate on" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_before_the_first_byte(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.disk.files._free", lambda place: 1000)
+    monkeypatch.setattr("consilium.upcycling.run.survey", None)
+    assert main(words(home, tmp_path / "out", COPY)) == 2
+    assert "the sparse model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_in_the_middle_leaves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr("consilium.upcycling.run.certify", broken)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        main(words(home, tmp_path / "out", COPY))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_a_certificate_and_one_json_object(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(home, tmp_path / "out", COPY)) == 0
+    told = capsys.readouterr().out
+    assert "equal, as the method promises" in told
+    assert "bits per byte" in told
+    assert main([*words(home, tmp_path / "out", COPY), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] is True
+    assert found["certificate"]["relative"] < 1e-5
+    stored = json.loads((tmp_path / "out" / NAME).read_text())
+    assert stored["certificate"] == found["certificate"]
+
+
+def test_a_promise_that_is_broken_is_said_and_ends_with_1(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.upcycling.run.promise", lambda source, asked: 1e-30)
+    assert main(words(home, tmp_path / "out", COPY)) == 1
+    assert "NOT equal" in capsys.readouterr().out
+
+
+def test_plan_says_what_an_upcycling_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("method=copy", "experts=8", "top_k=2")
+    asked = [word for key in keys for word in ("--upcycle", key)]
+    assert main(["plan", "llama:7b", *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    network, gate = 3 * 4096 * 11008, 4096 * 8
+    assert found["total"] == 6_738_415_616 + 32 * (7 * network + gate)
+    assert found["active"] == 6_738_415_616 + 32 * (network + gate)
+    assert main(["plan", "llama:7b", "--upcycle", "method=copy"]) == 2
+    assert "experts is missing" in capsys.readouterr().err
