@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from consilium.planner.plan import plan
     from consilium.recipes.catalogue import recipe, systems
     from consilium.training.loop import train
+    from consilium.upcycling.run import upcycle
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "save",
     "systems",
     "train",
+    "upcycle",
 ]
 
 _HOME = {
@@ -68,6 +70,7 @@ _HOME = {
     "save": "consilium.checkpoint.store",
     "systems": "consilium.recipes.catalogue",
     "train": "consilium.training.loop",
+    "upcycle": "consilium.upcycling.run",
 }
 
 

@@ -32,6 +32,7 @@ PUBLIC = [
     "save",
     "systems",
     "train",
+    "upcycle",
 ]
 WITHOUT_TORCH = ["config", "errors", "planner", "recipes", "records", "report", "cli"]
 
