@@ -2,12 +2,12 @@
 
 usage: python bench/upcycle.py [NAME ...] [--jobs 2] [--again] [--steps 244] [--seeds 3]
 
-NAME is a method, or one of ``dense`` (trained on as it is), ``dense-small`` (a dense model of the width that
-a split keeps active, from the beginning), ``scratch`` and ``scratch-long`` (the sparse model of ``copy``, from
-nothing, for the steps after the dense model's training and for both). Seeds are paired: for each seed all begin with the
-same dense model and read the same text in the same order. Each NAME is a record of its own; stop it at any
-time, and it goes on with the first that has no record of these settings and this machine. Settings are the
-methods' defaults; none was chosen after a result was seen.
+NAME is a method, or one of ``dense`` (trained on as it is), ``dense-small`` (a dense model as wide as what
+a split keeps active, from nothing), ``scratch`` and ``scratch-long`` (the sparse model of ``copy``, from
+nothing, for the steps after the dense model's training and for both). Seeds are paired: for each seed all
+begin with the same dense model and read the same text in the same order. Each NAME is a record of its own;
+stop it at any time, and it goes on with the first that has no record of these settings and this machine.
+Settings are the methods' defaults; none was chosen after a result was seen.
 
 Legend: E experts, P values of an expert.
 """

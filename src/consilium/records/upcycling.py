@@ -58,6 +58,6 @@ class Lineage:
     """The configuration, as ``consilium.config.upcycling`` reads it."""
     certificate: Certificate
     neurons: Sequence[Sequence[Sequence[int]]] = ()
-    """By sparse layer and routed expert; none where every expert is a copy."""
+    """By sparse layer and routed expert; none where experts are copies or their shards in order."""
     shared: Sequence[Sequence[int]] = ()
     """By sparse layer: neurons of the shared experts; none where they have none or the whole network."""

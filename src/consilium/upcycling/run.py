@@ -18,7 +18,7 @@ from consilium.checkpoint.weights import digest
 from consilium.config.data import Data
 from consilium.config.io import from_data, to_data
 from consilium.config.model import Model
-from consilium.config.upcycling import Drop, Expand, Qwen, Split, Upcycling, VirtualGroup
+from consilium.config.upcycling import Copy, Drop, Expand, Qwen, Split, Upcycling, VirtualGroup
 from consilium.data.corpus import Corpus, held_out_corpus, measured_corpus, whole_documents
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ def _sparse(
     state: Mapping[str, Tensor],
     text: Sequence[Passage],
     progress: Progress,
-) -> Source:
+) -> Upcycled | Expanded:
     if isinstance(asked.method, Expand):
         return Expanded(source, asked, config, state)
     bare = Upcycled(source, asked, config, state, {}, {})
@@ -183,22 +183,21 @@ def _sparse(
 
 
 def _lineage(
-    dense: Path, source: Source, sparse: Source, text_sha256: str, certificate: Certificate
+    dense: Path,
+    source: Source,
+    sparse: Upcycled | Expanded,
+    text_sha256: str,
+    certificate: Certificate,
 ) -> Lineage:
-    neurons: list[list[list[int]]] = []
-    shared: list[list[int]] = []
-    if isinstance(sparse, Upcycled) and not isinstance(sparse.asked.method, VirtualGroup):
-        neurons = [sparse.cuts[layer].neurons_ES.tolist() for layer in sorted(sparse.cuts)]
-        shared = [
-            plan.shared_N.tolist() for _, plan in sorted(sparse.cuts.items()) if plan.shared_N is not None
-        ]
-    assert isinstance(sparse, Upcycled | Expanded), "what this module makes"
+    cuts = [sparse.cuts[layer] for layer in sorted(sparse.cuts)] if isinstance(sparse, Upcycled) else []
+    whole = isinstance(sparse.asked.method, Copy | Drop | VirtualGroup)
+    shared = [plan.shared_N.tolist() for plan in cuts if plan.shared_N is not None]
     return Lineage(
         source=dense.name,
         source_sha256=digest((name, source.read(name)) for name in sorted(source.state)),
         text_sha256=text_sha256,
         upcycling=to_data(sparse.asked),
         certificate=certificate,
-        neurons=neurons,
+        neurons=[] if whole else [plan.neurons_ES.tolist() for plan in cuts],
         shared=shared,
     )
