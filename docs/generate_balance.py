@@ -8,25 +8,20 @@ from __future__ import annotations
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from paired import DOCS, RECORDS, STYLE, Claim, Studies, Study, cell, claim_row, source, write
+
 from consilium.recipes.balances import TEXTS
-from consilium.records.bench import BenchRecord
-from consilium.records.io import read_json
 from consilium.report.lines import LineChart, Rule, Series, line_chart
 from consilium.report.plain import markdown
 from consilium.report.svg import standalone
 
-DOCS = Path(__file__).parent
-RECORDS = DOCS.parent / "bench" / "records"
-STYLE = DOCS.parent / "src" / "consilium" / "report" / "templates" / "report.css"
 SCORES = ("softmax", "sigmoid")
 CHOICES = ("k2", "k4", "k8")
 DRAWN = ("none", "switch", "sequence", "bias", "bias-linear", "smebu", "quantile", "sinkhorn")
 """As many as the page has colours."""
-FIGURE = re.compile(r"(?P<name>.+), seed (?P<seed>\d+)")
 AT_STEP = re.compile(r"MaxVio at step (\d+)")
 BITS, BATCH, GLOBAL, TIME = "bits per byte", "MaxVio batch", "MaxVio global", "steps to MaxVio < 0.5"
 
@@ -63,55 +58,16 @@ published differences are smaller than those between seeds.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Study:
-    """One record: each figure's value by seed. What never happened has no value."""
-
-    values: Mapping[str, Mapping[int, float]]
-    record: BenchRecord
-
-    @staticmethod
-    def read(path: Path) -> Study:
-        record = read_json(BenchRecord, path)
-        values: dict[str, dict[int, float]] = {}
-        for figure in record.figures:
-            found = FIGURE.fullmatch(figure.name)
-            assert found is not None, f"{path.name}: {figure.name!r} is of no seed"
-            values.setdefault(found["name"], {})[int(found["seed"])] = figure.median
-        return Study(values, record)
-
-    def of(self, name: str) -> Mapping[int, float]:
-        return self.values.get(name, {})
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(self.of(BITS))
-
-    def curve(self) -> list[tuple[int, float]]:
-        """Means over seeds by step."""
-        steps = ((int(at[1]), of) for name, of in self.values.items() if (at := AT_STEP.fullmatch(name)))
-        return sorted((step, statistics.fmean(of.values())) for step, of in steps)
-
-
-Studies = Mapping[str, Study]
+def curve(study: Study) -> list[tuple[int, float]]:
+    """Means over seeds by step."""
+    steps = ((int(at[1]), of) for name, of in study.values.items() if (at := AT_STEP.fullmatch(name)))
+    return sorted((step, statistics.fmean(of.values())) for step, of in steps)
 
 
 def studies() -> dict[str, Study]:
     names = [f"{kind}-{method}" for kind in (*SCORES, *CHOICES) for method in TEXTS]
     paths = {name: RECORDS / f"balance-{name}.json" for name in names}
     return {name: Study.read(path) for name, path in paths.items() if path.exists()}
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def cell(values: Mapping[int, float]) -> str:
-    if not values:
-        return "never"
-    low, high = min(values.values()), max(values.values())
-    spread = f" ({number(low)} to {number(high)})" if low != high else ""
-    return f"{number(statistics.fmean(values.values()))}{spread}"
 
 
 def when(study: Study) -> str:
@@ -177,7 +133,7 @@ def drawn(score: str, found: Studies) -> tuple[str, ...]:
 def picture(score: str, found: Studies) -> str:
     """MaxVio over the steps as one SVG that stands alone, on light and dark pages."""
     series = tuple(
-        Series(method, tuple((float(step), y) for step, y in found[f"{score}-{method}"].curve()), place)
+        Series(method, tuple((float(step), y) for step, y in curve(found[f"{score}-{method}"])), place)
         for place, method in enumerate(drawn(score, found))
     )
     chart = LineChart(
@@ -216,31 +172,6 @@ def by_k(found: Studies) -> str:
         if (study := found.get(f"{kind}-{method}")) is not None
     ]
     return f"{text}{markdown(BY_K, rows) if rows else UNMEASURED}\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """``left`` is below ``right`` in ``figure``; what never happened is later than everything."""
-
-    text: str
-    figure: str
-    left: str
-    right: str
-
-    def verdict(self, found: Studies) -> str:
-        if self.left not in found or self.right not in found:
-            return "not measured"
-        left, right = found[self.left], found[self.right]
-        seeds = [seed for seed in left.seeds if seed in right.seeds]
-        never = float("inf")
-        pairs = [
-            (left.of(self.figure).get(seed, never), right.of(self.figure).get(seed, never)) for seed in seeds
-        ]
-        holds: Sequence[Callable[[float, float], bool]] = (lambda a, b: a < b, lambda a, b: a > b)
-        for name, relation in zip(("reproduced", "opposite"), holds, strict=True):
-            if pairs and all(relation(a, b) for a, b in pairs):
-                return f"{name}, {len(pairs)} of {len(pairs)} seeds"
-        return f"undecided, {sum(a < b for a, b in pairs)} of {len(pairs)} seeds"
 
 
 def claims() -> Iterable[Claim]:
@@ -288,25 +219,6 @@ def claims() -> Iterable[Claim]:
     yield Claim(finer, BITS, "k8-switch", "k2-switch")
 
 
-def claim_row(claim: Claim, found: Studies) -> tuple[str, ...]:
-    rule = f"{claim.figure}: `{claim.left}` < `{claim.right}`"
-    return claim.text, rule, claim.verdict(found)
-
-
-def source(found: Studies) -> str:
-    """Which machines and settings the records are of."""
-    settings = sorted(
-        {
-            (study.record.machine, study.record.command.partition(" --")[2], str(study.record.date.date()))
-            for study in found.values()
-        }
-    )
-    return "".join(
-        f"Measured {date} on {machine}: `python bench/balance.py --{command}`.\n"
-        for machine, command, date in settings
-    )
-
-
 def page(found: Studies) -> str:
     methods = markdown(("Name", "What it is"), ((f"`{name}`", text) for name, text in TEXTS.items()))
     verdicts = markdown(("Said", "Rule", "Here"), (claim_row(claim, found) for claim in claims()))
@@ -321,7 +233,7 @@ def page(found: Studies) -> str:
                 ORDERINGS,
                 verdicts,
                 "\n",
-                source(found),
+                source(found, "balance"),
             )
         ).rstrip()
         + "\n"
@@ -337,17 +249,8 @@ def texts(found: Studies) -> dict[Path, str]:
     return {DOCS / "balance.md": page(found), **pictures}
 
 
-def main(arguments: list[str]) -> int:
-    written = texts(studies()).items()
-    stale = {path: text for path, text in written if not path.exists() or path.read_text("utf-8") != text}
-    if "--check" in arguments:
-        for path in stale:
-            print(f"docs/{path.relative_to(DOCS)} is out of date; run python docs/generate_balance.py")
-        return 1 if stale else 0
-    for path, text in stale.items():
-        path.write_text(text, encoding="utf-8", newline="\n")
-        print(f"wrote docs/{path.relative_to(DOCS)}")
-    return 0
+def main(arguments: Sequence[str]) -> int:
+    return write(texts(studies()), "generate_balance", arguments)
 
 
 if __name__ == "__main__":
