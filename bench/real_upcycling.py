@@ -125,6 +125,7 @@ def measures(run: Path, at: Mapping[str, int]) -> Iterator[Figure]:
 def answers(model: Path) -> dict[str, str]:
     """What the model says to each question, greedily, at most 40 tokens."""
     words = ["generate", str(model), "--chat", "--temperature", "0", "--max-tokens", "40", "--json"]
+    words += ["--threads", "1"]
     command = [sys.executable, "-m", "consilium", *words]
     found: dict[str, str] = {}
     for question in QUESTIONS:

@@ -80,9 +80,9 @@ Numbers are means over seeds, and in brackets the lowest and the highest where t
 PRETRAINED = """\
 ## A real pretrained model
 
-SmolLM2-135M-Instruct, through every split and virtual groups, with a half and a quarter of the neurons active.
-Gates train alone for 20 steps, then everything for 98 steps of 1,024 tokens on the Python manual, Python modules
-and sums as conversations. Bits per byte, mean over the three.
+SmolLM2-135M-Instruct, through every split and virtual groups, with a half and a quarter of the neurons
+active. Gates train alone for 20 steps, then everything for 98 steps of 1,024 tokens on the Python manual,
+Python modules and sums as conversations. Bits per byte, mean over the three.
 
 """
 ORDERINGS = """\

@@ -1,0 +1,72 @@
+"""bench/upcycle.py and bench/real_upcycling.py try every method, and docs/generate_upcycle.py shows all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from consilium.checkpoint import store
+from consilium.config.data import Data, TextPath
+from consilium.config.training import Bytes
+from consilium.data.corpus import build_corpus
+from consilium.model.build import build
+from consilium.planner.parameters import parameters
+from house.scripts import loaded
+from upcycling.sources import LLAMA, saved, text
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    with loaded("bench/upcycle.py") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def docs() -> Iterator[ModuleType]:
+    with loaded("docs/generate_upcycle.py") as module:
+        yield module
+
+
+def test_the_pages_show_what_the_studies_try(bench: ModuleType, docs: ModuleType) -> None:
+    assert set(docs.NAMES) == set(bench.STUDY.names)
+    with loaded("bench/real_upcycling.py") as real:
+        assert set(docs.real_names()) == set(real.STUDY.names)
+    claimed = {name for claim in docs.claims() for name in (claim.left, claim.right)}
+    assert claimed <= set(docs.NAMES)
+    count = parameters(bench.DENSE)
+    assert 3e6 < count.total - 2 * bench.DENSE.vocab_size * bench.DENSE.hidden_size < 4e6
+    assert f"bits per byte at step {bench.STUDY.steps}" == docs.LAST
+
+
+def test_the_page_is_what_the_records_say(docs: ModuleType) -> None:
+    assert docs.main(["--check"]) == 0
+
+
+def test_a_run_gives_every_figure(bench: ModuleType, docs: ModuleType, tmp_path: Path) -> None:
+    files = tmp_path / "text"
+    files.mkdir()
+    for name in "ab":
+        text(files / f"{name}.txt")
+    data = Data(sources=(TextPath(path=str(files)),), sequence_length=32, held_out=0.5)
+    corpus = build_corpus(data, 300, start=Bytes())
+    saved(LLAMA, tmp_path / "dense")
+    options = {**bench.METHODS["copy"], "data": files / "a.txt"}
+    bench.upcycle(tmp_path / "dense", tmp_path / "moe", **options)
+    model = store.load(tmp_path / "moe")
+    assert bench.similarity(model) == pytest.approx(1.0, abs=1e-5)
+    assert bench.similarity(build(LLAMA)) is None
+    with pytest.MonkeyPatch.context() as patch:
+        small = dataclasses.replace(bench.training_of(model.config, 3, 0), data=data, batch=2)
+        patch.setattr(
+            bench, "training_of", lambda config, steps, seed: dataclasses.replace(small, steps=steps)
+        )
+        torch.manual_seed(0)
+        names = {figure.name for figure in bench.figures(model, corpus, 3, 5)}
+    for figure in ("bits per byte at step 0", "bits per byte at step 3", "busiest expert, before"):
+        assert f"{figure}, seed 5" in names
+    assert "expert similarity, after, seed 5" in names
