@@ -22,6 +22,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "carve, k = E, shared": {"method": "carve", "experts": 6, "top_k": 6, "shared": 2},
     "split with an MLP gate": {"method": "split-random", "experts": 4, "top_k": 4, "gate": "mlp"},
     "copy": {"method": "copy", "experts": 5, "top_k": 2},
+    "copy, standardised": {"method": "copy", "experts": 4, "top_k": 2, "gate": "standardised"},
+    "copy, weights apart": {"method": "copy", "experts": 4, "top_k": 3, "spread": 1.0},
+    "groups, weights apart": {
+        "method": VirtualGroup(granularity=3, weights="normalised"),
+        "experts": 4,
+        "top_k": 6,
+        "spread": 1.0,
+    },
     "copy, one chosen": {"method": "copy", "experts": 4, "top_k": 1},
     "copy beside the whole": {"method": "copy", "experts": 4, "top_k": 2, "shared": 1},
     "drop nothing": {"method": Drop(fresh=0.0), "experts": 3, "top_k": 2},
@@ -107,6 +115,7 @@ def test_powers_of_two_are_exact_in_narrow_dtypes_too(
     options = {"method": method, "experts": experts, "top_k": k, "data": text(tmp_path / "a.txt")}
     made = upcycle(tmp_path / "dense", tmp_path / "moe", **options)
     assert made.relative < 1e-5
+    assert made.promise == 1e-5
     assert next(store.load(tmp_path / "moe").parameters()).dtype == getattr(torch, dtype)
 
 
@@ -118,3 +127,11 @@ def test_norms_on_heads_and_behind_branches_stay(tmp_path: Path) -> None:
         ids_BS = torch.arange(40)[None]
         sparse = store.load(tmp_path / f"{name}-moe").eval()
         assert relative_error(sparse(ids_BS).logits, dense(ids_BS).logits) < 1e-5
+
+
+def test_another_factor_rounds_in_narrow_dtypes_and_the_certificate_sees_it(tmp_path: Path) -> None:
+    saved(LLAMA, tmp_path / "dense", dtype="bfloat16")
+    options = {"method": VirtualGroup(granularity=3), "experts": 4, "top_k": 3}
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", data=text(tmp_path / "a.txt"), **options)
+    assert made.promise == 3e-2
+    assert 1e-5 < made.relative < 3e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from consilium.checkpoint.weights import digest
 from consilium.config.data import Data
 from consilium.config.io import from_data, to_data
 from consilium.config.model import Model
-from consilium.config.upcycling import Copy, Drop, Expand, Qwen, Split, Upcycling, VirtualGroup
+from consilium.config.upcycling import Copy, Drop, Expand, Qwen, Upcycling, VirtualGroup
 from consilium.data.corpus import Corpus, held_out_corpus, measured_corpus, whole_documents
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
@@ -37,8 +38,8 @@ from consilium.upcycling.source import Upcycled
 from consilium.upcycling.survey import Progress, survey
 
 _CONTEXT: Final = 512
-_BYTES_A_TOKEN: Final = 16
-"""More than a tokenizer gets out of one; so much text is read and no more."""
+_FLAT: Final = 1e-5
+"""Spread of logits below which weights count as equal."""
 _FEWEST: Final = 64
 """Tokens for each expert chosen, so that an even load can be told from an uneven one."""
 
@@ -120,26 +121,27 @@ def promise(source: Source, asked: Upcycling) -> float | None:
 
     With float32 weights; in a narrower dtype a factor that is no power of two rounds.
     """
-    if not _is_exact(source, asked):
+    if not _is_exact(asked):
         return None
     wide = source.state["embed.weight"].dtype == torch.float32
-    return 1e-5 if wide or factor(asked).as_integer_ratio()[0] == 1 else 3e-2
+    return 1e-5 if wide or math.frexp(factor(asked))[0] == 0.5 else 3e-2
 
 
-def _is_exact(source: Source, asked: Upcycling) -> bool:
-    if asked.spread > 1e-5 or asked.gate == "standardised":
-        return False
+def _is_exact(asked: Upcycling) -> bool:
+    """Whether the experts that a token uses add up to the network.
+
+    Where weights sum to 1, copies do whoever is chosen; otherwise while all logits are equal.
+    """
+    flat = asked.spread <= _FLAT and asked.gate != "standardised"
     match asked.method:
-        case Expand():
+        case Copy() | Drop(fresh=0.0):
+            return flat or asked.top_k > 1
+        case VirtualGroup(weights=weights):
+            return flat or weights == "normalised"
+        case Drop() | Qwen() | Expand():
             return False
-        case Drop(fresh=fresh) | Qwen(fresh=fresh):
-            return fresh == 0 and isinstance(asked.method, Drop)
-        case VirtualGroup():
-            return True
-        case method if isinstance(method, Split):
-            return asked.top_k == asked.experts and asked.scale == "sum"
         case _:
-            return True
+            return flat and asked.top_k == asked.experts and asked.scale == "sum"
 
 
 def _calibration(folder: Path, config: Model, data: Path | str | None) -> Corpus:
