@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from consilium.checkpoint import store
 from consilium.cli.upcycle import METHODS
 from consilium.config import upcycling
+from consilium.config.io import from_data
 from consilium.config.moe import AlwaysOn, SigmoidGated
-from consilium.config.upcycling import ClusterSplit, Drop, Expand, Qwen, VirtualGroup
+from consilium.config.upcycling import ClusterSplit, Drop, Expand, Qwen, Upcycling, VirtualGroup
 from consilium.data.corpus import measured_corpus, whole_documents
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from consilium.evaluation.walk import importances, passages, walk
 from consilium.model.types import Inputs
 from consilium.records.io import read_json
 from consilium.records.upcycling import NAME, Lineage
-from consilium.upcycling.run import upcycle
+from consilium.upcycling.run import run, upcycle
 from support import relative_error
 from upcycling.sources import LLAMA, saved, text
 
@@ -115,6 +116,7 @@ def test_importance_is_activation_times_gradient(dense: Path) -> None:
     for passage in read:
         hiddens = whole_pass(model, passage)
         for layer, hidden_BSF in hiddens.items():
+            assert hidden_BSF.grad is not None
             expected[layer].append(passage.tokens((hidden_BSF * hidden_BSF.grad).abs().detach()))
     for layer, parts in expected.items():
         assert relative_error(found[layer], torch.cat(parts)) < 1e-4
@@ -234,3 +236,12 @@ def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None
         tmp_path / "other", tmp_path / "b", method="copy", experts=2, top_k=1, data=dense.parent / "a.txt"
     )
     assert json.loads((tmp_path / "b" / NAME).read_text())["source_sha256"] != lineage.source_sha256
+
+
+def test_a_lineage_makes_the_same_bits_again(dense: Path, tmp_path: Path) -> None:
+    lineage = made(dense, tmp_path / "moe", "carve", seed=5, spread=0.1)
+    asked = from_data(Upcycling, lineage.upcycling)
+    run(dense, tmp_path / "again", asked, data=dense.parent / "a.txt")
+    one, two = (tmp_path / name for name in ("moe", "again"))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert (one / NAME).read_bytes() == (two / NAME).read_bytes()
