@@ -47,3 +47,14 @@ def text(path: Path) -> Path:
     ]
     path.write_text("".join(lines))
     return path
+
+
+def fine_tuned(config: Model, folder: Path, seed: int, *, dtype: str = "float32") -> Decoder:
+    """The model of ``saved``, every weight of it moved a little, as by training on some text."""
+    model = lively(config, seed=1)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * weight.abs().mean() * torch.randn(weight.shape, generator=generator))
+    store.save(model.to(getattr(torch, dtype)), folder, tokenizer=Tokenizer.of_bytes())
+    return store.load(folder).eval()

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, final, get_args
 
 from consilium.cli.arguments import assignments, count, json_flag, path
 from consilium.cli.exits import command_line
@@ -29,6 +29,7 @@ METHODS = (
     "virtual-group",
     "qwen",
     "drop",
+    "btx",
     "carve",
     "expand",
 )
@@ -43,7 +44,10 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("out", type=path, metavar="OUT", help="a new folder")
     parser.add_argument("--method", required=True, metavar="NAME", help=", ".join(METHODS))
     parser.add_argument(
-        "--experts", type=count, required=True, metavar="E", help="routed experts; of virtual-group: copies"
+        "--experts",
+        type=count,
+        metavar="E",
+        help="routed experts; of virtual-group: copies; default, of btx alone: one a source",
     )
     parser.add_argument("--top-k", type=count, required=True, metavar="K", help="experts that a token uses")
     parser.add_argument(
@@ -54,6 +58,20 @@ def arguments(parser: ArgumentParser) -> None:
         type=count,
         metavar="G",
         help="parts that each copy is cut into (virtual-group, qwen); default: 1",
+    )
+    parser.add_argument(
+        "--sources",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="fine-tunes of DENSE, folders or .gguf files, an expert each (btx)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path,
+        metavar="FILE",
+        help="YAML of prompts that say what each source is for: where gates begin (btx); default: at random",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     parser.add_argument(
@@ -84,8 +102,9 @@ def run(options: Namespace) -> int:
     from consilium.upcycling.run import run as upcycle
 
     torch.set_num_threads(options.threads or threads())
+    models = [options.dense, *options.sources]
     with ExitStack() as stack:
-        made = upcycle(options.dense, options.out, asked, data=options.data, progress=_Stages(stack))
+        made = upcycle(models, options.out, asked, data=options.data, progress=_Stages(stack))
     if options.json:
         print(json.dumps(_data(options.out, made)))
     else:
@@ -99,13 +118,30 @@ def asked_of(options: Namespace) -> Upcycling:
 
     if options.method not in METHODS:
         raise ConsiliumError(f"upcycle: unknown method {options.method!r}.{nearest(options.method, METHODS)}")
-    given = {"experts": options.experts, "top_k": options.top_k, "shared": options.shared or 0}
-    if options.granularity is not None:
-        given["method.granularity"] = options.granularity
-    texts = {key: str(value) for key, value in given.items()}
-    return configured(
-        {"method": options.method, "seed": str(options.seed)} | texts | assignments(options.set)
-    )
+    given = {
+        "method": options.method,
+        "seed": options.seed,
+        "experts": options.experts or len(options.sources) or None,
+        "top_k": options.top_k,
+        "shared": options.shared or 0,
+        "method.granularity": options.granularity,
+    }
+    if given["experts"] is None:
+        raise ConsiliumError(
+            "upcycle: the number of experts is missing; give --experts E, or with --method btx --sources."
+        )
+    texts = {key: str(value) for key, value in given.items() if value is not None}
+    prompts = {} if options.prompts is None else _prompted(options.prompts)
+    return configured(texts | prompts | assignments(options.set))
+
+
+def _prompted(file: Path) -> dict[str, str]:
+    """The keys that prompts are given with."""
+    from consilium.config.io import read_yaml, to_data
+    from consilium.config.upcycling import PromptFile
+
+    found = to_data(read_yaml(PromptFile, file))
+    return {"method.directions.kind": "hidden", "method.directions.prompts": json.dumps(found["experts"])}
 
 
 @final
@@ -177,10 +213,23 @@ def _summary(made: Certificate) -> list[str]:
     return [apart, bits, kept]
 
 
+def _layout(out: Path) -> str:
+    """Who opens the result."""
+    from consilium.checkpoint.hf.architecture import Native, architecture
+    from consilium.checkpoint.hf.config import config_from_folder
+
+    found = architecture(config_from_folder(out))
+    if found is None:
+        return say("layout: our own; no published code computes this model, so Consilium alone opens it")
+    if found in get_args(Native):
+        return say("layout: {layout}, which transformers opens", layout=found)
+    return say("layout: {layout}, which the code published with that model opens", layout=found)
+
+
 def _next(out: Path, asked: Upcycling) -> list[str]:
     gate = say(
         "gate: rows levelled on the text so that loads are even; logits of standard deviation {spread:g}",
         spread=asked.spread,
     )
     trained = command_line("train", out, "--out", f"{out}-trained", "--data", "PATH")
-    return [gate, say("written: {out}; go on with {command}", out=str(out), command=trained)]
+    return [gate, _layout(out), say("written: {out}; go on with {command}", out=str(out), command=trained)]

@@ -6,7 +6,7 @@ and ``consilium.upcycling`` what it makes of weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
@@ -100,6 +100,85 @@ class Drop:
     fresh: Share = 0.5
 
 
+Text = Annotated[str, Field(min_length=1)]
+
+
+@configuration
+class Prompts:
+    """What one expert is for, and what it is not for, as examples."""
+
+    positive: Annotated[tuple[Text, ...], Field(min_length=1)]
+    negative: tuple[Text, ...] = ()
+
+
+@configuration
+class PromptFile:
+    """What a file of prompts holds."""
+
+    experts: tuple[Prompts, ...]
+    """In the order of the sources."""
+
+
+@configuration
+class AtRandom:
+    """Normal rows: experts say nothing of what they are for."""
+
+    kind: Literal["random"] = "random"
+
+
+@configuration
+class HiddenStates:
+    """What the gate gets of an expert's positive prompts, less what it gets of its negative ones.
+
+    Means over prompts: of the mean of a prompt's tokens, or of its last one (mergekit's ``hidden_avg`` and
+    ``hidden``, which take the states before the layer).
+    """
+
+    kind: Literal["hidden"] = "hidden"
+    prompts: tuple[Prompts, ...]
+    """One an expert, in the order of the sources."""
+    of: Literal["mean", "last"] = "mean"
+
+    def __post_init__(self) -> None:
+        _refuse_alike(self.prompts)
+
+
+@configuration
+class Embeddings:
+    """The same of the embeddings of the prompts' tokens, one direction for all layers (``cheap_embed``)."""
+
+    kind: Literal["embedding"] = "embedding"
+    prompts: tuple[Prompts, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_alike(self.prompts)
+
+
+Directions = Annotated[AtRandom | HiddenStates | Embeddings, Field(discriminator="kind")]
+
+
+def _refuse_alike(prompts: Sequence[Prompts]) -> None:
+    """Two equal rows of a gate would always tie, and the lower index be chosen."""
+    for place, one in enumerate(prompts):
+        if one in prompts[:place]:
+            raise ConsiliumError(
+                f"upcycle: the prompts of experts {prompts.index(one)} and {place} are the same, so nothing"
+                " would tell the two apart; give each its own."
+            )
+
+
+@configuration
+class BranchTrainMix:
+    """Experts are the networks of several fine-tunes of one model (Branch-Train-MiX, 2403.07816).
+
+    What is no expert is the mean of the fine-tunes, or stays as it is in the model that they began with.
+    """
+
+    kind: Literal["btx"] = "btx"
+    rest: Literal["mean", "base"] = "mean"
+    directions: Directions = AtRandom()
+
+
 @configuration
 class Carve:
     """Neurons that are active for most tokens are shared, the others grouped by when they are.
@@ -129,6 +208,7 @@ Method = Annotated[
     | VirtualGroup
     | Qwen
     | Drop
+    | BranchTrainMix
     | Carve
     | Expand,
     Field(discriminator="kind"),

@@ -2,7 +2,8 @@
 
 Everything is computed in float32, whatever the dtype of the files.
 
-Legend: B rows, S tokens of a row, D hidden size, T tokens of all passages without padding, F width.
+Legend: B rows, S tokens of a row, D hidden size, T tokens of all passages without padding, C some of them,
+F width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -175,12 +176,13 @@ class Ends:
 
 @torch.no_grad()
 def compare_ends(
-    source: Source, text: Sequence[Passage], expected: Sequence[Tensor], actual: Sequence[Tensor]
+    sources: tuple[Source, Source],
+    text: Sequence[Passage],
+    expected: Sequence[Tensor],
+    actual: Sequence[Tensor],
 ) -> Ends:
-    """Compare the last states [B, S, D] of two models, by the last norm and the head of ``source``."""
-    config = source.config
-    norm_D = source.read("norm.weight", torch.float32)
-    head_VD = source.read("embed.weight" if config.tied else "head.weight", torch.float32)
+    """Compare the last states [B, S, D] of two models, each by its own last norm and head."""
+    heads = tuple(Head.of(source) for source in sources)
     logits, nats, size, count = Difference(), [0.0, 0.0], 0, 0
     for passage, one_BSD, other_BSD in zip(text, expected, actual, strict=True):
         targets_T = passage.tokens(passage.targets_BS)
@@ -188,15 +190,31 @@ def compare_ends(
         count += int((targets_T != IGNORE).sum())
         both_TD = [passage.tokens(x_BSD).split(_CHUNK) for x_BSD in (one_BSD, other_BSD)]
         for one_CD, other_CD, targets_C in zip(*both_TD, targets_T.split(_CHUNK), strict=True):
-            pair = [_logits(x_CD, norm_D, head_VD, config) for x_CD in (one_CD, other_CD)]
+            pair = [head.logits(x_CD) for head, x_CD in zip(heads, (one_CD, other_CD), strict=True)]
             logits = logits.and_of(pair[1], pair[0])
             nats = [n + float(token_nll(x, targets_C).sum()) for n, x in zip(nats, pair, strict=True)]
     bits = [n / torch.log(torch.tensor(2.0)).item() / max(size, 1) for n in nats]
     return Ends(logits, (bits[0], bits[1]), count)
 
 
-def _logits(x_CD: Tensor, norm_D: Tensor, head_VD: Tensor, config: Model) -> Tensor:
-    return (rms_norm(x_CD, norm_D, config.norm_epsilon) * config.logit_scale) @ head_VD.T
+@final
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last norm and what makes logits of states, in float32."""
+
+    config: Model
+    norm_D: Tensor
+    weight_VD: Tensor
+
+    @staticmethod
+    def of(source: Source) -> Head:
+        name = "embed.weight" if source.config.tied else "head.weight"
+        norm_D = source.read("norm.weight", torch.float32)
+        return Head(source.config, norm_D, source.read(name, torch.float32))
+
+    def logits(self, x_CD: Tensor) -> Tensor:
+        normed_CD = rms_norm(x_CD, self.norm_D, self.config.norm_epsilon)
+        return (normed_CD * self.config.logit_scale) @ self.weight_VD.T
 
 
 def importances(
@@ -222,25 +240,20 @@ def importances(
 
 def _last_gradients(source: Source, text: Sequence[Passage], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of the summed loss by the last states."""
-    config = source.config
-    norm_D = source.read("norm.weight", torch.float32)
-    head_VD = source.read("embed.weight" if config.tied else "head.weight", torch.float32)
+    head = Head.of(source)
     found: list[Tensor] = []
     for passage, x_BSD in zip(text, states, strict=True):
         parts = zip(
             x_BSD.flatten(0, 1).split(_CHUNK), passage.targets_BS.flatten().split(_CHUNK), strict=True
         )
-        grads = [_chunk_gradient(x_CD, t_C, norm_D, head_VD, config) for x_CD, t_C in parts]
-        found.append(torch.cat(grads).view_as(x_BSD))
+        found.append(torch.cat([_chunk_gradient(head, x_CD, t_C) for x_CD, t_C in parts]).view_as(x_BSD))
     return tuple(found)
 
 
-def _chunk_gradient(
-    x_CD: Tensor, targets_C: Tensor, norm_D: Tensor, head_VD: Tensor, config: Model
-) -> Tensor:
+def _chunk_gradient(head: Head, x_CD: Tensor, targets_C: Tensor) -> Tensor:
     with torch.enable_grad():
         x_CD = x_CD.detach().requires_grad_()
-        nll = token_nll(_logits(x_CD, norm_D, head_VD, config), targets_C).sum()
+        nll = token_nll(head.logits(x_CD), targets_C).sum()
     return torch.autograd.grad(nll, x_CD)[0]
 
 

@@ -22,12 +22,15 @@ from consilium.config.router import (
     Weight,
 )
 from consilium.config.upcycling import (
+    BranchTrainMix,
     Carve,
     ClusterSplit,
     Copy,
     Drop,
+    Embeddings,
     Expand,
     GraphSplit,
+    HiddenStates,
     InnerSplit,
     InterSplit,
     Qwen,
@@ -69,7 +72,7 @@ def slices(dense: FeedForward, asked: Upcycling) -> int:
     match asked.method:
         case VirtualGroup(granularity=parts) | Qwen(granularity=parts):
             pass
-        case Copy() | Drop() | Expand():
+        case Copy() | Drop() | BranchTrainMix() | Expand():
             parts = 1
         case _:
             parts = asked.experts + asked.shared
@@ -88,7 +91,7 @@ def factor(asked: Upcycling) -> float:
     Of copies it makes the output that of the network while the logits of all experts are equal.
     """
     match asked.method:
-        case Copy() | Drop() | Expand():
+        case Copy() | Drop() | BranchTrainMix() | Expand():
             size = 1.0
         case VirtualGroup(granularity=shards) | Qwen(granularity=shards):
             size = float(shards)
@@ -140,6 +143,8 @@ def _check(dense: FeedForward, asked: Upcycling) -> None:
         )
     if isinstance(method, VirtualGroup):
         _check_groups(dense, asked, method)
+    if isinstance(method, BranchTrainMix):
+        _check_prompts(asked, method)
 
 
 def _check_groups(dense: FeedForward, asked: Upcycling, method: VirtualGroup) -> None:
@@ -153,6 +158,17 @@ def _check_groups(dense: FeedForward, asked: Upcycling, method: VirtualGroup) ->
             f"upcycle: a cube root on every matrix is exact for squared_relu, and this network has"
             f" {dense.activation}; leave method.scaling at 'down'."
         )
+
+
+def _check_prompts(asked: Upcycling, method: BranchTrainMix) -> None:
+    match method.directions:
+        case HiddenStates(prompts=prompts) | Embeddings(prompts=prompts) if len(prompts) != asked.experts:
+            raise ConsiliumError(
+                f"upcycle: there are prompts for {len(prompts)} experts, and btx makes {asked.experts}; give"
+                " prompts for each, in the order of --sources."
+            )
+        case _:
+            pass
 
 
 def _routed(asked: Upcycling) -> int:
@@ -191,7 +207,7 @@ def _family(asked: Upcycling) -> str:
     match asked.method:
         case RandomSplit() | ClusterSplit() | InnerSplit() | InterSplit() | GraphSplit() | Carve():
             return "llama-moe"
-        case Copy() | Drop() | Expand():
+        case Copy() | Drop() | BranchTrainMix() | Expand():
             return "mixtral"
         case VirtualGroup():
             return "nemotron-moe"

@@ -44,6 +44,16 @@ class Certificate:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Origin:
+    """A model that one expert comes from."""
+
+    name: str
+    """Of the folder or file."""
+    sha256: str
+    """Of its weights by our names, whatever their format."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Lineage:
     """From what, how, and which neurons each expert got: enough to make the same bits again."""
 
@@ -61,3 +71,5 @@ class Lineage:
     """By sparse layer and routed expert; none where experts are copies or their shards in order."""
     shared: Sequence[Sequence[int]] = ()
     """By sparse layer: neurons of the shared experts; none where they have none or the whole network."""
+    experts: Sequence[Origin] = ()
+    """By expert, where each is of a model of its own."""

@@ -36,7 +36,7 @@ def certify(
         last = one, other
         progress(len(layers), dense.config.layers)
     assert last is not None, "a model has a layer"
-    ends = compare_ends(dense, text, last[0].after, last[1].after)
+    ends = compare_ends((dense, sparse), text, last[0].after, last[1].after)
     return Certificate(
         tokens=ends.tokens,
         largest=ends.logits.largest,

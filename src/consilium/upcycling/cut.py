@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consilium.config.feed_forward import Activation
 from consilium.config.upcycling import (
+    BranchTrainMix,
     Carve,
     ClusterSplit,
     Copy,
@@ -104,7 +105,7 @@ def cut(network: Network, asked: Upcycling, generator: torch.Generator) -> Cut:
             return _by_importance(network, asked, generator)
         case Carve(active=active):
             return _carved(network, asked, generator, active)
-        case Copy():
+        case Copy() | BranchTrainMix():
             return _copies(network, asked, generator)
         case Drop(fresh=share):
             return _drawn_anew(_copies(network, asked, generator), share, generator)

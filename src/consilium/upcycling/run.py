@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from consilium.checkpoint.convert import companions, fill_folder
 from consilium.checkpoint.folders import check_vocabulary, checkpoint_in, refuse_inside
@@ -19,7 +18,15 @@ from consilium.checkpoint.weights import digest
 from consilium.config.data import Data
 from consilium.config.io import from_data, to_data
 from consilium.config.model import Model
-from consilium.config.upcycling import Copy, Drop, Expand, Qwen, Upcycling, VirtualGroup
+from consilium.config.upcycling import (
+    BranchTrainMix,
+    Copy,
+    Drop,
+    Expand,
+    Qwen,
+    Upcycling,
+    VirtualGroup,
+)
 from consilium.data.corpus import Corpus, held_out_corpus, measured_corpus, whole_documents
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
@@ -31,8 +38,9 @@ from consilium.evaluation.walk import Passage, passages
 from consilium.model.build import build
 from consilium.planner.upcycled import factor, upcycled
 from consilium.records.io import to_json
-from consilium.records.upcycling import NAME, Certificate, Lineage
+from consilium.records.upcycling import NAME, Certificate, Lineage, Origin
 from consilium.upcycling.certificate import certify
+from consilium.upcycling.compose import Composed, composed, trunk
 from consilium.upcycling.expand import Expanded
 from consilium.upcycling.source import Upcycled
 from consilium.upcycling.survey import Progress, survey
@@ -48,6 +56,7 @@ def upcycle(
     dense: Path | str,
     out: Path | str,
     *,
+    sources: Sequence[Path | str] = (),
     data: Path | str | None = None,
     progress: Progress = lambda what, done, total: None,
     files: Filesystem = DISK,
@@ -57,15 +66,17 @@ def upcycle(
 
     ``dense`` is a run, a checkpoint, a Hugging Face folder or a GGUF file; ``options`` are the fields of
     ``consilium.config.upcycling.Upcycling``, with the name of a method or one of its classes as ``method``.
+    ``sources`` are the fine-tunes of ``dense`` that become experts, for the method ``btx`` alone.
     ``data`` is calibration text, by default what the built-in text holds out. The certificate compares both
     models on it. Raises ConsiliumError for a model or options that do not fit, for too little text and for
     too little room on the disk, before anything is written.
     """
-    return run(Path(dense), Path(out), _asked(options), data=data, progress=progress, files=files)
+    models = [Path(dense), *(Path(source) for source in sources)]
+    return run(models, Path(out), _asked(options), data=data, progress=progress, files=files)
 
 
 def run(
-    dense: Path,
+    models: Sequence[Path],
     out: Path,
     asked: Upcycling,
     *,
@@ -73,20 +84,24 @@ def run(
     progress: Progress = lambda what, done, total: None,
     files: Filesystem = DISK,
 ) -> Certificate:
-    """``upcycle`` with its options as one value."""
+    """``upcycle`` with its options as one value; ``models`` are ``dense`` and then the sources."""
+    dense, *sources = models
     folder = checkpoint_in(dense)
-    refuse_inside("upcycle", dense, out)
+    for place in models:
+        refuse_inside("upcycle", place, out)
+    _check_sources(asked, sources)
     source = open_folder(folder, check_finite=True)
     config = upcycled(source.config, asked)
     corpus = _calibration(folder, source.config, data)
     text = _passages(corpus, asked, config)
     dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
     state = build(config, dtype=dtype, device="meta").state_dict()
+    bare = _bare(source, folder, sources, corpus.tokenizer, Upcycled(source, asked, config, state, {}, {}))
     made: list[Certificate] = []
 
     def write(staged: Path) -> None:
         refuse_full(out, sum(tensor.nbytes for tensor in state.values()), "the sparse model")
-        sparse = _sparse(source, config, asked, state, text, progress)
+        sparse = _sparse(bare, text, progress)
         certificate = certify(
             source,
             sparse,
@@ -138,7 +153,7 @@ def _is_exact(asked: Upcycling) -> bool:
             return flat or asked.top_k > 1
         case VirtualGroup(weights=weights):
             return flat or weights == "normalised"
-        case Drop() | Qwen() | Expand():
+        case Drop() | Qwen() | BranchTrainMix() | Expand():
             return False
         case _:
             return flat and asked.top_k == asked.experts and asked.scale == "sum"
@@ -170,17 +185,34 @@ def _passages(corpus: Corpus, asked: Upcycling, config: Model) -> tuple[Passage,
     return found
 
 
-def _sparse(
-    source: Source,
-    config: Model,
-    asked: Upcycling,
-    state: Mapping[str, Tensor],
-    text: Sequence[Passage],
-    progress: Progress,
-) -> Upcycled | Expanded:
-    if isinstance(asked.method, Expand):
-        return Expanded(source, asked, config, state)
-    bare = Upcycled(source, asked, config, state, {}, {})
+def _check_sources(asked: Upcycling, sources: Sequence[Path]) -> None:
+    if not isinstance(asked.method, BranchTrainMix):
+        if sources:
+            raise ConsiliumError(
+                f"upcycle: --sources are the experts of btx, and {asked.method.kind} takes one model; give"
+                " --method btx, or no --sources."
+            )
+    elif len(sources) != asked.experts:
+        raise ConsiliumError(
+            f"upcycle: btx makes an expert of each of --sources, and {asked.experts} experts are asked for of"
+            f" {len(sources)} sources; give as many, DENSE itself among them where it is to be an expert."
+        )
+
+
+def _bare(
+    source: Source, folder: Path, sources: Sequence[Path], tokenizer: Tokenizer, sparse: Upcycled
+) -> Upcycled:
+    """``sparse`` with what its experts and the rest are read from."""
+    method = sparse.asked.method
+    if not isinstance(method, BranchTrainMix):
+        return sparse
+    experts = composed(source, folder, tokenizer, sources, method)
+    return dataclasses.replace(sparse, dense=trunk(source, experts, method), composed=experts)
+
+
+def _sparse(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcycled | Expanded:
+    if isinstance(bare.asked.method, Expand):
+        return Expanded(bare.dense, bare.asked, bare.config, bare.state)
     return survey(bare, text, progress)
 
 
@@ -192,14 +224,26 @@ def _lineage(
     certificate: Certificate,
 ) -> Lineage:
     cuts = [sparse.cuts[layer] for layer in sorted(sparse.cuts)] if isinstance(sparse, Upcycled) else []
-    whole = isinstance(sparse.asked.method, Copy | Drop | VirtualGroup)
+    whole = isinstance(sparse.asked.method, BranchTrainMix | Copy | Drop | VirtualGroup)
     shared = [plan.shared_N.tolist() for plan in cuts if plan.shared_N is not None]
     return Lineage(
         source=dense.name,
-        source_sha256=digest((name, source.read(name)) for name in sorted(source.state)),
+        source_sha256=_digest(source),
         text_sha256=text_sha256,
         upcycling=to_data(sparse.asked),
         certificate=certificate,
         neurons=[] if whole else [plan.neurons_ES.tolist() for plan in cuts],
         shared=shared,
+        experts=_origins(sparse.composed) if isinstance(sparse, Upcycled) else (),
     )
+
+
+def _origins(experts: Composed | None) -> tuple[Origin, ...]:
+    if experts is None:
+        return ()
+    pairs = zip(experts.names, experts.sources, strict=True)
+    return tuple(Origin(name=name, sha256=_digest(source)) for name, source in pairs)
+
+
+def _digest(source: Source) -> str:
+    return digest((name, source.read(name)) for name in sorted(source.state))

@@ -22,6 +22,7 @@ from consilium.config.model import Model
 from consilium.config.moe import MoE, SigmoidGated
 from consilium.config.upcycling import Upcycling, VirtualGroup
 from consilium.planner.upcycled import factor
+from consilium.upcycling.compose import Composed
 from consilium.upcycling.cut import Cut
 
 _NAME: Final = re.compile(r"layers\.(\d+)\.moe\.(.+)")
@@ -39,6 +40,8 @@ class Upcycled:
     cuts: Mapping[int, Cut]
     gates: Mapping[int, Tensor]
     """By layer: rows [E, D], levelled."""
+    composed: Composed | None = None
+    """Where experts are networks of several models, those models; ``dense`` then has what is not routed."""
 
     @property
     def generation(self) -> GenerationDefaults:
@@ -109,6 +112,8 @@ class Upcycled:
         return self.dense.state["layers.0.feed_forward.down.weight"].shape[1]
 
     def _up(self, layer: int, plan: Cut, dtype: torch.dtype) -> Tensor:
+        if self.composed is not None:
+            return self.composed.networks(layer, "up", dtype)
         up_GD = self._dense(layer, "up", dtype)
         up_EGD = up_GD[self._rows(plan.neurons_ES)]
         if plan.fresh_ES is not None:
@@ -117,6 +122,8 @@ class Upcycled:
         return up_EGD * self._root if self._on_all else up_EGD
 
     def _down(self, layer: int, plan: Cut, dtype: torch.dtype) -> Tensor:
+        if self.composed is not None:
+            return self.composed.networks(layer, "down", dtype) * factor(self.asked)
         down_DF = self._dense(layer, "down", dtype)
         down_ESD = down_DF.T[plan.neurons_ES]
         if plan.fresh_ES is not None:

@@ -2,17 +2,20 @@
 
 Gates are levelled on what they will get: the states of the sparse model, whose layers before are settled.
 
-Legend: D hidden size, F width of a network, T tokens.
+Legend: D hidden size, E experts, F width of a network, T tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
+from consilium.config.upcycling import BranchTrainMix, HiddenStates, Upcycling
 from consilium.evaluation.walk import (
     Passage,
     Visit,
@@ -23,6 +26,7 @@ from consilium.evaluation.walk import (
     visit,
     walk,
 )
+from consilium.upcycling.compose import Pointers
 from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
 from consilium.upcycling.source import Upcycled, stream
 
@@ -34,27 +38,53 @@ def survey(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcyc
     """Return ``bare`` with the cut and the gate of every sparse layer."""
     cuts = _cuts_by_gradients(bare, text, progress) if needs_gradients(bare.asked) else {}
     made = dataclasses.replace(bare, cuts=cuts)
-    states = embedded(bare.dense, text)
+    pointers = None if bare.composed is None else bare.composed.pointers
+    read = [*text, *(() if pointers is None else pointers.passages)]
+    states = embedded(bare.dense, read)
+    told = None if pointers is None else _Told(pointers, len(text), states)
     for seen in walk(bare.dense, text):
         if bare.config.is_moe(seen.layer):
-            made, states = _settled(made, seen, text, states)
+            made, states = _settled(made, seen, read, states, told)
         else:
-            states = visit(seen.block, bare.dense.config, text, states).after
+            states = visit(seen.block, bare.dense.config, read, states).after
         progress("measuring", seen.layer + 1, bare.config.layers)
     return made
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Prompts that run behind the text, from passage ``first`` on."""
+
+    pointers: Pointers
+    first: int
+    embedded: tuple[Tensor, ...]
+
+    def rows(self, asked: Upcycling, normed: Sequence[Tensor]) -> Tensor:
+        """Directions [E, D] of a gate that gets ``normed``."""
+        assert isinstance(asked.method, BranchTrainMix), "no other method has prompts"
+        by_layer = isinstance(asked.method.directions, HiddenStates)
+        return self.pointers.rows((normed if by_layer else self.embedded)[self.first :])
+
+
 @torch.no_grad()
 def _settled(
-    made: Upcycled, seen: Visit, text: Sequence[Passage], states: tuple[Tensor, ...]
+    made: Upcycled,
+    seen: Visit,
+    read: Sequence[Passage],
+    states: tuple[Tensor, ...],
+    told: _Told | None,
 ) -> tuple[Upcycled, tuple[Tensor, ...]]:
-    """Decide on one layer, and run the sparse model through it."""
+    """Decide on one layer, and run the sparse model through it. ``read`` is the text, then prompts."""
     layer, asked, config = seen.layer, made.asked, made.config
+    text = read if told is None else read[: told.first]
     plan = made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen, text))
-    _, normed = attend(seen.block, config, text, states)
-    gate_ED = plan.gate(_tokens(text, normed), asked.top_k, asked.spread)
+    _, normed = attend(seen.block, config, read, states)
+    if told is not None:
+        plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed))
+    gate_ED = plan.gate(_tokens(text, normed[: len(text)]), asked.top_k, asked.spread)
     made = dataclasses.replace(made, cuts={**made.cuts, layer: plan}, gates={**made.gates, layer: gate_ED})
-    after = visit(block_of(made, layer), config, text, states).after
+    after = visit(block_of(made, layer), config, read, states).after
     return made, after
 
 
