@@ -241,7 +241,7 @@ def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None
 def test_a_lineage_makes_the_same_bits_again(dense: Path, tmp_path: Path) -> None:
     lineage = made(dense, tmp_path / "moe", "carve", seed=5, spread=0.1)
     asked = from_data(Upcycling, lineage.upcycling)
-    run(dense, tmp_path / "again", asked, data=dense.parent / "a.txt")
+    run([dense], tmp_path / "again", asked, data=dense.parent / "a.txt")
     one, two = (tmp_path / name for name in ("moe", "again"))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert (one / NAME).read_bytes() == (two / NAME).read_bytes()
