@@ -13,7 +13,7 @@ from runs import write_config, write_text
 import consilium as cs
 from consilium.cli.main import main
 from consilium.config.data import Data, TextPath
-from consilium.config.model import Model
+from consilium.config.model import MTP, Model
 from consilium.data.corpus import build_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
@@ -118,3 +118,35 @@ def test_a_corpus_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path) ->
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ConsiliumError, match="nothing can be held out of 1 characters"):
         build_corpus(Data(sources=(TextPath(path=str(tmp_path)),)), 300)
+
+
+def test_a_page_shows_two_models_one_below_the_other(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, page = model(tmp_path / "after"), model(tmp_path / "before"), tmp_path / "page.html"
+    words = ["eval", one, "--data", str(text), "--limit", "300", "--tokens-page", str(page), "--beside", two]
+    for _ in range(2):  # a page of ours is replaced
+        assert main([*words, "--json"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["bits_per_byte"] > 0
+        assert f"wrote {page}" in shown.err
+    drawn = page.read_text(encoding="utf-8")
+    assert drawn.index(one) < drawn.index(two)
+    assert 'title="expert ' in drawn
+
+
+def test_a_page_that_cannot_be_is_told_before_the_measurement(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.evaluation.bits.measure", None)
+    folder, dense = model(tmp_path / "model"), model(tmp_path / "dense", moe=None, mtp=MTP())
+    theirs, page = tmp_path / "theirs.html", str(tmp_path / "page.html")
+    theirs.write_text("<p>mine</p>")
+    words = ["eval", folder, "--data", str(text)]
+    assert "give --tokens-page" in complaint(capsys, *words, "--beside", dense)
+    assert "choose another --tokens-page" in complaint(capsys, *words, "--tokens-page", str(theirs))
+    assert "no such folder" in complaint(capsys, *words, "--tokens-page", page, "--beside", "nowhere")
+    assert "is dense" in complaint(capsys, *words, "--tokens-page", page, "--beside", dense)
+    assert "is dense" in complaint(capsys, "eval", dense, *words[2:], "--tokens-page", page)
+    assert theirs.read_text() == "<p>mine</p>"
+    assert not Path(page).exists()

@@ -13,6 +13,8 @@ from consilium.config import io
 from consilium.config.training import Training
 from consilium.records.io import from_json, read_json
 from consilium.records.run import SUMMARY_FILE, Summary
+from upcycling.sources import LLAMA, saved
+from upcycling.sources import text as lines
 
 WITHOUT = {"chat"}
 """A conversation has no end to sum up: ``generate --chat --json`` is one turn of it with its figures."""
@@ -24,6 +26,7 @@ WORDS = {
     "eval": ["{run}", "--limit", "200"],
     "generate": ["{run}", "--prompt", "a", "--max-tokens", "2"],
     "convert": ["{run}", "{new}"],
+    "upcycle": ["{dense}", "{new}", "--method", "copy", "--experts=2", "--top-k=1", "--data", "{text}"],
     "runs": ["{run}/.."],
     "report": ["{run}"],
     "bench": ["{run}"],
@@ -44,6 +47,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    saved(LLAMA, folder / "model")
+    lines(folder / "a.txt")
+    return folder / "model"
+
+
 def test_every_verb_with_figures_is_walked() -> None:
     assert set(WORDS) | WITHOUT == set(VERBS)
 
@@ -53,13 +64,15 @@ def test_one_object_and_nothing_else(
     verb: str,
     config: Path,
     run: Path,
+    dense: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = io.read_yaml(Training, config)
     monkeypatch.setattr("consilium.cli.configure.demo_config", lambda: small)
-    words = [word.format(run=run, config=config, new=tmp_path / "new") for word in WORDS[verb]]
+    places = {"run": run, "config": config, "dense": dense, "text": dense.parent / "a.txt"}
+    words = [word.format(**places, new=tmp_path / "new") for word in WORDS[verb]]
     capsys.readouterr()
     assert main([verb, *words, "--json"]) == 0
     assert isinstance(json.loads(capsys.readouterr().out), dict)

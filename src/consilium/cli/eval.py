@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, final
 
 from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.progress import QUIET_SECONDS, Lines, note
-from consilium.cli.running import running_arguments, settle
+from consilium.cli.running import Place, running_arguments, settle
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
 if TYPE_CHECKING:
     from consilium.config.data import Data, TextPath
     from consilium.config.training import Training
+    from consilium.data.corpus import Corpus
     from consilium.data.documents import Document
     from consilium.evaluation.bits import Evaluation
+    from consilium.model.decoder import Decoder
+    from consilium.records.tokens import TokensRead
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -45,6 +48,18 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=count, metavar="N", help="at most N bytes a domain, the same for every model"
     )
+    parser.add_argument(
+        "--tokens-page",
+        type=path,
+        metavar="FILE",
+        help="also write a page of the text, each token in the colour of its expert",
+    )
+    parser.add_argument(
+        "--beside",
+        type=path,
+        metavar="FOLDER",
+        help="on that page a second model too, such as the one before its gates were trained",
+    )
     running_arguments(parser)
     json_flag(parser)
 
@@ -53,11 +68,13 @@ def run(options: Namespace) -> int:
     from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
 
     checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
+    _check_page(options)
     from consilium.checkpoint import store
     from consilium.data.corpus import measured_corpus
     from consilium.data.tokenizer import Tokenizer
     from consilium.evaluation.bits import measure
     from consilium.evaluation.texts import reading_of
+    from consilium.report.tokens import build_tokens_page
 
     place = settle(options)
     run_folder, stored = _run_of(options.folder)
@@ -68,10 +85,52 @@ def run(options: Namespace) -> int:
     documents, name = _documents(options, run_folder, stored)
     corpus = measured_corpus(documents, tokenizer, progress=_Late())
     model = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
+    read = _tokens_read(options, model, corpus, documents, place)
     with Lines(say("measuring"), say(" tokens")) as lines:
         result = measure(model, corpus, reading, progress=lines)
     print(_json(result, name) if options.json else _table(result, name))
+    if read:
+        build_tokens_page(read, options.tokens_page)
+        note(say("wrote {path}", path=options.tokens_page))
     return 0
+
+
+def _check_page(options: Namespace) -> None:
+    """Raise ConsiliumError for a page that could not be written, before anything is measured."""
+    from consilium.checkpoint.folders import checkpoint_in
+    from consilium.records.io import is_page, refuse_others
+
+    if options.tokens_page is None:
+        if options.beside is not None:
+            raise ConsiliumError(
+                "eval: --beside is for the page of tokens; give --tokens-page FILE, or drop it."
+            )
+        return
+    refuse_others(options.tokens_page, "page", is_page, "--tokens-page")
+    if options.beside is not None:
+        checkpoint_in(options.beside)
+
+
+def _tokens_read(
+    options: Namespace, model: Decoder, corpus: Corpus, documents: list[Document], place: Place
+) -> list[TokensRead]:
+    """What a page of tokens shows; nothing where none is asked for."""
+    from consilium.analysis.tokens import observe_tokens
+    from consilium.checkpoint import store
+    from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
+    from consilium.data.corpus import measured_corpus
+    from consilium.data.tokenizer import Tokenizer
+
+    if options.tokens_page is None:
+        return []
+    found = [observe_tokens(model, corpus, str(options.folder))]
+    if options.beside is not None:
+        checkpoint = checkpoint_in(options.beside)
+        other = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
+        tokenizer = Tokenizer.load(checkpoint)
+        check_vocabulary(tokenizer.vocab_size, other.config.vocab_size, options.beside)
+        found.append(observe_tokens(other, measured_corpus(documents, tokenizer), str(options.beside)))
+    return found
 
 
 @final

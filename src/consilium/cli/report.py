@@ -46,7 +46,7 @@ def run(options: Namespace) -> int:
 
 def _page(options: Namespace, usual: str) -> Path | None:
     """Where several runs are compared, None for one alone."""
-    from consilium.records.io import refuse_others
+    from consilium.records.io import is_page, refuse_others
 
     if len(options.runs) == 1:
         if options.out is not None:
@@ -55,5 +55,5 @@ def _page(options: Namespace, usual: str) -> Path | None:
             )
         return None
     out: Path = options.out or options.runs[0].parent / usual
-    refuse_others(out, "page", lambda text: '<meta name="generator" content="consilium">' in text)
+    refuse_others(out, "page", is_page)
     return out

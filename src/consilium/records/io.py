@@ -53,8 +53,11 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def refuse_others(path: Path, what: str, ours: Callable[[str], object]) -> None:
-    """Raise ConsiliumError where ``path`` holds anything that ``ours`` denies: only our own is replaced."""
+def refuse_others(path: Path, what: str, ours: Callable[[str], object], option: str = "--out") -> None:
+    """Raise ConsiliumError where ``path`` holds anything that ``ours`` denies: only our own is replaced.
+
+    ``option`` is what chose the path.
+    """
     if not path.exists():
         return
     try:
@@ -63,7 +66,14 @@ def refuse_others(path: Path, what: str, ours: Callable[[str], object]) -> None:
     except ValueError:  # no UTF-8, or what ``ours`` raises
         known = False
     if not known:
-        raise ConsiliumError(f"{path} is there and is no {what} of ours, so it stays; choose another --out.")
+        raise ConsiliumError(
+            f"{path} is there and is no {what} of ours, so it stays; choose another {option}."
+        )
+
+
+def is_page(text: str) -> bool:
+    """Whether ``text`` is a page that we wrote."""
+    return '<meta name="generator" content="consilium">' in text
 
 
 def write_text(path: Path, text: str, *, files: Filesystem = DISK) -> None:
