@@ -30,6 +30,27 @@ CONFIGS: dict[str, GQA | MLA] = {
     ),
     "latent": MLA(heads=3, q_rank=None, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5),
     "latent-compressed": MLA(heads=3, q_rank=7, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5, rope=YARN),
+    "latent-without-norm": MLA(
+        heads=3,
+        q_rank=None,
+        kv_rank=10,
+        nope_dim=6,
+        rope_dim=8,
+        v_dim=5,
+        kv_norm="none",
+        qkv_bias=True,
+        rope=Rope(repeats=2, theta=100.0),
+    ),
+    "latent-all-rotated": MLA(
+        heads=4,
+        q_rank=5,
+        kv_rank=6,
+        nope_dim=0,
+        rope_dim=12,
+        v_dim=3,
+        qkv_bias=True,
+        rope=Rope(repeats=3, interleaved=True, scaling=YARN.scaling),
+    ),
     "latent-wide-value": MLA(heads=2, q_rank=9, kv_rank=8, nope_dim=3, rope_dim=2, v_dim=9),
 }
 

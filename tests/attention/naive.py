@@ -59,17 +59,17 @@ def naive_gqa(config: GQA, weights: Weights, x_BSD: Tensor, position_BS: Tensor,
 def naive_mla(config: MLA, weights: Weights, x_BSD: Tensor, position_BS: Tensor, seen_BSS: Tensor) -> Tensor:
     """Multi-head latent attention, 2405.04434 equations 37 to 47."""
     if config.q_rank is None:
-        q = x_BSD @ weights["q.weight"].T
+        q = _projected(weights, "q", x_BSD)
     else:
-        q = (
-            naive_norm(x_BSD @ weights["q_down.weight"].T, weights["q_norm.weight"])
-            @ weights["q_up.weight"].T
-        )
+        q = naive_norm(_projected(weights, "q_down", x_BSD), weights["q_norm.weight"])
+        q = q @ weights["q_up.weight"].T
     q_BSHX = q.unflatten(-1, (config.heads, -1))
     turned_BSHR = rotate_naive(q_BSHX[..., config.nope_dim :], config.rope, position_BS)
     q_BSHX = torch.cat((q_BSHX[..., : config.nope_dim], turned_BSHR), -1)
-    down = x_BSD @ weights["kv_down.weight"].T
-    latent_BSZ = naive_norm(down[..., : config.kv_rank], weights["kv_norm.weight"])
+    down = _projected(weights, "kv_down", x_BSD)
+    latent_BSZ = down[..., : config.kv_rank]
+    if config.kv_norm == "rms":
+        latent_BSZ = naive_norm(latent_BSZ, weights["kv_norm.weight"])
     shared_BS1R = rotate_naive(down[..., None, config.kv_rank :], config.rope, position_BS)
     kv_BSHX = (latent_BSZ @ weights["kv_up.weight"].T).unflatten(-1, (config.heads, -1))
     keys = [

@@ -50,9 +50,11 @@ mla_configs = st.builds(
     heads=st.integers(1, 3),
     q_rank=st.sampled_from([None, 3, 6]),
     kv_rank=st.integers(3, 9),
-    nope_dim=st.integers(1, 6),
+    nope_dim=st.integers(0, 6),
     pairs=st.integers(1, 3),
     v_dim=st.integers(1, 8),
+    kv_norm=st.sampled_from(["rms", "none"]),
+    qkv_bias=st.booleans(),
 )
 
 
@@ -204,6 +206,8 @@ STATES = {
     "latent": "q.weight 30 20, kv_down.weight 14 20, kv_norm.weight 10, kv_up.weight 33 10, o.weight 20 15",
     "latent-compressed": """q_down.weight 7 20, q_norm.weight 7, q_up.weight 30 7, kv_down.weight 14 20,
         kv_norm.weight 10, kv_up.weight 33 10, o.weight 20 15""",
+    "latent-without-norm": """q.weight 42 20, q.bias 42, kv_down.weight 18 20, kv_down.bias 18,
+        kv_up.weight 33 10, o.weight 20 15""",
 }
 
 

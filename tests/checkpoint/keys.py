@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint.models import HUGGING_FACE, llama, mixtral
+from checkpoint.models import HUGGING_FACE, deepseek_v3, llama, mixtral
 from consilium.checkpoint.hf.config import to_hugging_face
-from consilium.config.attention import GQA
+from consilium.config.attention import GQA, MLA
 from consilium.config.balance import Balance
 from consilium.config.model import Model
 from consilium.config.moe import Dropless, SigmoidGated
@@ -57,6 +57,12 @@ def with_moe(config: Model, **changes: Any) -> Model:
 def with_gqa(**changes: Any) -> Model:
     attention = GQA(**({"heads": 4, "kv_heads": 2, "head_dim": 8} | changes))
     return dataclasses.replace(llama(), attention=attention)
+
+
+def with_latent(**changes: Any) -> Model:
+    config = deepseek_v3()
+    assert isinstance(config.attention, MLA)
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **changes))
 
 
 def five_layers(config: Model) -> Model:

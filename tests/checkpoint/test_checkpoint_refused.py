@@ -19,6 +19,7 @@ from checkpoint.keys import (
     folder_with,
     foreign,
     with_gqa,
+    with_latent,
     with_moe,
 )
 from checkpoint.models import deepseek_v3, llama, mixtral
@@ -52,6 +53,10 @@ from consilium.errors import ConsiliumError
         with_gqa(rope=Rope(interleaved=True)),
         dataclasses.replace(deepseek_v3(), norm_epsilon=1e-5),
         dataclasses.replace(deepseek_v3(), moe_every=2),
+        with_latent(kv_norm="none"),
+        with_latent(qkv_bias=True),
+        with_latent(nope_dim=0),
+        with_latent(rope=Rope(repeats=2)),
         with_moe(mixtral(), activation="gelu"),
         with_moe(mixtral(), admission=Capacity(factor=1.0, scope="always")),
         with_moe(mixtral(), admission=Capacity(factor=1.0), balance=Balance(losses=(AdaptiveLoss(),))),

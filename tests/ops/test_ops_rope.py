@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.config.attention import GQA, MLA, Rope, Yarn
+from consilium.errors import ConsiliumError
 from consilium.ops.rope import frequencies, rotary_tables, rotate, rotate_naive, rotation_scale
 from support import relative_error
 
@@ -36,6 +38,20 @@ def random_heads(batch: int, tokens: int, heads: int, dim: int) -> torch.Tensor:
 def test_plain_frequencies_are_powers_of_theta(dim: int, theta: float) -> None:
     expected = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
     assert relative_error(frequencies(Rope(theta=theta), dim), expected) < 1e-7
+
+
+@given(rope=ropes, pairs=st.integers(1, 5), repeats=st.integers(1, 4))
+def test_repeats_give_each_frequency_to_pairs_in_a_row(rope: Rope, pairs: int, repeats: int) -> None:
+    once = frequencies(rope, 2 * pairs)
+    found = frequencies(dataclasses.replace(rope, repeats=repeats), 2 * pairs * repeats)
+    assert torch.equal(found.view(pairs, repeats), once[:, None].expand(-1, repeats))
+
+
+def test_repeats_are_for_latent_attention_and_divide_its_pairs() -> None:
+    with pytest.raises(ConsiliumError, match=r"rope\.repeats is for the shared key of latent attention"):
+        GQA(heads=1, kv_heads=1, head_dim=8, rope=Rope(repeats=2))
+    with pytest.raises(ConsiliumError, match=r"3 rotary pairs .* not divisible by rope\.repeats 2"):
+        MLA(heads=1, q_rank=None, kv_rank=4, nope_dim=2, rope_dim=6, v_dim=2, rope=Rope(repeats=2))
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:

@@ -52,9 +52,11 @@ latent = st.builds(
     heads=small,
     q_rank=st.none() | small,
     kv_rank=small,
-    nope_dim=small,
+    nope_dim=st.just(0) | small,
     rope_dim=small.map(lambda half: 2 * half),
     v_dim=small,
+    kv_norm=st.sampled_from(["rms", "none"]),
+    qkv_bias=st.booleans(),
 )
 
 
@@ -166,6 +168,10 @@ def _attention(config: Attention, width: int, name: str) -> Shapes:
         yield f"{name}.o.weight", (width, config.heads * config.head_dim)
         return
     query = config.heads * (config.nope_dim + config.rope_dim)
+    for part, rows in {"q" if config.q_rank is None else "q_down": config.q_rank or query}.items():
+        if config.qkv_bias:
+            yield f"{name}.{part}.bias", (rows,)
+            yield f"{name}.kv_down.bias", (config.kv_rank + config.rope_dim,)
     if config.q_rank is None:
         yield f"{name}.q.weight", (query, width)
     else:
@@ -173,7 +179,8 @@ def _attention(config: Attention, width: int, name: str) -> Shapes:
         yield f"{name}.q_norm.weight", (config.q_rank,)
         yield f"{name}.q_up.weight", (query, config.q_rank)
     yield f"{name}.kv_down.weight", (config.kv_rank + config.rope_dim, width)
-    yield f"{name}.kv_norm.weight", (config.kv_rank,)
+    if config.kv_norm == "rms":
+        yield f"{name}.kv_norm.weight", (config.kv_rank,)
     yield f"{name}.kv_up.weight", (config.heads * (config.nope_dim + config.v_dim), config.kv_rank)
     yield f"{name}.o.weight", (width, config.heads * config.v_dim)
 

@@ -23,6 +23,10 @@ DIRECT = dataclasses.replace(
     DEEPSEEK, attention=MLA(heads=2, q_rank=None, kv_rank=16, nope_dim=8, rope_dim=4, v_dim=8)
 )
 
+BIASED = dataclasses.replace(
+    DEEPSEEK, attention=dataclasses.replace(DIRECT.attention, qkv_bias=True, kv_norm="none")
+)
+
 
 def largest(model: Decoder, *, above: float = 0.0, recompute: bool = False) -> dict[int, torch.Tensor]:
     batch = random_batch(3, 30)
@@ -30,7 +34,11 @@ def largest(model: Decoder, *, above: float = 0.0, recompute: bool = False) -> d
     return dict(model(Inputs.of(batch), options=options, objective=Objective(batch.targets_BS)).largest)
 
 
-@pytest.mark.parametrize("config", [DEEPSEEK, DIRECT], ids=["compressed queries", "direct queries"])
+@pytest.mark.parametrize(
+    "config",
+    [DEEPSEEK, DIRECT, BIASED],
+    ids=["compressed queries", "direct queries", "biased queries"],
+)
 def test_a_head_that_was_too_large_is_as_large_as_allowed_and_others_stay(config: object) -> None:
     model = lively(config)
     before = largest(model)

@@ -95,13 +95,13 @@ class LatentAttention(nn.Module):
         self.config = config
         queries = config.heads * (config.nope_dim + config.rope_dim)
         if config.q_rank is None:
-            self.q = Linear(hidden_size, queries)
+            self.q = Linear(hidden_size, queries, bias=config.qkv_bias)
         else:
-            self.q_down = Linear(hidden_size, config.q_rank)
+            self.q_down = Linear(hidden_size, config.q_rank, bias=config.qkv_bias)
             self.q_norm = RMSNorm(config.q_rank, norm_epsilon)
             self.q_up = Linear(config.q_rank, queries)
-        self.kv_down = Linear(hidden_size, config.kv_rank + config.rope_dim)
-        self.kv_norm = RMSNorm(config.kv_rank, norm_epsilon)
+        self.kv_down = Linear(hidden_size, config.kv_rank + config.rope_dim, bias=config.qkv_bias)
+        self.kv_norm = _norm(config, norm_epsilon)
         self.kv_up = LatentUp(config)
         self.o = Linear(config.heads * config.v_dim, hidden_size)
 
@@ -134,10 +134,13 @@ class LatentAttention(nn.Module):
             query.weight: (root_H1.expand(-1, config.nope_dim), share_H[:, None].expand(-1, config.rope_dim)),
             key.weight: (root_H1.expand(-1, config.nope_dim), one_H1.expand(-1, config.v_dim)),
         }
+        if query.bias is not None and config.q_rank is None:
+            by_row[query.bias] = by_row[query.weight]
         for weight, shares in by_row.items():
             if weight.requires_grad:
                 part = part_of(weight)
-                part.here.mul_(torch.cat(shares, 1).view(-1, 1)[part.rows.start : part.rows.stop])
+                share_R = torch.cat(shares, 1).flatten()[part.rows.start : part.rows.stop]
+                part.here.mul_(share_R if weight.ndim == 1 else share_R[:, None])
 
     def _queries(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries of every head, the part without position and the rotated part."""
@@ -206,3 +209,11 @@ class LatentAttention(nn.Module):
             y_BHSC = attend_tiles(q_BHSC, shared, context, scale=config.softmax_scale)
         y_BSHV: Tensor = self.kv_up(Release(y_BHSC[..., : config.kv_rank]))
         return y_BSHV
+
+
+def _norm(config: MLA, epsilon: float) -> nn.Module:
+    match config.kv_norm:
+        case "rms":
+            return RMSNorm(config.kv_rank, epsilon)
+        case "none":
+            return nn.Identity()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from consilium.config.base import Size, configuration
 from consilium.errors import ConsiliumError
@@ -53,12 +53,14 @@ class Rope:
     """Rotary position embedding. ``interleaved`` rotates pairs (2i, 2i+1), otherwise (i, i + d/2).
 
     ``fraction`` of each head, its first dimensions, is rotated; the rest carries no position
-    (Nemotron-4: 0.5).
+    (Nemotron-4: 0.5). ``repeats`` pairs in a row turn alike, so that a key shared by all heads can hold what
+    several heads had of one frequency (TransMLA, 2502.07864).
     """
 
     theta: PositiveFloat = 10_000.0
     interleaved: bool = False
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repeats: Size = 1
     scaling: RopeScaling = Unscaled()
 
 
@@ -89,6 +91,11 @@ class GQA:
                 f"attention: {rotated:g} of the {self.head_dim} dimensions of a head would be rotated, and"
                 " rotary pairs need an even number above zero; change head_dim or rope.fraction."
             )
+        if self.rope.repeats != 1:
+            raise ConsiliumError(
+                "attention: rope.repeats is for the shared key of latent attention; with grouped-query"
+                " attention every head has each frequency once, so leave it at 1."
+            )
 
     @property
     def rotated_dim(self) -> int:
@@ -110,23 +117,31 @@ class MLA:
     """Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1).
 
     ``q_rank=None``: no query compression. ``norm_epsilon`` is that of the latents' norms, by default the
-    model's.
+    model's. Attention made of grouped-query attention has no norm on its key/value latent, biases where that
+    had them (on what reads the hidden state) and, with ``nope_dim=0``, keys that carry nothing but position.
     """
 
     kind: Literal["mla"] = "mla"
     heads: Size
     q_rank: Size | None
     kv_rank: Size
-    nope_dim: Size
+    nope_dim: NonNegativeInt
     rope_dim: Size
     v_dim: Size
     norm_epsilon: PositiveFloat | None = None
+    kv_norm: Literal["rms", "none"] = "rms"
+    qkv_bias: bool = False
     rope: Rope = Rope(interleaved=True)
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2:
             raise ConsiliumError(
                 f"attention: rope_dim {self.rope_dim} is odd, and rotary pairs need an even one."
+            )
+        if self.rope_dim // 2 % self.rope.repeats:
+            raise ConsiliumError(
+                f"attention: the {self.rope_dim // 2} rotary pairs of rope_dim are not divisible by"
+                f" rope.repeats {self.rope.repeats}, and each frequency needs as many; choose a divisor."
             )
         if self.rope.fraction != 1:
             raise ConsiliumError(
@@ -145,7 +160,7 @@ class MLA:
 
     @property
     def cache_width(self) -> int:
-        """Cached values a token and layer: the normalised latent and the rotated shared key."""
+        """Cached values a token and layer: the latent after its norm and the rotated shared key."""
         return self.kv_rank + self.rope_dim
 
     @property

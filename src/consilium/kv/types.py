@@ -1,7 +1,7 @@
 """The contract between attention and a cache: one row of C values a token and layer.
 
 Legend: B sequences, S new tokens, L slots in use, N pages, P slots a page, M pages of a sequence, C cached
-values a token (GQA: keys then values of every kv head; MLA: normalised latent then rotated shared key).
+values a token (GQA: keys then values of every kv head; MLA: latent then rotated shared key).
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ _STEEPEST: Final = 1e-3
 
 def frequencies(rope: Rope, dim: int) -> Tensor:
     """Radians a position [dim / 2], computed in float64 and rounded once to float32."""
+    return _different(rope, dim // rope.repeats).repeat_interleave(rope.repeats)
+
+
+def _different(rope: Rope, dim: int) -> Tensor:
     plain_R = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     match rope.scaling:
         case Unscaled():

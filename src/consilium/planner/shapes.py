@@ -118,9 +118,7 @@ def _attention(config: GQA | MLA, width: int) -> Shapes:
 def _grouped_query(config: GQA, width: int) -> Shapes:
     rows = {"q": config.heads * config.head_dim} | dict.fromkeys("kv", config.kv_heads * config.head_dim)
     for part, size in rows.items():
-        yield f"{part}.weight", (size, width)
-        if config.qkv_bias:
-            yield f"{part}.bias", (size,)
+        yield from _biased(part, size, width, bias=config.qkv_bias)
     yield "o.weight", (width, rows["q"])
     match config.qk_norm:
         case "none":
@@ -134,15 +132,22 @@ def _grouped_query(config: GQA, width: int) -> Shapes:
 def _latent_attention(config: MLA, width: int) -> Shapes:
     query = config.heads * (config.nope_dim + config.rope_dim)
     if config.q_rank is None:
-        yield "q.weight", (query, width)
+        yield from _biased("q", query, width, bias=config.qkv_bias)
     else:
-        yield "q_down.weight", (config.q_rank, width)
+        yield from _biased("q_down", config.q_rank, width, bias=config.qkv_bias)
         yield "q_norm.weight", (config.q_rank,)
         yield "q_up.weight", (query, config.q_rank)
-    yield "kv_down.weight", (config.kv_rank + config.rope_dim, width)
-    yield "kv_norm.weight", (config.kv_rank,)
+    yield from _biased("kv_down", config.kv_rank + config.rope_dim, width, bias=config.qkv_bias)
+    if config.kv_norm == "rms":
+        yield "kv_norm.weight", (config.kv_rank,)
     yield "kv_up.weight", (config.heads * (config.nope_dim + config.v_dim), config.kv_rank)
     yield "o.weight", (width, config.heads * config.v_dim)
+
+
+def _biased(part: str, rows: int, width: int, *, bias: bool) -> Shapes:
+    yield f"{part}.weight", (rows, width)
+    if bias:
+        yield f"{part}.bias", (rows,)
 
 
 def _moe(config: MoE, width: int) -> Shapes:

@@ -119,6 +119,8 @@ def _gated(config: Model, gqa: GQA, moe: MoE) -> Architecture | None:
 
 
 def _latent(config: Model, mla: MLA) -> Architecture | None:
+    if mla.kv_norm != "rms" or mla.qkv_bias or mla.rope.repeats != 1 or not mla.nope_dim:
+        return None
     latent = config.norm_epsilon if mla.norm_epsilon is None else mla.norm_epsilon
     if config.moe is None or latent != LATENT_EPSILON or not _deepseek(config, config.moe):
         return None
