@@ -280,8 +280,8 @@ B = "base --method btx --top-k 1 --sources"
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("base --method btx --top-k 1", "--experts E, or with --method btx --sources"),
-        ("base --method copy --top-k 1", "the number of experts is missing"),
+        ("base --method btx --top-k 1", "experts is missing, and btx needs it"),
+        ("base --method copy --top-k 1", "experts is missing, and copy needs it"),
         ("base --method copy --top-k 1 --sources a b", "--sources are the experts of btx"),
         ("base --method btx --experts 2 --top-k 1", "2 experts are asked for of 0 sources"),
         (f"{B} a b --experts 3", "3 experts are asked for of 2 sources"),

@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_before_the_first_byte(
     monkeypatch.setattr("consilium.disk.files._free", lambda place: 1000)
     monkeypatch.setattr("consilium.upcycling.run.survey", None)
     assert main(words(home, tmp_path / "out", COPY)) == 2
-    assert "the sparse model" in capsys.readouterr().err
+    assert "the new model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -32,6 +32,7 @@ METHODS = (
     "btx",
     "carve",
     "expand",
+    "mla",
 )
 FAILED = 1
 """The result is written, and further from its source than its method promises."""
@@ -47,9 +48,9 @@ def arguments(parser: ArgumentParser) -> None:
         "--experts",
         type=count,
         metavar="E",
-        help="routed experts; of virtual-group: copies; default, of btx alone: one a source",
+        help="routed experts; of virtual-group: copies; default: of btx one a source, of mla none",
     )
-    parser.add_argument("--top-k", type=count, required=True, metavar="K", help="experts that a token uses")
+    parser.add_argument("--top-k", type=count, metavar="K", help="experts that a token uses")
     parser.add_argument(
         "--shared", type=count, metavar="S", help="shared experts: slices, or 1 for the whole network"
     )
@@ -123,13 +124,9 @@ def asked_of(options: Namespace) -> Upcycling:
         "seed": options.seed,
         "experts": options.experts or len(options.sources) or None,
         "top_k": options.top_k,
-        "shared": options.shared or 0,
+        "shared": options.shared,
         "method.granularity": options.granularity,
     }
-    if given["experts"] is None:
-        raise ConsiliumError(
-            "upcycle: the number of experts is missing; give --experts E, or with --method btx --sources."
-        )
     texts = {key: str(value) for key, value in given.items() if value is not None}
     prompts = {} if options.prompts is None else _prompted(options.prompts)
     return configured(texts | prompts | assignments(options.set))
@@ -186,6 +183,8 @@ def _text(out: Path, asked: Upcycling, made: Certificate) -> str:
         )
         for found in made.layers
     ]
+    if not any(found.load for found in made.layers):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     return "\n".join([columns([head, *rows]), *_summary(made), *_next(out, asked)])
 
 
@@ -232,4 +231,5 @@ def _next(out: Path, asked: Upcycling) -> list[str]:
         spread=asked.spread,
     )
     trained = command_line("train", out, "--out", f"{out}-trained", "--data", "PATH")
-    return [gate, _layout(out), say("written: {out}; go on with {command}", out=str(out), command=trained)]
+    gates = [gate] if asked.experts else []
+    return [*gates, _layout(out), say("written: {out}; go on with {command}", out=str(out), command=trained)]

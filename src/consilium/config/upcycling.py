@@ -198,6 +198,20 @@ class Expand:
     kind: Literal["expand"] = "expand"
 
 
+@configuration
+class Latent:
+    """Grouped-query attention becomes latent attention; the feed-forward stays (TransMLA, 2502.07864).
+
+    All heads share one rotated key of ``rope_dim`` dimensions, the principal components of theirs; the rest
+    of the keys and the values come out of ``kv_rank`` dimensions. Both by default all there are: an equal
+    model with as large a cache.
+    """
+
+    kind: Literal["mla"] = "mla"
+    kv_rank: Size | None = None
+    rope_dim: Size | None = None
+
+
 Method = Annotated[
     RandomSplit
     | ClusterSplit
@@ -210,7 +224,8 @@ Method = Annotated[
     | Drop
     | BranchTrainMix
     | Carve
-    | Expand,
+    | Expand
+    | Latent,
     Field(discriminator="kind"),
 ]
 Split = RandomSplit | ClusterSplit | InnerSplit | InterSplit | GraphSplit | Carve
@@ -228,13 +243,15 @@ class Upcycling:
     experts chosen count as they did in the network; ``ratio`` is E/k (LLaMA-MoE); ``none`` is 1. It is put
     into the down matrices.
 
+    ``mla`` makes no experts: it takes neither ``experts`` nor ``top_k``, which the others need.
+
     ``spread`` is the standard deviation of the gate's logits at the start: where it is small, the weights of
     the chosen are equal.
     """
 
     method: Method
-    experts: Size
-    top_k: Size
+    experts: NonNegativeInt = 0
+    top_k: NonNegativeInt = 0
     shared: NonNegativeInt = 0
     gate: Literal["linear", "mlp", "standardised"] = "linear"
     scale: Literal["sum", "ratio", "none"] = "sum"
@@ -244,14 +261,26 @@ class Upcycling:
     calibration_tokens: Size = 4096
     seed: NonNegativeInt = 0
 
+    def __post_init__(self) -> None:
+        for key, value in {"experts": self.experts, "top_k": self.top_k, "shared": self.shared}.items():
+            if isinstance(self.method, Latent) and value:
+                raise ConsiliumError(
+                    f"upcycle: {key} is {value}, but mla makes latent attention and no experts; leave it out."
+                )
+            if not isinstance(self.method, Latent) and not value and key != "shared":
+                option = key.replace("_", "-")
+                raise ConsiliumError(
+                    f"upcycle: {key} is missing, and {self.method.kind} needs it; give --{option} N or"
+                    f" {key}=N."
+                )
+
 
 def configured(values: Mapping[str, str]) -> Upcycling:
     """An ``Upcycling`` of keys and values as text: ``method`` is a name, and its own keys are below it.
 
     Raises ConsiliumError naming a key that is missing, and for an unknown one the nearest.
     """
-    for key in ("method", "experts", "top_k"):
-        if key not in values:
-            raise ConsiliumError(f"upcycle: {key} is missing; give {key}=VALUE.")
+    if "method" not in values:
+        raise ConsiliumError("upcycle: method is missing; give method=NAME.")
     keyed = {"method.kind" if key == "method" else key: value for key, value in values.items()}
-    return replace(Upcycling(method=Copy(), experts=1, top_k=1), keyed, where="upcycle")
+    return replace(Upcycling(method=Latent()), keyed, where="upcycle")

@@ -33,6 +33,7 @@ from consilium.config.upcycling import (
     HiddenStates,
     InnerSplit,
     InterSplit,
+    Latent,
     Qwen,
     RandomSplit,
     Split,
@@ -40,6 +41,7 @@ from consilium.config.upcycling import (
     VirtualGroup,
 )
 from consilium.errors import ConsiliumError
+from consilium.planner.latent import with_latent_attention
 
 
 def upcycled(model: Model, asked: Upcycling) -> Model:
@@ -50,6 +52,8 @@ def upcycled(model: Model, asked: Upcycling) -> Model:
     """
     if isinstance(asked.method, Expand):
         return _expanded(model, asked)
+    if isinstance(asked.method, Latent):
+        return with_latent_attention(model, asked.method)
     if model.moe is not None or model.dense is None:
         raise ConsiliumError(
             f"upcycle: the {model.family} model has experts already; --method expand makes more of them, and"
@@ -213,6 +217,8 @@ def _family(asked: Upcycling) -> str:
             return "nemotron-moe"
         case Qwen():
             return "qwen-moe"
+        case Latent():
+            raise AssertionError("latent attention keeps the family")
         case _:
             assert_never(asked.method)
 

@@ -14,7 +14,10 @@ NAME: Final = "upcycling.json"
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LayerDifference:
-    """What a layer's experts make of what the dense network got, beside what that made of it."""
+    """What a layer's changed part makes of what its source got, beside what that made of it.
+
+    The experts, or attention where the feed-forward stays.
+    """
 
     layer: int
     largest: float

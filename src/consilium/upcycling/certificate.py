@@ -1,4 +1,4 @@
-"""How far a sparse model is from the one that it was made of, on text, before it is trained.
+"""How far a model is from the one that it was made of, on text, before it is trained.
 
 Legend: B rows, S tokens, D hidden size, E experts.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from consilium.checkpoint.source import Source
-from consilium.evaluation.walk import Difference, Passage, Visit, compare_ends, walk
+from consilium.evaluation.walk import Difference, Passage, Visit, attend, compare_ends, walk
 from consilium.moe.types import Mode
 from consilium.records.upcycling import Certificate, LayerDifference
 
@@ -25,14 +26,20 @@ def certify(
 ) -> Certificate:
     """Run both over ``text``, a block of each at a time, and compare layers and predictions.
 
-    A layer's experts get what the network of ``dense`` got. ``promise`` is the largest relative error of the
-    logits that the method promises, None where it promises none.
+    A layer's experts, or its attention where that is what changed, get what those of ``dense`` got.
+    ``promise`` is the largest relative error of the logits that the method promises, None where it promises
+    none.
     """
     layers: list[LayerDifference] = []
     pairs = zip(walk(dense, text), walk(sparse, text), strict=True)
     last: tuple[Visit, Visit] | None = None
     for one, other in pairs:
-        layers.append(_layer(one, other, text))
+        if dense.config.attention == sparse.config.attention:
+            made = _fed(other, one, text)
+            layers.append(_layer(other, made, one.fed, text))
+        else:
+            made, expected = _attended(other, sparse, one, text), _attended(one, dense, one, text)
+            layers.append(_layer(other, made, expected, text))
         last = one, other
         progress(len(layers), dense.config.layers)
     assert last is not None, "a model has a layer"
@@ -49,12 +56,26 @@ def certify(
 
 
 @torch.no_grad()
-def _layer(one: Visit, other: Visit, text: Sequence[Passage]) -> LayerDifference:
+def _fed(visit: Visit, given: Visit, text: Sequence[Passage]) -> tuple[Tensor, ...]:
+    """What the second half of a block makes of what that of another got."""
+    pairs = zip(text, given.normed, strict=True)
+    return tuple(visit.block.feed(x_BSD, p.inputs.tokens(), Mode()).x_BSD for p, x_BSD in pairs)
+
+
+@torch.no_grad()
+def _attended(visit: Visit, source: Source, given: Visit, text: Sequence[Passage]) -> tuple[Tensor, ...]:
+    """What the first half of a block adds to what that of another got."""
+    attended, _ = attend(visit.block, source.config, text, given.before)
+    return tuple(y_BSD - x_BSD for y_BSD, x_BSD in zip(attended, given.before, strict=True))
+
+
+def _layer(
+    visit: Visit, made: Sequence[Tensor], expected: Sequence[Tensor], text: Sequence[Passage]
+) -> LayerDifference:
     found = Difference()
-    for passage, normed_BSD, expected_BSD in zip(text, one.normed, one.fed, strict=True):
-        made = other.block.feed(normed_BSD, passage.inputs.tokens(), Mode())
-        found = found.and_of(passage.tokens(made.x_BSD), passage.tokens(expected_BSD))
-    load_E = [int(sum(loads)) for loads in zip(*(x.tolist() for x in other.loads), strict=True)]
+    for passage, made_BSD, expected_BSD in zip(text, made, expected, strict=True):
+        found = found.and_of(passage.tokens(made_BSD), passage.tokens(expected_BSD))
+    load_E = [int(sum(loads)) for loads in zip(*(x.tolist() for x in visit.loads), strict=True)]
     return LayerDifference(
-        layer=one.layer, largest=found.largest, relative=found.relative, load=tuple(load_E)
+        layer=visit.layer, largest=found.largest, relative=found.relative, load=tuple(load_E)
     )

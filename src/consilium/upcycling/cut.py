@@ -25,6 +25,7 @@ from consilium.config.upcycling import (
     GraphSplit,
     InnerSplit,
     InterSplit,
+    Latent,
     Qwen,
     RandomSplit,
     Upcycling,
@@ -113,8 +114,8 @@ def cut(network: Network, asked: Upcycling, generator: torch.Generator) -> Cut:
             return _virtual_groups(network, asked, generator, shards)
         case Qwen(granularity=shards, fresh=share):
             return _drawn_anew(_shuffled(network, asked, generator, shards), share, generator)
-        case Expand():
-            raise AssertionError("expand repeats experts and cuts nothing")
+        case Expand() | Latent():
+            raise AssertionError(f"{method.kind} cuts no network")
         case _:
             assert_never(method)
 

@@ -15,6 +15,7 @@ from consilium.checkpoint.folders import check_vocabulary, checkpoint_in, refuse
 from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.checkpoint.weights import digest
+from consilium.config.attention import GQA, MLA
 from consilium.config.data import Data
 from consilium.config.io import from_data, to_data
 from consilium.config.model import Model
@@ -23,6 +24,7 @@ from consilium.config.upcycling import (
     Copy,
     Drop,
     Expand,
+    Latent,
     Qwen,
     Upcycling,
     VirtualGroup,
@@ -36,12 +38,14 @@ from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading
 from consilium.evaluation.walk import Passage, passages
 from consilium.model.build import build
+from consilium.planner.latent import is_whole
 from consilium.planner.upcycled import factor, upcycled
 from consilium.records.io import to_json
 from consilium.records.upcycling import NAME, Certificate, Lineage, Origin
 from consilium.upcycling.certificate import certify
 from consilium.upcycling.compose import Composed, composed, trunk
 from consilium.upcycling.expand import Expanded
+from consilium.upcycling.latent import LatentSource, bases
 from consilium.upcycling.source import Upcycled
 from consilium.upcycling.survey import Progress, survey
 
@@ -100,7 +104,7 @@ def run(
     made: list[Certificate] = []
 
     def write(staged: Path) -> None:
-        refuse_full(out, sum(tensor.nbytes for tensor in state.values()), "the sparse model")
+        refuse_full(out, sum(tensor.nbytes for tensor in state.values()), "the new model")
         sparse = _sparse(bare, text, progress)
         certificate = certify(
             source,
@@ -136,14 +140,16 @@ def promise(source: Source, asked: Upcycling) -> float | None:
 
     With float32 weights; in a narrower dtype a factor that is no power of two rounds.
     """
-    if not _is_exact(asked):
+    if not _is_exact(source, asked):
         return None
     wide = source.state["embed.weight"].dtype == torch.float32
+    if isinstance(asked.method, Latent):
+        return 1e-4 if wide else 3e-2
     return 1e-5 if wide or math.frexp(factor(asked))[0] == 0.5 else 3e-2
 
 
-def _is_exact(asked: Upcycling) -> bool:
-    """Whether the experts that a token uses add up to the network.
+def _is_exact(source: Source, asked: Upcycling) -> bool:
+    """Whether the experts that a token uses add up to the network, or a latent leaves nothing out.
 
     Where weights sum to 1, copies do whoever is chosen; otherwise while all logits are equal.
     """
@@ -155,6 +161,8 @@ def _is_exact(asked: Upcycling) -> bool:
             return flat or weights == "normalised"
         case Drop() | Qwen() | BranchTrainMix() | Expand():
             return False
+        case Latent() as method:
+            return isinstance(source.config.attention, GQA) and is_whole(source.config.attention, method)
         case _:
             return flat and asked.top_k == asked.experts and asked.scale == "sum"
 
@@ -174,15 +182,23 @@ def _passages(corpus: Corpus, asked: Upcycling, config: Model) -> tuple[Passage,
     share = -(-asked.calibration_tokens // len(corpus.domains))
     found = passages(corpus, Reading(min(_CONTEXT, config.max_length), limit_tokens=share))
     tokens = sum(int(p.tokens(p.inputs.ids_BS).numel()) for p in found)
-    assert config.moe is not None, "the result is sparse"
-    needed = -(-_FEWEST * config.moe.experts // config.moe.most_active)
+    needed, why = _needed(asked, config)
     if tokens < needed:
         raise ConsiliumError(
-            f"upcycle: the calibration text has {tokens} tokens, and {config.moe.experts} experts of which a"
-            f" token uses {config.moe.most_active} need {needed} at least to be levelled; give more text with"
-            " --data, or raise calibration_tokens."
+            f"upcycle: the calibration text has {tokens} tokens, and {why} {needed} at least; give more text"
+            " with --data, or raise calibration_tokens."
         )
     return found
+
+
+def _needed(asked: Upcycling, config: Model) -> tuple[int, str]:
+    """Tokens, and what for."""
+    if isinstance(config.attention, MLA) and isinstance(asked.method, Latent):
+        return config.attention.cache_width, f"a cache of {config.attention.cache_width} values a token needs"
+    assert config.moe is not None, "the result is sparse"
+    experts, active = config.moe.experts, config.moe.most_active
+    levelled = f"{experts} experts of which a token uses {active}, to be levelled, need"
+    return -(-_FEWEST * experts // active), levelled
 
 
 def _check_sources(asked: Upcycling, sources: Sequence[Path]) -> None:
@@ -210,16 +226,21 @@ def _bare(
     return dataclasses.replace(sparse, dense=trunk(source, experts, method), composed=experts)
 
 
-def _sparse(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcycled | Expanded:
+def _sparse(
+    bare: Upcycled, text: Sequence[Passage], progress: Progress
+) -> Upcycled | Expanded | LatentSource:
     if isinstance(bare.asked.method, Expand):
         return Expanded(bare.dense, bare.asked, bare.config, bare.state)
+    if isinstance(bare.asked.method, Latent):
+        found = bases(bare.dense, bare.config, text, progress)
+        return LatentSource(bare.dense, bare.asked, bare.config, bare.state, found)
     return survey(bare, text, progress)
 
 
 def _lineage(
     dense: Path,
     source: Source,
-    sparse: Upcycled | Expanded,
+    sparse: Upcycled | Expanded | LatentSource,
     text_sha256: str,
     certificate: Certificate,
 ) -> Lineage:
