@@ -100,6 +100,13 @@ def test_loads_are_even_and_lineage_names_every_source(home: Path, tmp_path: Pat
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_source_of_another_context_is_taken_and_that_of_the_base_stays(home: Path, tmp_path: Path) -> None:
+    fine_tuned(dataclasses.replace(LLAMA, max_length=64), tmp_path / "short", seed=5)
+    options = {"method": "btx", "experts": 2, "top_k": 2, "data": home / "a.txt"}
+    upcycle(home / "llama/base", tmp_path / "moe", sources=[home / "llama/a", tmp_path / "short"], **options)
+    assert store.load(tmp_path / "moe").config.max_length == LLAMA.max_length
+
+
 def test_a_gguf_file_is_a_source(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "b.gguf"
     assert main(["convert", str(home / "llama/b"), str(file), "--to", "gguf"]) == 0

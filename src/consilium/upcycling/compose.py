@@ -27,8 +27,8 @@ from consilium.evaluation.walk import Passage
 from consilium.model.types import Inputs
 from consilium.ops.loss import IGNORE
 
-_OF_TRAINING: Final = ("family", "init")
-"""Keys of a configuration that change nothing of what a trained model computes."""
+_NO_VALUES: Final = ("family", "init", "max_length")
+"""Keys of a configuration that change nothing of what a trained model computes; the base's stay."""
 
 
 @final
@@ -130,7 +130,7 @@ def trunk(base: Source, experts: Composed, method: BranchTrainMix) -> Source:
 
 
 def _check_configuration(place: Path, config: Model, folder: Path, base: Model) -> None:
-    same = {key: getattr(base, key) for key in _OF_TRAINING}
+    same = {key: getattr(base, key) for key in _NO_VALUES}
     one, other = to_data(base), to_data(dataclasses.replace(config, **same))
     for key, expected, found in _differing(one, other):
         raise ConsiliumError(
