@@ -111,7 +111,7 @@ def test_importance_is_activation_times_gradient(dense: Path) -> None:
     read = passages(corpus, Reading(64, limit_tokens=500))
     visits = list(walk(source, read))
     before = {visit.layer: visit.before for visit in visits} | {2: visits[-1].after}
-    found = dict(importances(source, read, before))
+    found = {block.layer: part for block, part in importances(source, read, before)}
     expected = {layer: list[torch.Tensor]() for layer in (0, 1)}
     for passage in read:
         hiddens = whole_pass(model, passage)

@@ -79,12 +79,13 @@ def passages(corpus: Corpus, reading: Reading) -> tuple[Passage, ...]:
 
 @torch.no_grad()
 def walk(source: Source, text: Sequence[Passage]) -> Iterator[Visit]:
-    """Visit the blocks of ``source`` from the first to the last."""
+    """Visit the blocks of ``source`` from the first to the last; of who keeps no visit one is in memory."""
     states = embedded(source, text)
     for layer in range(source.config.layers):
         found = visit(block_of(source, layer), source.config, text, states)
-        yield found
         states = found.after
+        yield found
+        del found
 
 
 def block_of(source: Source, layer: int) -> Block:
@@ -219,7 +220,7 @@ class Head:
 
 def importances(
     source: Source, text: Sequence[Passage], before: Mapping[int, tuple[Tensor, ...]]
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[Block, Tensor]]:
     """Visit the blocks from the last to the first: |activation * gradient| of each hidden neuron, [T, F].
 
     ``before`` holds the inputs of all blocks by layer, and under the number of layers the last states. The
@@ -235,7 +236,8 @@ def importances(
             parts.append(part_TF)
             lower.append(below_BSD)
         grads = tuple(lower)
-        yield layer, torch.cat(parts)
+        yield block, torch.cat(parts)
+        del block
 
 
 def _last_gradients(source: Source, text: Sequence[Passage], states: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -31,19 +31,21 @@ def certify(
     none.
     """
     layers: list[LayerDifference] = []
-    pairs = zip(walk(dense, text), walk(sparse, text), strict=True)
-    last: tuple[Visit, Visit] | None = None
-    for one, other in pairs:
+    others = walk(sparse, text)
+    last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    for one in walk(dense, text):
+        other = next(others)
         if dense.config.attention == sparse.config.attention:
             made = _fed(other, one, text)
             layers.append(_layer(other, made, one.fed, text))
         else:
             made, expected = _attended(other, sparse, one, text), _attended(one, dense, one, text)
             layers.append(_layer(other, made, expected, text))
-        last = one, other
+        last = one.after, other.after
         progress(len(layers), dense.config.layers)
+        del one, other  # their blocks go before the next are read
     assert last is not None, "a model has a layer"
-    ends = compare_ends((dense, sparse), text, last[0].after, last[1].after)
+    ends = compare_ends((dense, sparse), text, *last)
     return Certificate(
         tokens=ends.tokens,
         largest=ends.logits.largest,

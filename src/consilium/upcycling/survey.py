@@ -26,6 +26,7 @@ from consilium.evaluation.walk import (
     visit,
     walk,
 )
+from consilium.model.block import Block
 from consilium.upcycling.compose import Pointers
 from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
 from consilium.upcycling.source import Upcycled, stream
@@ -48,6 +49,7 @@ def survey(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcyc
         else:
             states = visit(seen.block, bare.dense.config, read, states).after
         progress("measuring", seen.layer + 1, bare.config.layers)
+        del seen  # its block goes before the next is read
     return made
 
 
@@ -78,7 +80,9 @@ def _settled(
     """Decide on one layer, and run the sparse model through it. ``read`` is the text, then prompts."""
     layer, asked, config = seen.layer, made.asked, made.config
     text = read if told is None else read[: told.first]
-    plan = made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen, text))
+    plan = (
+        made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen.block, seen.normed, text))
+    )
     _, normed = attend(seen.block, config, read, states)
     if told is not None:
         plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed))
@@ -94,22 +98,29 @@ def _cut(made: Upcycled, layer: int, network: Network) -> Cut:
 
 def _cuts_by_gradients(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Mapping[int, Cut]:
     """Forwards for the inputs of all blocks, backwards for the importance of neurons."""
-    visits = [dataclasses.replace(seen, fed=()) for seen in walk(bare.dense, text)]
-    before = {seen.layer: seen.before for seen in visits} | {len(visits): visits[-1].after}
+    before: dict[int, tuple[Tensor, ...]] = {}
+    normed: dict[int, tuple[Tensor, ...]] = {}
+    layers = bare.config.layers
+    for seen in walk(bare.dense, text):
+        normed[seen.layer], before[seen.layer], before[layers] = seen.normed, seen.before, seen.after
+        del seen
     cuts: dict[int, Cut] = {}
-    for layer, importance_TF in importances(bare.dense, text, before):
-        if bare.config.is_moe(layer):
-            network = dataclasses.replace(_network(visits[layer], text), importance_TF=importance_TF)
-            cuts[layer] = _cut(bare, layer, network)
-        progress("weighing", len(visits) - layer, len(visits))
+    for block, importance_TF in importances(bare.dense, text, before):
+        if bare.config.is_moe(block.layer):
+            network = _network(block, normed[block.layer], text, importance_TF)
+            cuts[block.layer] = _cut(bare, block.layer, network)
+        progress("weighing", layers - block.layer, layers)
+        del block
     return cuts
 
 
-def _network(seen: Visit, text: Sequence[Passage]) -> Network:
-    found = seen.block.feed_forward
+def _network(
+    block: Block, normed: Sequence[Tensor], text: Sequence[Passage], importance_TF: Tensor | None = None
+) -> Network:
+    found = block.feed_forward
     assert found is not None, "the source is dense"
-    x_TD = _tokens(text, seen.normed)
-    return Network(found.up.weight, found.down.weight, found.activation, x_TD)
+    x_TD = _tokens(text, normed)
+    return Network(found.up.weight, found.down.weight, found.activation, x_TD, importance_TF)
 
 
 def _tokens(text: Sequence[Passage], states: Sequence[Tensor]) -> Tensor:
