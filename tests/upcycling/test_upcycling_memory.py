@@ -69,16 +69,18 @@ def deep(layers: int) -> Model:
     )
 
 
-def test_memory_holds_a_layer_and_not_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["copy", "split-inner"])
+def test_memory_holds_a_layer_and_not_the_model(method: str, tmp_path: Path) -> None:
     saved(LLAMA, tmp_path / "small")
-    words = ["--method", "copy", "--experts", "4", "--top-k", "2", "--threads", "1"]
+    words = ["--method", method, "--experts", "4", "--top-k", "2", "--threads", "1"]
     words += ["--data", str(text(tmp_path / "a.txt")), "--set", "calibration_tokens=256"]
     found: dict[int, int] = {}
     for layers in (4, 20):
         store.save(build(deep(layers)), tmp_path / str(layers), tokenizer=Tokenizer.of_bytes())
         found[layers], _ = peak(tmp_path / "small", tmp_path / str(layers), *words)
     layer = 4 * 3 * 128 * 2048
-    assert found[20] < found[4] + 2 * layer, found
+    # Of 16 more layers: none is kept; gradients keep the text's states before each, a tenth of a layer.
+    assert found[20] < found[4] + (4 if method == "split-inner" else 2) * layer, found
     assert found[20] < 20 * layer, "less than the source itself, and far less than the result"
 
 
