@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -105,6 +106,13 @@ class Drawn:
         return drawn.to(dtype or self.state[name].dtype)
 
 
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """Pytest keeps folders of failed tests, and this one holds tens of gigabytes."""
+    with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+        yield Path(name)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize(
@@ -114,30 +122,30 @@ class Drawn:
         pytest.param(Upcycling(method=VirtualGroup(granularity=4), experts=2, top_k=4), id="virtual-group"),
     ],
 )
-def test_a_model_of_seven_billion_goes_through(asked: Upcycling, tmp_path: Path) -> None:
+def test_a_model_of_seven_billion_goes_through(asked: Upcycling, room: Path) -> None:
     """Llama 2 7B's shape in bfloat16, 13 GB: within the source and a layer, and far within 24 GiB."""
     config = dataclasses.replace(recipe("llama", "7b"), max_length=512)
     source, result = 2 * parameters(config).total, 2 * parameters(upcycled(config, asked)).total
-    if shutil.disk_usage(tmp_path).free < 1.1 * (source + result):
+    if shutil.disk_usage(room).free < 1.1 * (source + result):
         pytest.skip(f"needs {1.1 * (source + result) / 1e9:.0f} GB of disk")
-    (tmp_path / "large").mkdir()
+    (room / "large").mkdir()
     tokenizer = Tokenizer.of_bytes().files()
     fill_folder(
-        tmp_path / "large",
+        room / "large",
         Drawn(config, build(config, dtype="bfloat16", device="meta").state_dict()),
         beside=tokenizer,
     )
-    saved(LLAMA, tmp_path / "small")
+    saved(LLAMA, room / "small")
     method = asked.method
     words = ["--method", method.kind, "--experts", str(asked.experts), "--top-k", str(asked.top_k)]
     words += ["--granularity", "4"] if isinstance(method, VirtualGroup) else []
-    words += ["--data", str(text(tmp_path / "a.txt")), "--set", "calibration_tokens=256"]
-    taken, said = peak(tmp_path / "small", tmp_path / "large", *words)
+    words += ["--data", str(text(room / "a.txt")), "--set", "calibration_tokens=256"]
+    taken, said = peak(room / "small", room / "large", *words)
     found = json.loads(next(line for line in said.splitlines() if line.startswith('{"written"')))
     assert found["kept"]
     assert (found["certificate"]["promise"] is None) == isinstance(method, RandomSplit)
     assert "writing" in said, "progress is shown"
-    written = sum(path.stat().st_size for path in (tmp_path / "large-moe").glob("*.safetensors"))
+    written = sum(path.stat().st_size for path in (room / "large-moe").glob("*.safetensors"))
     assert written == pytest.approx(result, rel=1e-3)
     assert taken < source / 3
     print(f"{method.kind}: peak {taken / 2**30:.1f} GiB of a source of {source / 2**30:.1f} GiB")
