@@ -4,41 +4,51 @@ usage: python bench/upcycle.py [NAME ...] [--jobs 2] [--again] [--steps 244] [--
 
 NAME is a method, or one of ``dense`` (trained on as it is), ``dense-small`` (a dense model as wide as what
 a split keeps active, from nothing), ``scratch`` and ``scratch-long`` (the sparse model of ``copy``, from
-nothing, for the steps after the dense model's training and for both). Seeds are paired: for each seed all
-begin with the same dense model and read the same text in the same order. Each NAME is a record of its own;
-stop it at any time, and it goes on with the first that has no record of these settings and this machine.
-Settings are the methods' defaults; none was chosen after a result was seen.
+nothing, for the steps after the dense model's training and for both). A random split reads other text too:
+``-fluent`` what the fluency filter leaves of each domain, ``-dynamic`` in shares that follow the losses,
+``-sheared`` in the shares at which those end, from the first step. ``expand`` doubles the experts of
+``copy``, and ``btx`` takes its experts from branches of the dense model, each trained on one domain. Seeds
+are paired: for each seed all begin with the same dense model and, but for those named, read the same text in
+the same order. Each NAME is a record of its own; stop it at any time, and it goes on with the first that has
+no record of these settings and this machine. Settings are the methods' defaults; none was chosen after a
+result was seen.
 
 Legend: E experts, P values of an expert.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from studies import Measure, Settings, Study, ended
 
 from consilium.benchmarking.record import once
 from consilium.checkpoint import store
 from consilium.config.attention import GQA
-from consilium.config.data import Data
+from consilium.config.data import BuiltIn, Data, Dynamic, Measured
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.config.training import Training
 from consilium.config.upcycling import Copy, Qwen, Upcycling, VirtualGroup
 from consilium.data.corpus import Corpus, build_corpus
+from consilium.data.encoding import TokenizedText
+from consilium.data.filters import classifier
 from consilium.evaluation.bits import Evaluation, Reading, measure
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.upcycled import upcycled
 from consilium.records.bench import Figure
 from consilium.records.loads import max_over_mean
+from consilium.training.mixing import LossesOf, Mixing, mix
 from consilium.training.optimizer import build_optimizer
 from consilium.training.run import loader_of
 from consilium.training.step import train_step
@@ -59,8 +69,17 @@ BEFORE = 600
 """Steps of the dense model's own training."""
 AT = (0, 24, 60, 122)
 """Steps after which the held-out text is measured, beside the last."""
+BRANCHES = ("code", "mathematics", "prose", "qa")
+"""Domains of which each trains a branch for ``BRANCH_STEPS``."""
+BRANCH_STEPS = 60
+CHANGES = 24
+"""Steps between changes of the shares that follow the losses."""
+SPLIT: Mapping[str, Any] = {"method": "split-random", "experts": 8, "top_k": 4}
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "split-random": {"method": "split-random", "experts": 8, "top_k": 4},
+    "split-random": SPLIT,
+    "split-random-fluent": SPLIT,
+    "split-random-dynamic": SPLIT,
+    "split-random-sheared": SPLIT,
     "split-random-ratio": {"method": "split-random", "experts": 8, "top_k": 4, "scale": "ratio"},
     "split-random-none": {"method": "split-random", "experts": 8, "top_k": 4, "scale": "none"},
     "split-random-mlp": {"method": "split-random", "experts": 8, "top_k": 4, "gate": "mlp"},
@@ -79,38 +98,102 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen": {"method": Qwen(granularity=4), "experts": 4, "top_k": 4},
     "drop": {"method": "drop", "experts": 4, "top_k": 2},
+    "expand": {"method": "expand", "experts": 8, "top_k": 2},
+    "btx": {"method": "btx", "experts": 4, "top_k": 2},
 }
+KEPT = 0.5
+"""Least chance of being fluent of what the filter leaves."""
 OTHERS = ("dense", "dense-small", "scratch", "scratch-long")
 
 
-def training_of(model: Model, steps: int, seed: int) -> Training:
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a model reads, and beside it the held-out text, which is the same for all."""
+
+    corpus: Corpus
+    data: Data = Data(sequence_length=128)
+
+
+def training_of(model: Model, steps: int, seed: int, data: Data) -> Training:
     """One thread, so that runs beside each other change nothing."""
-    data = Data(sequence_length=128)
     return Training(model=model, data=data, steps=steps, batch=16, seed=seed)
 
 
 def trained(
-    model: Decoder, corpus: Corpus, steps: int, seed: int, at: Sequence[int] = ()
+    model: Decoder, text: Text, steps: int, seed: int, at: Sequence[int] = (), mixing: Mixing | None = None
 ) -> dict[int, Evaluation]:
-    """Train ``model`` in place; held-out text measured after each of ``at`` steps and at the end."""
-    config = training_of(model.config, steps, seed)
-    optimizer, loader = build_optimizer(model, config.optimizer), loader_of(config, corpus)
+    """Train ``model`` in place; held-out text measured after each of ``at`` steps and at the end.
+
+    Changes of the shares of domains are put into ``mixing``.
+    """
+    config = training_of(model.config, steps, seed, text.data)
+    optimizer, loader = build_optimizer(model, config.optimizer), loader_of(config, text.corpus)
     found: dict[int, Evaluation] = {}
+    mixing = mixing or Mixing()
     for step in range(steps):
         if step in at:
-            found[step] = held_out(model, corpus)
+            found[step] = held_out(model, text.corpus)
+        mix(config.data, mixing, loader, model, (step, step * config.batch), losses_on(text.corpus))
         train_step(model, optimizer, loader, config, step)
-    return found | {steps: held_out(model, corpus)}
+    return found | {steps: held_out(model, text.corpus)}
 
 
 def held_out(model: Decoder, corpus: Corpus) -> Evaluation:
     return measure(model, corpus, Reading(128, limit_tokens=8192))
 
 
-def figures(model: Decoder, corpus: Corpus, steps: int, seed: int) -> Iterator[Figure]:
+def losses_on(corpus: Corpus) -> LossesOf:
+    return lambda model: held_out(model, corpus).nats_per_token
+
+
+def read_by(name: str, dense: Path, corpus: Corpus, steps: int, seed: int) -> Text:
+    """Return the text that ``name`` trains on."""
+    follows = Dynamic(start="given", every=CHANGES, reference=Measured(path=str(dense)))
+    dynamic = Text(corpus, Data(sequence_length=128, mixture=follows))
+    match name:
+        case "split-random-fluent":
+            return Text(fluent(corpus))
+        case "split-random-dynamic":
+            return dynamic
+        case "split-random-sheared":
+            mixing = Mixing()
+            with made(dense, seed, SPLIT) as (model, _):
+                trained(model, dynamic, steps, 1000 + seed, mixing=mixing)
+            weights = dict(mixing.changes[-1].shares)
+            return Text(corpus, Data(sources=(BuiltIn(weights=weights),), sequence_length=128))
+        case _:
+            return Text(corpus)
+
+
+def fluent(corpus: Corpus) -> Corpus:
+    """Training text without what the filter for fluency drops.
+
+    A domain of which it leaves nothing, here the lists of words in two languages, stays whole: what is
+    measured is what the filter does to text that it is for.
+    """
+    judge = classifier("fluency")
+
+    def kept(text: TokenizedText) -> TokenizedText:
+        parts = [text.ids_T[slice(*ends)] for ends in zip(text.starts_N, text.ends_N, strict=True)]
+        left = [part for part in parts if judge.score(corpus.tokenizer.decode(part.tolist())) >= KEPT]
+        starts_N = np.cumsum([0, *(len(part) for part in left[:-1])])
+        return dataclasses.replace(text, ids_T=np.concatenate(left), starts_N=starts_N) if left else text
+
+    return dataclasses.replace(corpus, train={name: kept(text) for name, text in corpus.train.items()})
+
+
+@contextlib.contextmanager
+def made(dense: Path, seed: int, asked: Mapping[str, Any]) -> Iterator[tuple[Decoder, float]]:
+    """Yield what a method makes of a model, and by how much its logits differ from the model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = upcycle(dense, Path(folder) / "sparse", seed=seed, **asked)
+        yield store.load(Path(folder) / "sparse"), result.relative
+
+
+def figures(model: Decoder, text: Text, steps: int, seed: int) -> Iterator[Figure]:
     """Of one model, from before its training here to after it."""
     found = {"expert similarity, before": similarity(model)}
-    measured = trained(model, corpus, steps, 1000 + seed, AT)
+    measured = trained(model, text, steps, 1000 + seed, AT)
     found |= {"expert similarity, after": similarity(model)}
     found |= {f"bits per byte at step {step}": seen.bits_per_byte for step, seen in measured.items()}
     for when, seen in (("before", measured[0]), ("after", measured[steps])):
@@ -144,12 +227,12 @@ def small(model: Model) -> Model:
 
 def prepare(settings: Settings) -> Measure:
     """Read the text once, and train the dense model of each seed."""
-    corpus = build_corpus(training_of(DENSE, 1, 0).data, DENSE.vocab_size)
+    corpus = build_corpus(Data(sequence_length=128), DENSE.vocab_size)
     work = Path(tempfile.gettempdir()) / f"consilium-upcycle-{BEFORE}-{corpus.sha256[:12]}"
     for seed in range(settings.seeds):
         if not (work / f"dense-{seed}").exists():
             model = build(DENSE, seed=seed)
-            trained(model, corpus, BEFORE, seed)
+            trained(model, Text(corpus), BEFORE, seed)
             store.save(model, work / f"dense-{seed}", tokenizer=corpus.tokenizer)
             print(f"dense model of seed {seed} is trained", flush=True)
 
@@ -163,22 +246,48 @@ def prepare(settings: Settings) -> Measure:
 def _measured(name: str, dense: Path, corpus: Corpus, steps: int, seed: int) -> Iterator[Figure]:
     match name:
         case "dense":
-            yield from figures(store.load(dense), corpus, steps, seed)
+            yield from figures(store.load(dense), Text(corpus), steps, seed)
         case "dense-small":
             model = build(small(DENSE), seed=seed)
-            trained(model, corpus, BEFORE, seed)
-            yield from figures(model, corpus, steps, seed)
+            trained(model, Text(corpus), BEFORE, seed)
+            yield from figures(model, Text(corpus), steps, seed)
         case "scratch" | "scratch-long":
             model = build(upcycled(DENSE, Upcycling(method=Copy(), experts=4, top_k=2)), seed=seed)
             if name == "scratch-long":
-                trained(model, corpus, BEFORE, seed)
-            yield from figures(model, corpus, steps, seed)
+                trained(model, Text(corpus), BEFORE, seed)
+            yield from figures(model, Text(corpus), steps, seed)
         case _:
-            with tempfile.TemporaryDirectory() as folder:
-                made = upcycle(dense, Path(folder) / "sparse", seed=seed, **METHODS[name])
-                model = store.load(Path(folder) / "sparse")
-            yield once(f"relative difference of logits, seed {seed}", "", made.relative)
-            yield from figures(model, corpus, steps, seed)
+            with begun(name, dense, corpus, seed) as (start, more):
+                text = read_by(name, dense, corpus, steps, seed)
+                with made(start, seed, {**METHODS[name], **more}) as (model, relative):
+                    yield once(f"relative difference of logits, seed {seed}", "", relative)
+                    yield from figures(model, text, steps, seed)
+
+
+@contextlib.contextmanager
+def begun(
+    name: str, dense: Path, corpus: Corpus, seed: int
+) -> Iterator[tuple[Path, Mapping[str, Sequence[Path]]]]:
+    """Yield the folder that a method begins with, and what more it takes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        match name:
+            case "expand":
+                upcycle(dense, folder / "copied", seed=seed, **METHODS["copy"])
+                yield folder / "copied", {}
+            case "btx":
+                yield dense, {"sources": [branch(dense, folder, corpus, d, seed) for d in BRANCHES]}
+            case _:
+                yield dense, {}
+
+
+def branch(dense: Path, folder: Path, corpus: Corpus, domain: str, seed: int) -> Path:
+    """Train the dense model on one domain."""
+    model = store.load(dense)
+    alone = dataclasses.replace(corpus, train={domain: corpus.train[domain]})
+    trained(model, Text(alone), BRANCH_STEPS, seed)
+    store.save(model, folder / domain, tokenizer=corpus.tokenizer)
+    return folder / domain
 
 
 STUDY = Study("upcycle", (*OTHERS, *METHODS), 244, prepare)

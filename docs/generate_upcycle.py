@@ -27,6 +27,9 @@ NAMES = (
     "split-random-ratio",
     "split-random-none",
     "split-random-mlp",
+    "split-random-fluent",
+    "split-random-dynamic",
+    "split-random-sheared",
     "split-cluster",
     "split-inner",
     "split-inter",
@@ -38,6 +41,8 @@ NAMES = (
     "virtual-group-normalised",
     "qwen",
     "drop",
+    "expand",
+    "btx",
 )
 REAL = (
     "split-random",
@@ -68,7 +73,10 @@ method makes of it is trained for 244 steps of 2,048 tokens, about half a millio
 with the same dense model and read the same text in the same order. `dense` is the model itself, trained on;
 `dense-small` a dense model as wide as what the splits keep active, trained as long in all; `scratch` the
 sparse model of `copy` from nothing, for these steps alone, and `scratch-long` for as many as the dense model
-and these together.
+and these together. `-fluent` reads what the fluency filter leaves of each domain, `-dynamic` domains in
+shares that follow the losses, and `-sheared` in the shares at which those end, from the first step; `expand`
+doubles the experts of `copy`, and `btx` takes its experts from four branches of the dense model, each
+trained on one domain.
 
 - *Start* and *end*: bits per byte of held-out text before and after.
 - *Busiest*: tokens of the busiest expert over its share; *entropy* of the router in nats; *likeness*: mean
@@ -187,6 +195,24 @@ def claims() -> Iterable[Claim]:
         "split-random-none",
     )
     yield Claim("the same, scaled by k as here", START, "split-random", "split-random-none")
+    yield Claim(
+        "a filter for fluency helps (LLaMA-MoE)",
+        LAST,
+        "split-random-fluent",
+        "split-random",
+    )
+    yield Claim(
+        "static shares that dynamic ones end at are better than shares by size (LLaMA-MoE)",
+        LAST,
+        "split-random-sheared",
+        "split-random",
+    )
+    yield Claim(
+        "and better than the dynamic ones (LLaMA-MoE)",
+        LAST,
+        "split-random-sheared",
+        "split-random-dynamic",
+    )
     yield Claim(
         "virtual groups start at the dense loss, others above (2410.07524)",
         START,

@@ -61,12 +61,40 @@ def test_a_run_gives_every_figure(bench: ModuleType, docs: ModuleType, tmp_path:
     assert bench.similarity(model) == pytest.approx(1.0, abs=1e-5)
     assert bench.similarity(build(LLAMA)) is None
     with pytest.MonkeyPatch.context() as patch:
-        small = dataclasses.replace(bench.training_of(model.config, 3, 0), data=data, batch=2)
+        small = dataclasses.replace(bench.training_of(model.config, 3, 0, data), batch=2)
         patch.setattr(
-            bench, "training_of", lambda config, steps, seed: dataclasses.replace(small, steps=steps)
+            bench, "training_of", lambda config, steps, seed, data: dataclasses.replace(small, steps=steps)
         )
         torch.manual_seed(0)
-        names = {figure.name for figure in bench.figures(model, corpus, 3, 5)}
+        names = {figure.name for figure in bench.figures(model, bench.Text(corpus, data), 3, 5)}
     for figure in ("bits per byte at step 0", "bits per byte at step 3", "busiest expert, before"):
         assert f"{figure}, seed 5" in names
     assert "expert similarity, after, seed 5" in names
+
+
+def test_filtered_text_keeps_whole_documents_and_what_is_measured(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for domain in ("mixed", "alien"):
+        (tmp_path / domain).mkdir()
+        for number in range(8):
+            kind = "bad" if domain == "alien" or number % 2 else "good"
+            (tmp_path / domain / f"{number}.txt").write_text(
+                f"{kind} number {number} of the {domain} texts\n"
+            )
+    data = Data(sources=(TextPath(path=str(tmp_path)),), sequence_length=8, held_out=0.3)
+    corpus = build_corpus(data, 300, start=Bytes())
+
+    @dataclasses.dataclass
+    class Judge:
+        def score(self, document: str) -> float:
+            return float("good" in document)
+
+    monkeypatch.setattr(bench, "classifier", lambda kind: Judge())
+    found = bench.fluent(corpus)
+    assert found.held_out is corpus.held_out
+    assert found.train["alien"] is corpus.train["alien"], "a domain of which nothing is left stays whole"
+    mixed = found.train["mixed"]
+    assert 0 < len(mixed.starts_N) < len(corpus.train["mixed"].starts_N)
+    for start, end in zip(mixed.starts_N, mixed.ends_N, strict=True):
+        assert corpus.tokenizer.decode(mixed.ids_T[start:end].tolist()).count("good") == 1
