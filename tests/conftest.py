@@ -21,6 +21,8 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["MKL_NUM_THREADS"] = str(THREADS)
 os.environ["NO_COLOR"] = "1"
 os.environ["CONSILIUM_LANG"] = "en"
+# Tests of the native kernels compile them once (tests/kernels.py); others would, in each cache of their own.
+os.environ["CONSILIUM_NATIVE"] = "off"
 
 # A shell lets what it starts in the background ignore some; the commands under test would ignore them too.
 for known in signal.Signals:

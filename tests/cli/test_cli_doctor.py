@@ -6,11 +6,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from consilium.cli.generation import tell_kernels
 from consilium.cli.main import main
 from consilium.conformance import suite as conformance
+from consilium.ops.native import library
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
@@ -82,3 +86,29 @@ def test_routers_needs_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def fresh_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.delenv("CONSILIUM_NATIVE")
+    library.found.cache_clear()
+    yield monkeypatch
+    library.found.cache_clear()
+
+
+def test_it_tells_what_decodes(
+    fresh_kernels: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh_kernels.setenv("PATH", str(tmp_path))
+    assert "there is no C++ compiler; install g++ or clang++" in " ".join(said(capsys).split())
+
+
+def test_generate_tells_once_why_it_is_slow(
+    fresh_kernels: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh_kernels.setenv("PATH", str(tmp_path))
+    tell_kernels()
+    assert capsys.readouterr().err.count("there is no C++ compiler") == 1
+    fresh_kernels.setenv("CONSILIUM_NATIVE", "off")
+    tell_kernels()
+    assert capsys.readouterr().err == ""

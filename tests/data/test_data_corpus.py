@@ -17,6 +17,7 @@ from consilium.data.corpus import Corpus, build_corpus, held_out_corpus, whole_c
 from consilium.data.documents import Text, split
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
+from consilium.disk.files import cache_folder
 from consilium.errors import ConsiliumError
 
 VOCABULARY = 300
@@ -238,13 +239,13 @@ def test_arrays_from_the_cache_are_mapped_and_read_only(data: Data) -> None:
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert store.cache_folder() == tmp_path / "cache"
+    assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("CONSILIUM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.cache_folder() == tmp_path / "consilium"
+    assert cache_folder() == tmp_path / "consilium"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert store.cache_folder() == tmp_path / "home" / ".cache" / "consilium"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "consilium"
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused(data: Data) -> None:

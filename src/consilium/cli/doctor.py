@@ -164,6 +164,7 @@ def _facts(place: Place, say: Say) -> Iterator[tuple[str, str]]:
     yield say("disk"), say("{size:.1f} GiB free here", size=shutil.disk_usage(".").free / 2**30)
     used = {"device": device_text(place.device), "threads": place.threads, "dtype": _dtype(place, say)}
     yield say("used"), say("{device}, {threads} threads, {dtype} in training", **used)
+    yield say("kernels"), _kernels(say)
     yield say("extras"), _extras(("transformers", "shtab")) or say("none installed, none needed")
 
 
@@ -176,6 +177,17 @@ def _dtype(place: Place, say: Say) -> str:
         dtype=faster_dtype(recipe("deepseek-v3", "tiny")),
         model="deepseek-v3:tiny",
     )
+
+
+def _kernels(say: Say) -> str:
+    from consilium.ops.native.compile import Built
+    from consilium.ops.native.library import found
+
+    kernels = found()
+    if isinstance(kernels, Built):
+        return say("native, {tier}", tier=kernels.tier)
+    missing = {"reason": kernels.reason, "remedy": kernels.remedy}
+    return say("none, a step of generation takes several times as long: {reason}; {remedy}", **missing)
 
 
 def _extras(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from argparse import ArgumentParser, Namespace
@@ -89,8 +90,28 @@ class Opened:
         from consilium.checkpoint import store
         from consilium.engine.engine import Engine
 
+        tell_kernels()
         model = store.load(self.path, dtype=self.place.dtype, check_finite=True).to(self.place.device)
         return Engine(model, self.tokenizer)
+
+
+def tell_kernels() -> None:
+    """Say what takes seconds once, or what is missing and what helps."""
+    from consilium.ops.native.compile import VARIABLE, Missing, planned
+    from consilium.ops.native.library import found
+
+    plan = planned()
+    if not isinstance(plan, Missing) and not plan.is_there:
+        note(say("compiling kernels for this processor, once"))
+    kernels = found()
+    if isinstance(kernels, Missing) and os.environ.get(VARIABLE) != "off":
+        note(
+            say(
+                "slower, without native kernels: {reason}; {remedy}",
+                reason=kernels.reason,
+                remedy=kernels.remedy,
+            )
+        )
 
 
 def open_model(options: Namespace) -> Opened:

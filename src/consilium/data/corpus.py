@@ -26,10 +26,11 @@ from consilium.data.library import Library
 from consilium.data.mixture import Owners
 from consilium.data.paths import path_texts
 from consilium.data.shards import Shard, ShardWriter, join_shards, read_shard
-from consilium.data.store import cache_folder, commit_entry, entry_is_whole, write_entry
+from consilium.data.store import commit_entry, entry_is_whole, write_entry
 from consilium.data.survey import Digest
 from consilium.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from consilium.data.writing import Writer
+from consilium.disk.files import cache_folder
 from consilium.errors import ConsiliumError
 from consilium.records.dropped import Dropped
 from consilium.words.say import say

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,14 +18,6 @@ from consilium.errors import ConsiliumError
 Array = NDArray[Any]
 _WAIT: Final = 3600.0
 """Seconds for which another process may be writing its entry: to encode a large file takes minutes."""
-
-
-def cache_folder() -> Path:
-    """Return CONSILIUM_CACHE, else ``consilium`` under XDG_CACHE_HOME or ``~/.cache``."""
-    if chosen := os.environ.get("CONSILIUM_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "consilium"
 
 
 def write_entry(folder: Path, content: Mapping[str, bytes], *, files: Filesystem = DISK) -> None:

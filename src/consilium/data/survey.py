@@ -24,7 +24,8 @@ from consilium.config.io import to_data
 from consilium.data.documents import Text, stable_fraction, unit_fraction
 from consilium.data.filters import VERSION, Sieve
 from consilium.data.forms import canonical
-from consilium.data.store import array_bytes, cache_folder, entry_is_whole, open_array, write_entry
+from consilium.data.store import array_bytes, entry_is_whole, open_array, write_entry
+from consilium.disk.files import cache_folder
 from consilium.errors import ConsiliumError
 from consilium.records.dropped import Dropped
 

@@ -110,6 +110,14 @@ def _flush(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def cache_folder() -> Path:
+    """Return CONSILIUM_CACHE, else ``consilium`` under XDG_CACHE_HOME or ``~/.cache``."""
+    if chosen := os.environ.get("CONSILIUM_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "consilium"
+
+
 def make_parents(folder: Path, files: Filesystem) -> None:
     """Create ``folder`` and what is missing above it, each name durable in its parent."""
     if not folder.exists():

@@ -22,6 +22,7 @@ from consilium.evaluation.loads import LoadCounter
 from consilium.kv.build import build_cache
 from consilium.kv.dense import DenseCache, DensePart
 from consilium.model.decoder import Decoder
+from consilium.model.native import NativeDecoder
 from consilium.model.types import Inputs, Options, Output
 
 FEWEST_SLOTS: Final = 256
@@ -60,6 +61,7 @@ class Batch:
     def __init__(self, model: Decoder, options: Options) -> None:
         self._model = model
         self._options = options
+        self._native = NativeDecoder.of(model) if options.mode.observer is None else None
         self._device = model.embed.weight.device
         self._cache: DenseCache | None = None
         self.rows: list[Row] = []
@@ -91,9 +93,15 @@ class Batch:
         )
         keys = max(len(row.tokens) for row in self.rows)
         part = self._part(0, len(self.rows), keys)
-        output: Output = self._model(inputs, cache=part, options=self._options)
+        output = self._step(inputs, part)
         self.loads.add(output.reports.values())
         return output.logits[:, 0]
+
+    def _step(self, inputs: Inputs, part: DensePart) -> Output:
+        if self._native is not None:
+            return self._native.step(inputs, part, self._options)
+        output: Output = self._model(inputs, cache=part, options=self._options)
+        return output
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self._check_override(options.mode)
         context = self._context(inputs, options, cached=cache is not None)
         tokens = inputs.tokens()
-        x_BSD = self._embed(inputs.ids_BS, options)
+        x_BSD = self.embedded(inputs.ids_BS, options)
         results: dict[int, BlockResult] = {}
         for layer, block in enumerate(self.layers):
             results[layer] = run_block(block, x_BSD, context, tokens, options, cache)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         outputs: list[Hidden] = []
         for k, module in enumerate(self.mtp):
             ahead = shifted(inputs, k + 1)
-            embedded_BSD = self._embed(ahead.ids_BS, options)
+            embedded_BSD = self.embedded(ahead.ids_BS, options)
             context = self._context(ahead, options, cached=False)
             result: BlockResult = module(hidden_BSD, embedded_BSD, context, ahead.tokens(), options)
             hidden_BSD = result.x_BSD
@@ -140,7 +140,8 @@ class Decoder(nn.Module):
                     f"override names layer {wrong[0]}, which has no experts; the MoE layers are {layers}."
                 )
 
-    def _embed(self, ids_BS: Tensor, options: Options) -> Tensor:
+    def embedded(self, ids_BS: Tensor, options: Options) -> Tensor:
+        """What enters the first block: [B, S, D]."""
         x_BSD: Tensor = self.embed(Embed(ids_BS))
         x_BSD = x_BSD if options.dtype is None else x_BSD.to(options.dtype)
         # A factor in the dtype of the states, as Grok-1 rounds it: 78.38 is 78.5 in bfloat16.

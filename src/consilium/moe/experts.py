@@ -36,9 +36,17 @@ class Experts(nn.Module):
         self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 
+    @property
+    def up_stack(self) -> DenseStack:
+        return DenseStack(self.up)
+
+    @property
+    def down_stack(self) -> DenseStack:
+        return DenseStack(self.down)
+
     def forward(self, rows: Rows, mode: LayerMode) -> Tensor:
         """Each token's weighted sum [T, D] of the outputs of its rows, in at least float32."""
-        up, down = DenseStack(self.up), DenseStack(self.down)
+        up, down = self.up_stack, self.down_stack
         if mode.observer is None:
             return mixed_feed_forward(rows, up, down, self.activation, self.backend)
         x_RD = rows.inputs()

@@ -10,15 +10,17 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from consilium.config.moe import MoE
+from consilium.config.moe import Capacity, MoE
 from consilium.moe.admission import admit
 from consilium.moe.balance import Balance
 from consilium.moe.experts import Experts
 from consilium.moe.latent import Latent
+from consilium.moe.routing.fused import fused
 from consilium.moe.routing.router import Router
 from consilium.moe.shared import build_shared
-from consilium.moe.transport import Returning, Sending, Transports, local
+from consilium.moe.transport import Local, Returning, Sending, Transports, local
 from consilium.moe.types import LayerMode, Report, Routing, Tokens
+from consilium.ops.native.library import Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,23 @@ class MoELayer(nn.Module):
             mode.observer.routing(going.routing, tokens)
         return Result(y_TD, going.routing, report)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all experts are here and read what the layer reads."""
+        return isinstance(self.transport, Local) and isinstance(self.latent.down, nn.Identity)
+
+    def fused(self) -> Route | None:
+        """The rule of a step of decoding, where it is one that the native kernels know."""
+        drops = isinstance(self.admission, Capacity) and self.admission.scope != "training"
+        return None if drops else fused(self.router, self.balance.bias_E)
+
+    def decide(self, x_TD: Tensor, tokens: Tokens, mode: LayerMode) -> Routing:
+        """The routing as admitted."""
+        return admit(self.router(x_TD, self.balance.bias_E, tokens, mode), tokens, self.admission, mode)
+
     def send(self, x_TD: Tensor, tokens: Tokens, mode: LayerMode) -> Going:
         """Decide, and send the rows on their way."""
-        routing = self.router(x_TD, self.balance.bias_E, tokens, mode)
-        admitted = admit(routing, tokens, self.admission, mode)
+        admitted = self.decide(x_TD, tokens, mode)
         return Going(x_TD, admitted, self.transport.dispatch(self.latent.narrow(x_TD), admitted))
 
     def compute(self, going: Going, mode: LayerMode) -> Coming:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from consilium.moe.types import LayerMode
 from consilium.ops.exact import exact_linear
+from consilium.ops.weights import Dense, Matrix
 
 _OUTPUTS: Final = 16
 _TOKENS: Final = 8
@@ -33,6 +34,10 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    @property
+    def matrix(self) -> Matrix:
+        return Dense(self.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         tokens, outputs = x_TD.shape[0], self.weight.shape[0]

@@ -20,6 +20,7 @@ from consilium.moe.routing.select import Choice, Evidence, choose, drawn_table, 
 from consilium.moe.routing.weigh import weigh
 from consilium.moe.types import LayerMode, Routing, Tokens
 from consilium.ops.exact import no_autocast
+from consilium.ops.weights import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,12 @@ class Router(nn.Module):
         table_VK = hash_table(config.select, experts) if isinstance(config.select, Hash) else None
         self.register_buffer("table", table_VK)
         self.table: Tensor | None
+
+    @property
+    def linear(self) -> tuple[Matrix, Tensor | None] | None:
+        """The matrix and the bias that logits are made with outside training, where they are all."""
+        gate = self.projection
+        return (gate.matrix, gate.bias) if isinstance(gate, Gate) and self.primary is None else None
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None, tokens: Tokens, mode: LayerMode) -> Routing:
         """Route flat tokens [T, D]. ``bias_E`` float32 shifts the selection only, never the weights.

@@ -1,0 +1,182 @@
+"""The compiled kernels: made with the system's compiler on first use, kept in the user's cache.
+
+Sources have a plain C interface and no headers of torch, so that they compile in seconds. The name of the
+compiled file is a hash of the sources, the compiler and its flags; who finds it there compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal
+
+import torch
+
+from consilium.disk.atomic import write_file
+from consilium.disk.files import cache_folder
+from consilium.disk.lock import held
+from consilium.errors import ConsiliumError, nearest
+
+Tier = Literal["portable", "avx2", "avx512"]
+
+_AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+FLAGS: Final[Mapping[Tier, tuple[str, ...]]] = MappingProxyType(
+    {"portable": (), "avx2": _AVX2, "avx512": _AVX512}
+)
+"""From the slowest tier to the fastest. What a compiler makes of ``portable`` runs on every machine of its
+kind, with NEON's vectors where the processor is an ARM."""
+_COMMON: Final = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
+_SOURCES: Final = Path(__file__).parent / "source"
+_COMPILERS: Final = ("g++", "clang++", "c++")
+_SECONDS: Final = 300
+"""A compiler that takes longer is not waited for."""
+VARIABLE: Final = "CONSILIUM_NATIVE"
+"""``off``, or the name of a tier; unset is the fastest that runs here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Where the kernels of this machine belong, and what makes them."""
+
+    path: Path
+    tier: Tier
+    command: tuple[str, ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is there and nobody else could have written it: it becomes code of ours."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    path: Path
+    tier: Tier
+    kept: bool = True
+    """False: who loads the file takes it away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why there are no kernels, as half a sentence, and what helps."""
+
+    reason: str
+    remedy: str
+
+
+def tiers() -> tuple[Tier, ...]:
+    """Return those that run on this processor, the fastest last."""
+    fastest: dict[str, Tier] = {"AVX2": "avx2", "AVX512": "avx512"}
+    names = tuple(FLAGS)
+    return names[: names.index(fastest.get(torch.backends.cpu.get_cpu_capability(), "portable")) + 1]
+
+
+def planned(folder: Path | None = None) -> Planned | Missing:
+    """Say which kernels this process will use, without compiling; by default in the user's cache.
+
+    Raises ConsiliumError for a value of CONSILIUM_NATIVE that means nothing here.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked == "off":
+        return Missing(f"{VARIABLE} is off", f"unset {VARIABLE}")
+    tier, compiler = _tier(asked), _compiler()
+    if compiler is None or os.name != "posix":
+        return Missing("there is no C++ compiler", "install g++ or clang++")
+    command = (compiler, *_COMMON, *FLAGS[tier])
+    return Planned((folder or cache_folder() / "native") / f"{_key(command)}.so", tier, command)
+
+
+def built(folder: Path | None = None) -> Built | Missing:
+    """Find the compiled kernels, or compile them: in seconds, once a machine.
+
+    Where nothing can be written they are compiled for this process alone. Raises ConsiliumError as
+    ``planned`` does.
+    """
+    plan = planned(folder)
+    if isinstance(plan, Missing):
+        return plan
+    if plan.is_there:
+        return Built(plan.path, plan.tier)
+    try:
+        with held(plan.path.with_suffix(".lock"), busy="kernels are being compiled", wait=_SECONDS):
+            return Built(plan.path, plan.tier) if plan.is_there else _made(plan, keep=True)
+    except ConsiliumError:
+        return _made(plan, keep=False)
+
+
+def _made(plan: Planned, *, keep: bool) -> Built | Missing:
+    """Compile, and put what is made into the cache or into a file of this process."""
+    with tempfile.TemporaryDirectory(prefix="consilium-native-") as work:
+        made = Path(work) / plan.path.name
+        if (reason := _compile(plan.command, made)) is not None:
+            return Missing(reason, f"set {VARIABLE}=off to be told no more")
+        content = made.read_bytes()
+    if keep:
+        write_file(plan.path, content)
+        plan.path.chmod(0o644)
+        return Built(plan.path, plan.tier)
+    descriptor, name = tempfile.mkstemp(prefix="consilium-native-", suffix=".so")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    return Built(Path(name), plan.tier, kept=False)
+
+
+def _tier(asked: str) -> Tier:
+    if not asked:
+        return tiers()[-1]
+    for tier in tiers():
+        if tier == asked:
+            return tier
+    known = ("off", *tiers())
+    raise ConsiliumError(
+        f"{VARIABLE}={asked}: no such kernels run on this processor; write one of {', '.join(known)}."
+        f"{nearest(asked, known)}"
+    )
+
+
+def _compiler() -> str | None:
+    chosen = os.environ.get("CXX", "").split(" ")[0]
+    found = (shutil.which(name) for name in (chosen, *_COMPILERS) if name)
+    return next((path for path in found if path is not None), None)
+
+
+def _key(command: tuple[str, ...]) -> str:
+    """The hash of all that decides what the compiler makes."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=_SECONDS)  # noqa: S603 - the compiler that the user has
+    digest = hashlib.sha256(repr((command, version.stdout, sys.platform)).encode())
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _compile(command: tuple[str, ...], made: Path) -> str | None:
+    """Compile all sources; why it failed, or None."""
+    sources = sorted(str(source) for source in _SOURCES.glob("*.cpp"))
+    try:
+        done = subprocess.run(  # noqa: S603 - the same
+            [*command, *sources, "-o", str(made)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]} did not run to its end ({type(error).__name__})"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return f"{command[0]} cannot compile the kernels ({lines[0]})"

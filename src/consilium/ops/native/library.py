@@ -1,0 +1,181 @@
+"""What the compiled kernels are called with: the structures of source/layers.h, field by field.
+
+Legend: O outputs, I inputs, E experts, B rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from ctypes import Array, Structure, c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from consilium.config.feed_forward import Activation
+from consilium.ops.native.compile import Built, Missing, Tier, built
+from consilium.ops.weights import Dense, DenseStack, Matrix, Stack
+
+TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
+"""Formats that the kernels read, by their number there."""
+ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType(
+    {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}
+)
+
+
+class NativeMatrix(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("type", c_int64),
+    )
+
+
+class NativeNorm(Structure):
+    _fields_ = (("weight", c_void_p), ("type", c_int64), ("epsilon", c_double))
+
+
+class Attend(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "kv_heads", "key", "nope", "pairs", "value", "rank")),
+        *((name, c_int64) for name in ("interleaved", "norm_each")),
+        *((name, c_double) for name in ("scale", "softcap")),
+        *((name, NativeMatrix) for name in ("query", "query_up", "keys", "values", "latent_up", "output")),
+        *((name, NativeNorm) for name in ("norm", "query_norm", "key_norm", "post_norm", "next_norm")),
+        *((name, c_void_p) for name in ("storage", "table")),
+        *((name, c_int64) for name in ("table_width", "page", "row", "slots", "cache_type")),
+    )
+
+
+class Route(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("experts", "choices", "groups", "keep_groups", "group_rule")),
+        *((name, c_int64) for name in ("score", "weigh")),
+        *((name, c_double) for name in ("epsilon", "scale")),
+        ("gate", NativeMatrix),
+        *((name, c_void_p) for name in ("bias", "chosen", "weights", "counts")),
+    )
+
+
+class Feed(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("width", "experts", "choices", "shared_width", "activation")),
+        ("weight_on_input", c_int64),
+        *((name, NativeMatrix) for name in ("up", "down", "shared_up", "shared_down", "shared_gate")),
+        ("post_norm", NativeNorm),
+        *((name, c_void_p) for name in ("chosen", "weights", "keep")),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("attend", Attend),
+        ("route", Route),
+        ("feed", Feed),
+        ("latent", c_int64),
+        ("routed", c_int64),
+    )
+
+
+class Pass(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("threads", "tokens", "hidden")),
+        *((name, c_void_p) for name in ("x", "normed", "cos", "sin", "position")),
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The kernels of this machine. Every tensor that a call names stays alive until it returns."""
+
+    library: Any
+    tier: Tier
+    lanes: int
+    """Floats of a vector."""
+
+    def layers(self, shared: Pass, layers: Array[Layer], first: int) -> int:
+        """Run the layers from ``first`` on, and return the first whose router the kernels do not know.
+
+        Of that one the first half is done. Where there is none the number of layers is returned.
+        """
+        at = ctypes.byref(layers, first * ctypes.sizeof(Layer))
+        return first + self.library.consilium_layers(ctypes.byref(shared), at, c_int64(len(layers) - first))
+
+    def feed(self, shared: Pass, call: Feed) -> None:
+        """Run the second half of a layer."""
+        self.library.consilium_feed(ctypes.byref(shared), ctypes.byref(call))
+
+    def product(self, matrix: NativeMatrix, x_BI: Tensor) -> Tensor:
+        """Float32 products [B, O] of few float32 rows with a matrix."""
+        y_BO = x_BI.new_empty(x_BI.shape[0], matrix.rows)
+        rows, places = c_int64(x_BI.shape[0]), (c_void_p(x_BI.data_ptr()), c_void_p(y_BO.data_ptr()))
+        threads = c_int64(torch.get_num_threads())
+        self.library.consilium_product(ctypes.byref(matrix), places[0], rows, threads, places[1])
+        return y_BO
+
+
+@functools.cache
+def found() -> Built | Missing:
+    """Where the kernels of this process are, compiled where they were not, or why there are none."""
+    return built()
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    match found():
+        case Built(path=path, tier=tier, kept=kept):
+            loaded = opened(path, tier)
+            if not kept:
+                path.unlink()
+            return loaded
+        case Missing():
+            return None
+
+
+def opened(path: Path, tier: Tier) -> Kernels:
+    """Load a compiled file, whose structures have to be those of this module."""
+    library: Any = ctypes.CDLL(str(path))
+    for name, structure in (("layer", Layer), ("pass", Pass)):
+        size = getattr(library, f"consilium_{name}_size")
+        size.restype = c_int64
+        assert size() == ctypes.sizeof(structure), f"{name} has another layout in {path}"
+    library.consilium_lanes.restype = library.consilium_layers.restype = c_int64
+    library.consilium_feed.restype = library.consilium_product.restype = None
+    return Kernels(library, tier, library.consilium_lanes())
+
+
+def native(matrix: Matrix | Stack, bias_O: Tensor | None = None) -> NativeMatrix | None:
+    """A matrix, or those of a stack one below the other, as kernels read them.
+
+    None for a format, a device or a layout that they do not.
+    """
+    match matrix:
+        case Dense(weight_OI=weight) | DenseStack(weight_EOI=weight):
+            read = (weight,) if bias_O is None else (weight, bias_O)
+            if not all(_is_readable(tensor) and tensor.dtype == weight.dtype for tensor in read):
+                return None
+            bias = None if bias_O is None else bias_O.data_ptr()
+            return NativeMatrix(weight.data_ptr(), bias, *weight.shape[-2:], TYPES[weight.dtype])
+        case _:
+            return None
+
+
+def native_norm(weight_D: Tensor | None, epsilon: float = 0.0) -> NativeNorm | None:
+    """A norm, or what passes values on where there is no weight; None as in ``native``."""
+    if weight_D is None:
+        return NativeNorm(None, 0, 0.0)
+    if not _is_readable(weight_D):
+        return None
+    return NativeNorm(weight_D.data_ptr(), TYPES[weight_D.dtype], epsilon)
+
+
+def _is_readable(weight: Tensor) -> bool:
+    return weight.dtype in TYPES and weight.device.type == "cpu" and weight.is_contiguous()

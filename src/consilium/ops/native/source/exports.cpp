@@ -1,0 +1,37 @@
+// What the library's Python half calls.
+#include <vector>
+
+#include "layers.h"
+#include "pool.h"
+
+extern "C" {
+
+int64_t consilium_layer_size() { return sizeof(Layer); }
+int64_t consilium_pass_size() { return sizeof(Pass); }
+int64_t consilium_lanes() { return LANES; }
+
+// Layers one after the other, as far as a router that the kernels do not know: returns how many are whole.
+// Behind the last whole one, the first half of the next is done.
+int64_t consilium_layers(const Pass *pass, const Layer *layers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        attend(*pass, layers[i].attend, layers[i].latent);
+        if (layers[i].feed.experts && !layers[i].routed) return i;
+        if (layers[i].routed) route(*pass, layers[i].route);
+        feed(*pass, layers[i].feed);
+    }
+    return count;
+}
+
+void consilium_feed(const Pass *pass, const Feed *call) { feed(*pass, *call); }
+
+// y [B][O] = x [B][I] times the matrix.
+void consilium_product(const Matrix *matrix, const float *x, int64_t tokens, int64_t threads, float *y) {
+    std::vector<const float *> at(tokens);
+    for (int64_t b = 0; b < tokens; ++b) at[b] = x + b * matrix->columns;
+    team().run(static_cast<int>(threads), [&](Team::Member &member) {
+        member.loop(matrix->rows, 128, [&](int64_t begin, int64_t end) {
+            multiply(*matrix, begin, end, at.data(), tokens, y, matrix->rows);
+        });
+    });
+}
+}

@@ -1,0 +1,89 @@
+// Vectors of floats as wide as the machine's, and the formats that are widened into them.
+//
+// The compiler's own vectors: one source for every tier. LANES is what the flags of the tier allow.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+
+// A bfloat16 is the upper half of a float.
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+static inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+
+static inline Vector load(const Bfloat16 *from) {
+    const Halves halves = *reinterpret_cast<const Halves *>(from);
+    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+}
+
+static inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
+
+static inline float widen(float value) { return value; }
+
+static inline float widen(Bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+static inline void narrow(float value, float *to) { *to = value; }
+
+// To the nearest, ties to even, as torch rounds; what is not a number stays none.
+static inline void narrow(float value, Bfloat16 *to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
+    to->bits = number ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
+}
+
+// The first ``count`` values, fewer than LANES, and zeros behind them: nothing beyond is read.
+template <class T> static inline Vector load_part(const T *from, int64_t count) {
+    float values[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = widen(from[i]);
+    return load(values);
+}
+
+static inline Vector spread(float value) { return Vector{} + value; }
+
+static inline float sum(Vector value) {
+    float lanes[LANES];
+    store(lanes, value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// e^x within 2 units in the last place, by x = n ln 2 + r and a polynomial of r (Cephes' coefficients).
+static inline Vector exponential(Vector x) {
+    x = x < spread(-87.0f) ? spread(-87.0f) : x;
+    x = x > spread(88.0f) ? spread(88.0f) : x;
+    const Vector magic = spread(12582912.0f);
+    const Vector n = (x * 1.44269504088896341f + magic) - magic;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector p = spread(1.9875691500e-4f);
+    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = p * r + c;
+    p = p * r * r + r + 1.0f;
+    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    return p * reinterpret_cast<Vector>(power);
+}
+
+static inline float exponential(float x) { return exponential(spread(x))[0]; }

@@ -1,0 +1,252 @@
+"""Native kernels are compiled once, safely, for what this processor has; without a compiler nothing fails."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilium.errors import ConsiliumError
+from consilium.ops.native import compile as native
+from consilium.ops.native.compile import VARIABLE, Built, Missing, Planned, Tier, built, planned, tiers
+from consilium.ops.native.library import Kernels, opened
+from consilium.ops.native.library import native as described
+from consilium.ops.weights import Dense
+from kernels import HERE, compiled, kernels_of
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.fixture
+def quick(wanted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A compiler that only writes its arguments, in a folder that is the whole PATH."""
+    script = tmp_path / "bin" / "g++"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!{sys.executable}\nimport sys, pathlib\n"
+        "if '--version' in sys.argv: print('quick 1.0'); sys.exit()\n"
+        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).write_text(' '.join(sys.argv))\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    return script
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (1, 63, 17), (9, 64, 1000), (17, 33, 96)], ids=str)
+def test_products_equal_those_of_float64(tier: Tier, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    generator = torch.Generator().manual_seed(outputs)
+    x_BI = torch.randn(rows, inputs, generator=generator)
+    weight_OI = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    bias_O = torch.randn(outputs, generator=generator).to(dtype)
+    matrix = described(Dense(weight_OI), bias_O)
+    assert matrix is not None
+    found = kernels_of(tier).product(matrix, x_BI)
+    right = x_BI.double() @ weight_OI.double().T + bias_O.double()
+    assert (found - right).norm() <= 1e-6 * right.norm()
+
+
+def test_large_values_stay_finite() -> None:
+    weight_OI = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    matrix = described(Dense(weight_OI))
+    assert matrix is not None
+    assert torch.isfinite(kernels_of(HERE[-1]).product(matrix, torch.full((2, 4096), 1e5))).all()
+
+
+def test_other_formats_and_layouts_are_not_described() -> None:
+    weight_OI = torch.zeros(4, 6)
+    assert described(Dense(weight_OI)) is not None
+    for other in (weight_OI.double(), weight_OI.half(), weight_OI.T, weight_OI[:, :3], weight_OI.to("meta")):
+        assert described(Dense(other)) is None
+    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize("tier", HERE)
+def test_a_tier_has_its_own_vectors(tier: Tier) -> None:
+    assert kernels_of(tier).lanes == {"portable": 4, "avx2": 8, "avx512": 16}[tier]
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.parametrize("tier", [tier for tier in HERE if tier != "avx512"])
+def test_lower_tiers_hold_no_instruction_of_higher_ones(tier: Tier) -> None:
+    kernels_of(tier)
+    found = compiled(tier)
+    assert isinstance(found, Built)
+    text = subprocess.run(
+        ["objdump", "-d", str(found.path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(text) > 10_000
+    assert not re.search(r"%zmm|%k[1-7]", text)
+    assert bool(re.search(r"%ymm", text)) == (tier == "avx2")
+
+
+def test_what_is_compiled_is_found_again(quick: Path, tmp_path: Path) -> None:
+    plan = planned(tmp_path / "kept")
+    assert isinstance(plan, Planned)
+    assert not plan.is_there
+    assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
+    made = plan.path.read_text()
+    quick.write_text("#!/bin/sh\necho quick 1.0\n")
+    assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
+    assert plan.path.read_text() == made
+
+
+def test_another_compiler_source_or_tier_is_another_file(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def path() -> Path:
+        plan = planned(tmp_path)
+        assert isinstance(plan, Planned)
+        return plan.path
+
+    seen = {path()}
+    quick.write_text(quick.read_text().replace("1.0", "2.0"))
+    seen.add(path())
+    monkeypatch.setenv(VARIABLE, "portable")
+    seen.add(path())
+    changed = shutil.copytree(Path(native.__file__).parent / "source", tmp_path / "source")
+    (changed / "feed.cpp").write_text("// other\n")
+    monkeypatch.setattr(native, "_SOURCES", changed)
+    seen.add(path())
+    assert len(seen) == (4 if tiers()[-1] != "portable" else 3)
+
+
+def test_a_file_that_others_can_write_is_not_loaded(quick: Path, tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    assert isinstance(plan, Planned)
+    plan.path.write_text("planted")
+    plan.path.chmod(0o666)
+    assert not plan.is_there
+    assert built(tmp_path) == Built(plan.path, plan.tier)
+    assert plan.path.read_text() != "planted"
+    assert plan.is_there
+
+
+def test_where_nothing_can_be_kept_kernels_are_compiled_for_the_process(quick: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = built(tmp_path / "file" / "native")
+    assert isinstance(found, Built)
+    assert found.path.exists()
+    assert not found.kept
+    assert not found.path.is_relative_to(tmp_path)
+    found.path.unlink()
+
+
+def test_without_a_compiler_the_reason_is_told(
+    wanted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = built(tmp_path)
+    assert found == Missing("there is no C++ compiler", "install g++ or clang++")
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("#!/bin/sh\necho 'x.cpp:1: error: no such header' >&2\nexit 1\n", "x.cpp:1: error: no such header"),
+        ("#!/bin/sh\nexit 3\n", "exit code 3"),
+    ],
+)
+def test_a_compiler_that_fails_is_told(quick: Path, tmp_path: Path, script: str, reason: str) -> None:
+    quick.write_text(script)
+    found = built(tmp_path)
+    assert isinstance(found, Missing)
+    assert reason in found.reason
+    assert "\n" not in found.reason
+
+
+def test_they_can_be_switched_off(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    assert built() == Missing(f"{VARIABLE} is off", f"unset {VARIABLE}")
+
+
+def test_an_unknown_tier_is_refused_with_the_nearest(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "portble")
+    with pytest.raises(ConsiliumError, match=r"CONSILIUM_NATIVE=portble.*portable"):
+        built()
+
+
+def test_a_tier_that_the_processor_lacks_is_refused(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv(VARIABLE, "avx512")
+    with pytest.raises(ConsiliumError, match="no such kernels run on this processor"):
+        built()
+
+
+def test_processes_that_start_together_all_get_kernels(quick: Path, tmp_path: Path) -> None:
+    found: list[Built | Missing] = []
+    starters = [threading.Thread(target=lambda: found.append(built(tmp_path))) for _ in range(6)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join()
+    assert len(set(found)) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".lock", ".so"]
+
+
+def _busy(kernels: Kernels, calls: int) -> torch.Tensor:
+    weight_OI = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    matrix, x_BI = described(Dense(weight_OI)), torch.ones(2, 200)
+    assert matrix is not None
+    return torch.stack([kernels.product(matrix, x_BI) for _ in range(calls)])
+
+
+def test_threads_of_one_process_share_the_kernels() -> None:
+    """Whoever comes while others compute waits for its turn, and all have the same values."""
+    kernels, results = kernels_of(HERE[-1]), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        starters = [threading.Thread(target=lambda: results.append(_busy(kernels, 50))) for _ in range(4)]
+        for starter in starters:
+            starter.start()
+        for starter in starters:
+            starter.join(60)
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 4
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_computes_with_threads_of_its_own() -> None:
+    kernels_of(HERE[-1])
+    found = compiled(HERE[-1])
+    assert isinstance(found, Built)
+    script = (
+        "import os, sys, torch\n"
+        "from consilium.ops.native.library import opened, native\n"
+        "from consilium.ops.weights import Dense\n"
+        f"kernels = opened({str(found.path)!r}, {found.tier!r})\n"
+        "torch.set_num_threads(2)\n"
+        "weight = torch.ones(500, 40)\n"
+        "def right(): return bool((kernels.product(native(Dense(weight)), torch.ones(1, 40)) == 40).all())\n"
+        "assert right()\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if right() else 1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not right())\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_file_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_of(HERE[-1])
+    found = compiled(HERE[-1])
+    assert isinstance(found, Built)
+    monkeypatch.setattr("consilium.ops.native.library.Layer", ctypes.c_int64)
+    with pytest.raises(AssertionError, match="another layout"):
+        opened(found.path, found.tier)
