@@ -17,7 +17,17 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
-from checkpoint.gguf_models import CASES, deepseek_v2, deepseek_v3, llama, mixtral, qwen3, softmax, yarn
+from checkpoint.gguf_models import (
+    CASES,
+    GROUPED,
+    deepseek_v2,
+    deepseek_v3,
+    llama,
+    mixtral,
+    qwen3,
+    softmax,
+    yarn,
+)
 from checkpoint.models import switch, trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
@@ -260,6 +270,7 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
         ),
         (qwen3(dense_first=1), "expects experts in every layer of a qwen3moe"),
         (softmax("olmoe", GQA(heads=4, kv_heads=2, head_dim=16, qk_norm="full")), "as many as queries"),
+        (softmax("deepseek-moe", GROUPED), "opens no deepseek without shared experts"),
         (deepseek_v2(layers=27), "takes one of 27 layers to have no query compression"),
         (deepseek_v3(rope=yarn(0.0)), "no key for YaRN with mscale 0 and mscale_all_dim 0"),
         (
@@ -275,7 +286,17 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
             "",
         ),
     ],
-    ids=["switch", "raw weights", "dense layers", "fewer keys", "27 layers", "yarn", "betas", "interleaved"],
+    ids=[
+        "switch",
+        "raw weights",
+        "dense layers",
+        "fewer keys",
+        "no shared experts",
+        "27 layers",
+        "yarn",
+        "betas",
+        "interleaved",
+    ],
 )
 def test_what_a_reader_would_compute_differently_is_refused(
     config: Model, message: str, tmp_path: Path
@@ -284,6 +305,21 @@ def test_what_a_reader_would_compute_differently_is_refused(
     with pytest.raises(ConsiliumError, match=f"cannot be a GGUF file: .*{message}.*; convert it --to hf"):
         export(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_gate_of_zeros_is_written_as_one_that_is_no_zero_and_still_half_open(tmp_path: Path) -> None:
+    """llama.cpp divides silu(x) by x there."""
+    model = trained(CASES["qwen2_moe"])
+    with torch.no_grad():
+        for block in model.layers:
+            block.moe.shared.gate.weight.zero_()
+    store.save(model, tmp_path / "model", tokenizer=Tokenizer.of_bytes())
+    export(tmp_path / "model", tmp_path / "model.gguf")
+    back = store.load(tmp_path / "model.gguf").eval()
+    gate_D = back.state_dict()["layers.1.moe.shared.gate.weight"]
+    assert bool(gate_D.all())
+    ids_BS = torch.arange(40)[None]
+    assert torch.equal(back(ids_BS).logits, model.eval()(ids_BS).logits)
 
 
 def test_what_a_reader_does_not_get_is_said(tmp_path: Path) -> None:

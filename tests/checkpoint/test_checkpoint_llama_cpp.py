@@ -72,6 +72,17 @@ def test_llama_cpp_gives_our_probabilities_from_a_float32_file(name: str, tmp_pa
         assert relative_error(theirs, logprobs(model, prompt)) < 1e-5
 
 
+def test_llama_cpp_takes_a_shared_gate_of_zeros_for_half_open(tmp_path: Path) -> None:
+    model = trained(CASES["qwen2_moe"])
+    with torch.no_grad():
+        for block in model.layers:
+            block.moe.shared.gate.weight.zero_()
+    store.save(model, tmp_path / "model", tokenizer=Tokenizer.of_bytes())
+    export(tmp_path / "model", tmp_path / "model.gguf")
+    for prompt, answer in zip(PROMPTS, asked(tmp_path / "model.gguf", list(PROMPTS)), strict=True):
+        assert relative_error(every(answer), logprobs(model, prompt)) < 1e-5
+
+
 LOST = {"bfloat16": 0.02, "q8_0": 0.1}
 
 

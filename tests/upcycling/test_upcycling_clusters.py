@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from consilium.config.upcycling import (
+    Copy,
+    Drop,
+    Expand,
+    InnerSplit,
+    RandomSplit,
+    Upcycling,
+    VirtualGroup,
+)
+from consilium.evaluation.walk import Difference
+from consilium.planner.upcycled import FLAT, spread
 from consilium.upcycling.clusters import (
     balanced_assignment,
     balanced_clusters,
@@ -13,7 +27,7 @@ from consilium.upcycling.clusters import (
     directions,
     members,
 )
-from consilium.upcycling.gates import levelled, random_rows
+from consilium.upcycling.gates import levelled, random_rows, vague
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,3 +96,53 @@ def test_equal_rows_stay_equal() -> None:
     x_TD = torch.randn(500, 16, generator=generator) + 1
     gate_ED = levelled(random_rows(3, 16, generator), x_TD, 1, 1e-3).repeat_interleave(5, dim=0)
     assert all((part == part[0]).all() for part in gate_ED.split(5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(2, 9), st.integers(0, 2**20))
+def test_directions_that_say_nothing_new_are_found(data: st.DataObject, experts: int, seed: int) -> None:
+    """Zeros, multiples of earlier rows and what all tokens have in common, beside any other row."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(300, 24, generator=generator) + 3
+    x_TD[:, 23] = 2.0
+    rows_ED = random_rows(experts, 24, generator)
+    expected: list[bool] = []
+    for expert in range(experts):
+        kind = data.draw(st.sampled_from(["other", "nothing", "common", "again"]))
+        if kind == "nothing":
+            rows_ED[expert] *= data.draw(st.sampled_from([0.0, 1e-7]))
+        elif kind == "common":
+            rows_ED[expert] = torch.eye(24)[23]
+        elif kind == "again" and False in expected:
+            rows_ED[expert] = rows_ED[expected.index(False)] * 1.7 + 1e-7 * rows_ED[expert]
+        expected.append(kind != "other" and (kind != "again" or False in expected))
+    assert vague(rows_ED, x_TD).tolist() == expected
+
+
+def test_a_difference_that_is_no_number_stays_none() -> None:
+    one, nan = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    found = Difference().and_of(one, one + 2).and_of(nan, one).and_of(one, one)
+    assert found.largest != found.largest
+    assert found.relative != found.relative
+    assert Difference().and_of(one, one + 2).and_of(one, one).largest == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "small"),
+    [
+        (Upcycling(method=Copy(), experts=4, top_k=2), False),
+        (Upcycling(method=Copy(), experts=4, top_k=1), True),
+        (Upcycling(method=Drop(), experts=4, top_k=1), False),
+        (Upcycling(method=Drop(fresh=0.0), experts=4, top_k=1), True),
+        (Upcycling(method=VirtualGroup(granularity=2), experts=4, top_k=2), True),
+        (Upcycling(method=VirtualGroup(weights="normalised"), experts=4, top_k=2), False),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=4), True),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=4, scale="ratio"), False),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=2), False),
+        (Upcycling(method=InnerSplit(), experts=4, top_k=4), False),
+        (Upcycling(method=Expand(), experts=4, top_k=2), True),
+    ],
+)
+def test_logits_are_next_to_nothing_where_equality_needs_it(asked: Upcycling, small: bool) -> None:
+    assert spread(asked) == (FLAT if small else 1e-2)
+    assert spread(dataclasses.replace(asked, spread=0.3)) == 0.3

@@ -126,7 +126,7 @@ def test_a_gguf_file_is_a_source(home: Path, tmp_path: Path, capsys: pytest.Capt
 def test_the_result_opens_in_transformers_with_equal_logits(
     kind: str, layout: str, home: Path, tmp_path: Path
 ) -> None:
-    mixed(home, tmp_path / "moe", kind=kind, spread=0.7)
+    mixed(home, tmp_path / "moe", kind=kind)
     assert json.loads((tmp_path / "moe/config.json").read_text())["model_type"] == layout
     ids_BS = torch.randint(0, 259, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -302,6 +302,10 @@ B = "base --method btx --top-k 1 --sources"
         (f"{B} a b --set method.rest=maen", "rest = 'maen'"),
         (f"{B} a b c --prompts two.yaml", "prompts for 2 experts, and btx makes 3"),
         (f"{B} a b --prompts alike.yaml", "the prompts of experts 0 and 1 are the same"),
+        (f"{B} a b --prompts order.yaml", "the prompts of expert 1 point nowhere, or where those"),
+        (f"{B} a b --prompts twice.yaml", "the prompts of expert 1 point nowhere, or where those"),
+        (f"{B} a b --prompts against.yaml", "the prompts of expert 0 point nowhere, or where those"),
+        (f"{B} a b --prompts order.yaml --set method.directions.kind=embedding", "expert 1 point nowhere"),
         (f"{B} a b --prompts long.yaml", "tokens and the model a context of 256"),
         (f"{B} a b --prompts empty.yaml", "positive"),
         (f"{B} a b --prompts other.yaml", "key experts is missing"),
@@ -351,6 +355,9 @@ def strange(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         "two": "experts: [{positive: [a]}, {positive: [b]}]",
         "alike": "experts: [{positive: [a]}, {positive: [a]}]",
+        "order": "experts: [{positive: [abc, xyz]}, {positive: [xyz, abc]}]",
+        "twice": "experts: [{positive: [abc]}, {positive: [abc, abc]}]",
+        "against": "experts: [{positive: [abc], negative: [abc]}, {positive: [xyz]}]",
         "long": f"experts: [{{positive: [{'a' * 300}]}}, {{positive: [b]}}]",
         "empty": "experts: [{positive: []}, {positive: [b]}]",
         "other": "exprets: []",

@@ -114,8 +114,10 @@ def test_powers_of_two_are_exact_in_narrow_dtypes_too(
     saved(LLAMA, tmp_path / "dense", dtype=dtype)
     options = {"method": method, "experts": experts, "top_k": k, "data": text(tmp_path / "a.txt")}
     made = upcycle(tmp_path / "dense", tmp_path / "moe", **options)
-    assert made.relative < 1e-5
-    assert made.promise == 1e-5
+    # In float16 no gate is small enough for equal weights and large enough for its rows to differ.
+    even = dtype == "bfloat16" or isinstance(method, Copy)
+    assert made.relative < (1e-5 if even else 1e-4)
+    assert made.promise == (1e-5 if even else 3e-2)
     assert next(store.load(tmp_path / "moe").parameters()).dtype == getattr(torch, dtype)
 
 

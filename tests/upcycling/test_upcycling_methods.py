@@ -182,7 +182,9 @@ def test_the_whole_network_is_a_shared_expert_behind_a_half_open_gate(dense: Pat
         model = store.load(tmp_path / name)
         assert isinstance(model.config.moe and model.config.moe.shared, SigmoidGated)
         state, before = model.state_dict(), store.load(dense).state_dict()
-        assert not state["layers.0.moe.shared.gate.weight"].any()
+        gate_1D = state["layers.0.moe.shared.gate.weight"]
+        assert bool(gate_1D.all()), "llama.cpp has no number for a gate of 0"
+        assert float(gate_1D.norm()) < 1e-5
         assert torch.equal(
             state["layers.0.moe.shared.down.weight"], before["layers.0.feed_forward.down.weight"]
         )
@@ -221,6 +223,27 @@ def test_experts_of_a_sparse_model_are_repeated(dense: Path, tmp_path: Path) -> 
     assert found.relative < 0.5
     with_noise = upcycle(tmp_path / "moe", tmp_path / "noisy", **(options | {"top_k": 2, "spread": 0.5}))
     assert with_noise.promise is None
+
+
+def test_neurons_that_several_experts_have_add_up_to_no_network(dense: Path, tmp_path: Path) -> None:
+    for name in ("split-inner", "split-inter"):
+        found = made(dense, tmp_path / name, name, top_k=ALL[name]["experts"]).certificate
+        assert found.promise is None
+        assert found.relative > 0.01
+
+
+def test_carved_experts_of_dead_neurons_are_loaded_alike(dense: Path, tmp_path: Path) -> None:
+    """Neurons whose rows are zeros give gate rows of zeros, which tie for every token."""
+    folder = tmp_path / "dead"
+    model = store.load(dense)
+    with torch.no_grad():
+        for block in model.layers:
+            block.feed_forward.up.weight.view(2, 48, -1)[:, :24] = 0
+            block.feed_forward.up.weight.view(2, 48, -1)[:, 24:36] = 0.1
+    store.save(model, folder, tokenizer=Tokenizer.of_bytes())
+    upcycle(folder, tmp_path / "moe", method="carve", experts=4, top_k=2, data=dense.parent / "a.txt")
+    for layer in read_json(Lineage, tmp_path / "moe" / NAME).certificate.layers:
+        assert max(layer.load) < 1.35 * sum(layer.load) / len(layer.load), layer
 
 
 def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None:

@@ -226,9 +226,11 @@ def _layout(out: Path) -> str:
 
 
 def _next(out: Path, asked: Upcycling) -> list[str]:
+    from consilium.planner.upcycled import spread
+
     gate = say(
         "gate: rows levelled on the text so that loads are even; logits of standard deviation {spread:g}",
-        spread=asked.spread,
+        spread=spread(asked),
     )
     trained = command_line("train", out, "--out", f"{out}-trained", "--data", "PATH")
     gates = [gate] if asked.experts else []

@@ -245,8 +245,9 @@ class Upcycling:
 
     ``mla`` makes no experts: it takes neither ``experts`` nor ``top_k``, which the others need.
 
-    ``spread`` is the standard deviation of the gate's logits at the start: where it is small, the weights of
-    the chosen are equal.
+    ``spread`` is the standard deviation of the gate's logits at the start; without one it is so small that
+    the weights of the chosen are equal where equality depends on them, else so large that every library
+    finds the same order (``consilium.planner.upcycled.spread``).
     """
 
     method: Method
@@ -255,7 +256,7 @@ class Upcycling:
     shared: NonNegativeInt = 0
     gate: Literal["linear", "mlp", "standardised"] = "linear"
     scale: Literal["sum", "ratio", "none"] = "sum"
-    spread: PositiveFloat = 3e-6
+    spread: PositiveFloat | None = None
     dense_first: NonNegativeInt = 0
     moe_every: Size = 1
     calibration_tokens: Size = 4096

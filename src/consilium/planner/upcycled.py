@@ -43,6 +43,10 @@ from consilium.config.upcycling import (
 from consilium.errors import ConsiliumError
 from consilium.planner.latent import with_latent_attention
 
+FLAT = 3e-6
+"""A spread of logits for which weights are equal to within float32's resolution."""
+_APART = 1e-2
+
 
 def upcycled(model: Model, asked: Upcycling) -> Model:
     """Return what ``asked`` makes of ``model``.
@@ -103,6 +107,30 @@ def factor(asked: Upcycling) -> float:
             ratio = asked.experts / asked.top_k
             size = {"sum": float(asked.top_k), "ratio": ratio, "none": 1.0}[asked.scale]
     return size / _sum_of_weights(asked) * (0.5 if _has_whole(asked) else 1.0)
+
+
+def spread(asked: Upcycling) -> float:
+    """The standard deviation of a gate's logits at the start.
+
+    Large enough by itself that scores keep the order of the logits: libraries choose by a softmax in float32,
+    in which logits of ``FLAT`` fall on some thirty values, and break ties each in its own way. Of ``expand``
+    it is that of the doubles, over that of their gates.
+    """
+    small = needs_equal_weights(asked) or isinstance(asked.method, Expand)
+    return asked.spread or (FLAT if small else _APART)
+
+
+def needs_equal_weights(asked: Upcycling) -> bool:
+    """Whether the result equals its source only while the weights of all experts are equal."""
+    match asked.method:
+        case Copy() | Drop(fresh=0.0):
+            return asked.top_k == 1
+        case VirtualGroup(weights=weights):
+            return weights == "raw"
+        case RandomSplit() | ClusterSplit() | GraphSplit() | Carve():
+            return asked.top_k == asked.experts and asked.scale == "sum"
+        case _:
+            return False
 
 
 def _sum_of_weights(asked: Upcycling) -> float:

@@ -26,6 +26,7 @@ from consilium.errors import ConsiliumError
 from consilium.evaluation.walk import Passage
 from consilium.model.types import Inputs
 from consilium.ops.loss import IGNORE
+from consilium.upcycling.rounding import rounded
 
 _NO_VALUES: Final = ("family", "init", "max_length")
 """Keys of a configuration that change nothing of what a trained model computes; the base's stay."""
@@ -56,7 +57,7 @@ class Mean:
         total = torch.zeros(target.shape)
         for source in self.sources:
             total += source.read(name, torch.float32)
-        target.copy_((total / len(self.sources)).to(self.state[name].dtype))
+        target.copy_(rounded(total / len(self.sources), self.state[name].dtype, name))
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
         """The same of its rows from ``first`` on."""

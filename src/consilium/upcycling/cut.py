@@ -33,7 +33,7 @@ from consilium.config.upcycling import (
 )
 from consilium.ops.feed_forward import activate
 from consilium.upcycling.clusters import balanced_clusters, centres, directions, members
-from consilium.upcycling.gates import levelled, random_rows
+from consilium.upcycling.gates import levelled, random_rows, vague
 
 _DIRECTIONS = 64
 """Eigenvectors that stand for a co-activation matrix."""
@@ -182,6 +182,9 @@ def _carved(network: Network, asked: Upcycling, generator: torch.Generator, acti
     cluster_M = balanced_clusters(points_MP, asked.experts, generator)
     typical_E = _typical(points_MP, cluster_M, asked.experts)
     rows_ED = network.rows("gate")[others_M[typical_E]].float()
+    # Neurons that are dead, or alike, tell no expert from another.
+    random_ED = _random_gate(network, asked, generator)
+    rows_ED = torch.where(vague(rows_ED, network.x_TD)[:, None], random_ED, rows_ED)
     neurons_ES = others_M[members(cluster_M, asked.experts)]
     return Cut(neurons_ES, rows_ED, shared_N=shared_N if asked.shared else None)
 

@@ -17,6 +17,7 @@ from consilium.checkpoint.source import Source
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.config.upcycling import Upcycling
+from consilium.planner.upcycled import spread
 from consilium.upcycling.source import stream
 
 _BY_EXPERT: Final = re.compile(
@@ -45,11 +46,12 @@ class Expanded:
         if found is None:
             self.sparse.fill(name, target)
             return
-        values = self.sparse.read(name, target.dtype)
+        values = self.sparse.read(name)
         repeats = target.shape[0] // values.shape[0]
-        target.copy_(values.repeat(repeats, *[1] * (values.ndim - 1)))
+        made = values.repeat(repeats, *[1] * (values.ndim - 1))
         if found[2].startswith("router.projection"):
-            self._apart(target, values.shape[0], int(found[1]))
+            self._apart(made, values.shape[0], int(found[1]))
+        target.copy_(made)  # rounded as it will be written, whatever the dtype of who asks
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
         """The same of its rows from ``first`` on."""
@@ -62,7 +64,11 @@ class Expanded:
         return values
 
     def _apart(self, rows: Tensor, kept: int, layer: int) -> None:
-        """Add noise of ``spread`` times their own size to all rows but the first of each expert."""
+        """Add noise of ``spread`` times their own size to all rows but the first of each expert.
+
+        At least so much that rounding leaves most of it: of equal rows the first gets every token.
+        """
         noise = torch.randn(rows[kept:].shape, generator=stream(self.asked.seed, layer, "apart"))
         size = rows[:kept].float().std() if rows[:kept].numel() > 1 else 1.0
-        rows[kept:] += (noise * size * self.asked.spread).to(rows.dtype)
+        least = torch.finfo(rows.dtype).eps / 4
+        rows[kept:] += (noise * size * max(spread(self.asked), least)).to(rows.dtype)

@@ -18,10 +18,25 @@ from consilium.ops.counting import occurrences
 
 _ROUNDS: Final = 300
 _TINY: Final = 1e-12
+_ALIKE: Final = 1e-4
+"""Distance of logits over their size, below which nothing but rounding is between them."""
 
 
 def random_rows(experts: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.randn(experts, size, generator=generator)
+
+
+def vague(rows_ED: Tensor, x_TD: Tensor) -> Tensor:
+    """Directions that say nothing about the text, or what an earlier one says: bool [E].
+
+    A gate of such rows ties for every token, and the lowest index wins.
+    """
+    apart_TD = x_TD - x_TD.mean(0)
+    logits_TE = (apart_TD @ rows_ED.T).double()
+    size_E = logits_TE.norm(dim=0)
+    unit_TE = logits_TE / size_E.clamp(min=_TINY)
+    alike_EE = 2 - 2 * unit_TE.T @ unit_TE < _ALIKE**2
+    return (size_E < _ALIKE * apart_TD.norm()) | alike_EE.tril(-1).any(1)
 
 
 def levelled(rows_ED: Tensor, x_TD: Tensor, k: int, spread: float) -> Tensor:

@@ -33,6 +33,7 @@ from consilium.config.model import Model
 from consilium.config.upcycling import Upcycling
 from consilium.evaluation.walk import Passage, Visit, walk
 from consilium.ops.rope import rotation_scale
+from consilium.upcycling.rounding import rounded
 from consilium.upcycling.survey import Progress
 
 _NAME: Final = re.compile(r"layers\.(\d+)\.attention\.(q|kv_down|kv_up)\.(weight|bias)")
@@ -74,7 +75,7 @@ class LatentSource:
         else:
             made = self._made(int(found[1]), found[2], found[3])
             # Rounded as it will be written, whatever the dtype of who asks.
-            target.copy_(made.view(target.shape).to(self.state[name].dtype))
+            target.copy_(rounded(made.view(target.shape), self.state[name].dtype, name))
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
         """The same of its rows from ``first`` on."""

@@ -25,7 +25,6 @@ from consilium.config.upcycling import (
     Drop,
     Expand,
     Latent,
-    Qwen,
     Upcycling,
     VirtualGroup,
 )
@@ -39,7 +38,7 @@ from consilium.evaluation.bits import Reading
 from consilium.evaluation.walk import Passage, passages
 from consilium.model.build import build
 from consilium.planner.latent import is_whole
-from consilium.planner.upcycled import factor, upcycled
+from consilium.planner.upcycled import factor, needs_equal_weights, spread, upcycled
 from consilium.records.io import to_json
 from consilium.records.upcycling import NAME, Certificate, Lineage, Origin
 from consilium.upcycling.certificate import certify
@@ -50,7 +49,7 @@ from consilium.upcycling.source import Upcycled
 from consilium.upcycling.survey import Progress, survey
 
 _CONTEXT: Final = 512
-_FLAT: Final = 1e-5
+_EQUAL: Final = 1e-5
 """Spread of logits below which weights count as equal."""
 _FEWEST: Final = 64
 """Tokens for each expert chosen, so that an even load can be told from an uneven one."""
@@ -90,6 +89,7 @@ def run(
 ) -> Certificate:
     """``upcycle`` with its options as one value; ``models`` are ``dense`` and then the sources."""
     dense, *sources = models
+    asked = dataclasses.replace(asked, spread=spread(asked))  # on record, whatever the default will be
     folder = checkpoint_in(dense)
     for place in models:
         refuse_inside("upcycle", place, out)
@@ -138,14 +138,17 @@ def _asked(options: Mapping[str, object]) -> Upcycling:
 def promise(source: Source, asked: Upcycling) -> float | None:
     """The relative error of the logits that the method stays below; None where it promises nothing.
 
-    With float32 weights; in a narrower dtype a factor that is no power of two rounds.
+    With float32 weights; in a narrower dtype a factor that is no power of two rounds, and in float16 a gate
+    is too large for equal weights (``consilium.upcycling.rounding.raised``).
     """
     if not _is_exact(source, asked):
         return None
-    wide = source.state["embed.weight"].dtype == torch.float32
+    dtype = source.state["embed.weight"].dtype
+    wide = dtype == torch.float32
     if isinstance(asked.method, Latent):
         return 1e-4 if wide else 3e-2
-    return 1e-5 if wide or math.frexp(factor(asked))[0] == 0.5 else 3e-2
+    rounds = math.frexp(factor(asked))[0] != 0.5 or (dtype == torch.float16 and needs_equal_weights(asked))
+    return 3e-2 if rounds and not wide else 1e-5
 
 
 def _is_exact(source: Source, asked: Upcycling) -> bool:
@@ -153,18 +156,15 @@ def _is_exact(source: Source, asked: Upcycling) -> bool:
 
     Where weights sum to 1, copies do whoever is chosen; otherwise while all logits are equal.
     """
-    flat = asked.spread <= _FLAT and asked.gate != "standardised"
     match asked.method:
-        case Copy() | Drop(fresh=0.0):
-            return flat or asked.top_k > 1
-        case VirtualGroup(weights=weights):
-            return flat or weights == "normalised"
-        case Drop() | Qwen() | BranchTrainMix() | Expand():
-            return False
         case Latent() as method:
             return isinstance(source.config.attention, GQA) and is_whole(source.config.attention, method)
+        case _ if needs_equal_weights(asked):
+            return spread(asked) <= _EQUAL and asked.gate != "standardised"
+        case Copy() | Drop(fresh=0.0) | VirtualGroup():
+            return True
         case _:
-            return flat and asked.top_k == asked.experts and asked.scale == "sum"
+            return False
 
 
 def _calibration(folder: Path, config: Model, data: Path | str | None) -> Corpus:

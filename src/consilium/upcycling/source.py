@@ -21,9 +21,11 @@ from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.config.moe import MoE, SigmoidGated
 from consilium.config.upcycling import Upcycling, VirtualGroup
-from consilium.planner.upcycled import factor
+from consilium.planner.upcycled import FLAT, factor, spread
 from consilium.upcycling.compose import Composed
 from consilium.upcycling.cut import Cut
+from consilium.upcycling.gates import random_rows
+from consilium.upcycling.rounding import raised, rounded
 
 _NAME: Final = re.compile(r"layers\.(\d+)\.moe\.(.+)")
 
@@ -54,9 +56,8 @@ class Upcycled:
             self.dense.fill(name, target)
         else:
             # Rounded as it will be written, whatever the dtype of who asks.
-            target.copy_(
-                self._made(int(found[1]), found[2], self.state[name].dtype).to(self.state[name].dtype)
-            )
+            dtype = self.state[name].dtype
+            target.copy_(rounded(self._made(int(found[1]), found[2], dtype), dtype, name))
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
         """The same of its rows from ``first`` on."""
@@ -82,13 +83,15 @@ class Upcycled:
                 return down_DF if plan.shared_N is None else down_DF[:, plan.shared_N]
             case "shared.gate.weight":
                 assert isinstance(self._moe.shared, SigmoidGated), "no other has a gate"
-                return torch.zeros(self.state[f"layers.{layer}.moe.{part}"].shape)
+                # A half and no more; llama.cpp takes silu(x) / x for the sigmoid, which is no number at 0.
+                size = self.state[f"layers.{layer}.moe.{part}"].shape[1]
+                return random_rows(1, size, self._stream(layer, part)) * (FLAT / size**0.5)
             case "router.projection.output.weight":
-                return torch.eye(self._moe.experts) * self.asked.spread
+                return torch.eye(self._moe.experts) * spread(self.asked)
             case "router.projection.hidden.weight":
-                return self.gates[layer] / self.asked.spread
+                return self.gates[layer] / spread(self.asked)
             case "router.projection.weight":
-                return self.gates[layer]
+                return raised(self.gates[layer], dtype)
             case _:
                 raise AssertionError(f"an upcycled layer has no {part}")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.upcycling import BranchTrainMix, HiddenStates, Upcycling
+from consilium.errors import ConsiliumError
 from consilium.evaluation.walk import (
     Passage,
     Visit,
@@ -27,8 +28,10 @@ from consilium.evaluation.walk import (
     walk,
 )
 from consilium.model.block import Block
+from consilium.planner.upcycled import spread
 from consilium.upcycling.compose import Pointers
 from consilium.upcycling.cut import Cut, Network, cut, needs_gradients
+from consilium.upcycling.gates import vague
 from consilium.upcycling.source import Upcycled, stream
 
 Progress = Callable[[str, int, int], None]
@@ -62,11 +65,20 @@ class _Told:
     first: int
     embedded: tuple[Tensor, ...]
 
-    def rows(self, asked: Upcycling, normed: Sequence[Tensor]) -> Tensor:
-        """Directions [E, D] of a gate that gets ``normed``."""
+    def rows(self, asked: Upcycling, normed: Sequence[Tensor], x_TD: Tensor) -> Tensor:
+        """Directions [E, D] of a gate that gets ``normed``, of which ``x_TD`` is the text.
+
+        Raises ConsiliumError where prompts tell an expert from no other.
+        """
         assert isinstance(asked.method, BranchTrainMix), "no other method has prompts"
         by_layer = isinstance(asked.method.directions, HiddenStates)
-        return self.pointers.rows((normed if by_layer else self.embedded)[self.first :])
+        rows_ED = self.pointers.rows((normed if by_layer else self.embedded)[self.first :])
+        for expert in vague(rows_ED, x_TD).nonzero().flatten().tolist():
+            raise ConsiliumError(
+                f"upcycle: the prompts of expert {expert} point nowhere, or where those of an earlier one do,"
+                " so nothing would tell it apart; give it others."
+            )
+        return rows_ED
 
 
 @torch.no_grad()
@@ -84,9 +96,10 @@ def _settled(
         made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen.block, seen.normed, text))
     )
     _, normed = attend(seen.block, config, read, states)
+    x_TD = _tokens(text, normed[: len(text)])
     if told is not None:
-        plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed))
-    gate_ED = plan.gate(_tokens(text, normed[: len(text)]), asked.top_k, asked.spread)
+        plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed, x_TD))
+    gate_ED = plan.gate(x_TD, asked.top_k, spread(asked))
     made = dataclasses.replace(made, cuts={**made.cuts, layer: plan}, gates={**made.gates, layer: gate_ED})
     after = visit(block_of(made, layer), config, read, states).after
     return made, after

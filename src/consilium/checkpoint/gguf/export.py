@@ -21,6 +21,7 @@ from gguf import (
     quantize,
 )
 from gguf.constants import GGML_QUANT_VERSION
+from torch import Tensor
 
 from consilium.checkpoint.folders import GGUF
 from consilium.checkpoint.gguf.metadata import Value, arch_of, metadata, notices
@@ -41,6 +42,8 @@ TYPES: Final[Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]]] = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 _ENDS: Final = (GGUFWriter.add_eos_token_id, GGUFWriter.add_eot_token_id, GGUFWriter.add_eom_token_id)
+_SHARED_GATE: Final = "moe.shared.gate.weight"
+_NEXT_TO_ZERO: Final = 1e-30
 _FLOAT32: Final = np.dtype(np.float32)
 
 
@@ -201,11 +204,20 @@ def _stream(
         for ours, group in plan.items():
             whole = source.read(ours, torch.float32)
             for planned, (_, part) in zip(group, exported(source.config, arch, ours, whole), strict=True):
-                writer.write_tensor_data(quantize(part.contiguous().numpy(), planned.kind))
+                values = _never_zero(part) if ours.endswith(_SHARED_GATE) else part
+                writer.write_tensor_data(quantize(values.contiguous().numpy(), planned.kind))
                 done += planned.bytes
                 progress(done, total)
     finally:
         writer.close()
+
+
+def _never_zero(gate_D: Tensor) -> Tensor:
+    """A gate that is half open for every token, as one so small that it still is.
+
+    llama.cpp takes silu(x) / x for the sigmoid of a shared expert, which is no number at 0.
+    """
+    return gate_D if gate_D.any() else torch.full_like(gate_D, _NEXT_TO_ZERO)
 
 
 def _report(

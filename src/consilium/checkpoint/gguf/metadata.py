@@ -198,6 +198,8 @@ def _check(config: Model, arch: MODEL_ARCH) -> None:
             pass
     if config.moe is not None and arch in _NORMALISED:
         _check_experts(config, config.moe, arch)
+    if config.moe is not None and arch is MODEL_ARCH.DEEPSEEK and not config.moe.shared_width:
+        raise _impossible("llama.cpp opens no deepseek without shared experts")
 
 
 def _check_experts(config: Model, moe: MoE, arch: MODEL_ARCH) -> None:

@@ -1,0 +1,104 @@
+"""Sources in 16 bits: gates that a narrow dtype still tells apart, and weights beyond its range."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilium.checkpoint import store
+from consilium.cli.main import main
+from consilium.config.moe import MoE
+from consilium.config.router import Router, TopK
+from consilium.data.tokenizer import Tokenizer
+from consilium.upcycling.rounding import raised
+from consilium.upcycling.run import upcycle
+from small import lively
+from support import relative_error
+from upcycling.sources import LLAMA, saved, text
+
+GATE = "layers.0.moe.router.projection.weight"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(8, 4096), st.floats(-9, 3), st.integers(0, 2**20))
+def test_rows_that_float16_would_flatten_are_raised_all_alike(
+    experts: int, size: int, exponent: float, seed: int
+) -> None:
+    rows_ED = 10**exponent * torch.randn(experts, size, generator=torch.Generator().manual_seed(seed))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(raised(rows_ED, dtype), rows_ED), "their steps next to zero are no matter"
+    found_ED = raised(rows_ED, torch.float16)
+    factor = float((found_ED.norm() / rows_ED.norm()).double())
+    assert factor > 1 - 1e-6
+    assert relative_error(found_ED, rows_ED * factor) < 1e-6, "directions and order stay"
+    assert relative_error(found_ED.half(), found_ED) < 8e-3, "as fine as bfloat16"
+    assert factor < 1 + 1e-6 or float(found_ED.square().mean().sqrt()) < 4e-6, "and no larger than it must"
+
+
+@pytest.mark.parametrize("options", [{"method": "copy", "top_k": 1}, {"method": "split-random", "top_k": 8}])
+def test_a_gate_in_float16_keeps_its_rows_apart(options: dict[str, Any], tmp_path: Path) -> None:
+    """Norms of 30, as trained models have some, make a gate of equal weights so small that all rows are 0."""
+    wide = dataclasses.replace(LLAMA, hidden_size=256, layers=1)
+    model = lively(wide, seed=1)
+    with torch.no_grad():
+        model.layers[0].feed_forward_norm.weight.fill_(30.0)
+    store.save(model.half(), tmp_path / "dense", tokenizer=Tokenizer.of_bytes())
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", experts=8, data=text(tmp_path / "a.txt"), **options)
+    gate_ED = store.load(tmp_path / "moe").state_dict()[GATE]
+    assert gate_ED.dtype == torch.float16
+    assert len(gate_ED.unique()) > 100
+    assert made.kept
+    assert made.relative < 2e-3
+    if options["top_k"] == 1:
+        assert max(made.layers[0].load) < 1.35 * sum(made.layers[0].load) / 8
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_doubles_of_an_expert_have_rows_of_their_own(dtype: str, tmp_path: Path) -> None:
+    moe = MoE(experts=4, width=16, router=Router(select=TopK(k=2)))
+    saved(dataclasses.replace(LLAMA, family="mixtral", moe=moe), tmp_path / "sparse", dtype=dtype)
+    upcycle(
+        tmp_path / "sparse",
+        tmp_path / "more",
+        method="expand",
+        experts=8,
+        top_k=4,
+        data=text(tmp_path / "a.txt"),
+    )
+    rows_ED = store.load(tmp_path / "more").state_dict()[GATE].float()
+    apart_ED = (rows_ED[4:] - rows_ED[:4]).abs()
+    assert float((apart_ED > 0).float().mean()) > 0.3
+    assert relative_error(rows_ED[4:], rows_ED[:4]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "virtual-group", "--granularity", "8", "--experts", "8", "--top-k", "8"],
+        ["--method", "split-random", "--experts", "16", "--top-k", "1", "--set", "scale=ratio"],
+    ],
+)
+def test_weights_beyond_float16_are_told_and_nothing_is_left(
+    method: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Factors of 64 and 256."""
+    folder = tmp_path / "in"
+    model = lively(LLAMA, seed=1)
+    with torch.no_grad():
+        model.layers[1].feed_forward.down.weight[3, 5] = 2000.0
+    store.save(model.half(), folder / "dense", tokenizer=Tokenizer.of_bytes())
+    asked = [*method, "--data", str(text(folder / "a.txt")), "--set", "calibration_tokens=1100"]
+    assert main(["upcycle", str(folder / "dense"), str(tmp_path / "out"), *asked]) == 2
+    told = capsys.readouterr()
+    assert "layers.1.moe.experts.down goes beyond 65504, where float16 ends" in told.err
+    assert told.err.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+    assert main(["convert", str(folder / "dense"), str(folder / "wide"), "--dtype", "bfloat16"]) == 0
+    assert main(["upcycle", str(folder / "wide"), str(tmp_path / "out"), *asked]) != 2
+    assert all(bool(v.isfinite().all()) for v in store.load(tmp_path / "out").state_dict().values())
