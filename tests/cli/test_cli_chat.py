@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from runs import write_config, write_text
 
+from consilium.checkpoint import store
 from consilium.cli import chat
 from consilium.cli.main import main
+from consilium.model.decoder import Decoder
 
 COMMAND = [sys.executable, "-m", "consilium"]
 TEMPLATE = (
@@ -318,3 +322,29 @@ def test_a_reader_that_leaves_ends_the_text(run: Path) -> None:
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode in {0, 141}
+
+
+@pytest.mark.parametrize("packing", ["int8", "int4"])
+def test_weights_are_packed_where_that_is_asked_for(
+    run: Path, packing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Decoder] = []
+    load = store.load
+
+    def recorded(*args: Any, **options: Any) -> Decoder:
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(store, "load", recorded)
+    assert (
+        main(["generate", str(run), "--prompt", "a", "--max-tokens", "3", "--weights", packing, "--json"])
+        == 0
+    )
+    text = json.loads(capsys.readouterr().out)["completions"][0]["text"]
+    assert isinstance(text, str)
+    assert main(["eval", str(run), "--weights", packing, "--json"]) == 0
+    packed = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    assert main(["eval", str(run), "--json"]) == 0
+    assert packed == pytest.approx(json.loads(capsys.readouterr().out)["bits_per_byte"], rel=0.05)
+    kinds = [model.head.weight.dtype for model in loaded]
+    assert kinds == [{"int8": torch.int8, "int4": torch.uint8}[packing]] * 2 + [torch.float32]

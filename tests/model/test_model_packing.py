@@ -1,79 +1,84 @@
-"""Balance losses of documents that are packed into a row, and the transports that a model is built with."""
+"""Models with packed weights: which are packed, kernels and modules agree on them, and what they are for."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
+from pathlib import Path
 
 import pytest
 import torch
 
-from consilium.config.balance import Balance, CommunicationLoss, DeviceLoss, SequenceLoss
+from consilium.checkpoint import store
 from consilium.config.model import Model
+from consilium.errors import ConsiliumError
 from consilium.model.build import build
-from consilium.model.types import Inputs, Options
-from consilium.moe.transport import Local, LocalTicket, Transport
-from consilium.moe.types import Mode
-from small import DEEPSEEK, lively
-from support import relative_error
+from consilium.model.packing import pack, packable
+from consilium.ops.native.compile import Tier
+from consilium.ops.weights import Packing, packed, unpacked
+from kernels import HERE
+from model.test_model_native import agree, prepare
+from small import DEEPSEEK, KINDS, SWITCH, lively
 
-LOSSES = (
-    SequenceLoss(coefficient=1.0),
-    DeviceLoss(coefficient=1.0, devices=4, scope="sequence"),
-    CommunicationLoss(coefficient=1.0, devices=4, most=2),
-)
-TRAINING = Options(Mode(training=True))
+PACKINGS: tuple[Packing, ...] = ("int8", "int4")
 
 
-def balanced(sequence: Literal["document", "row"]) -> Model:
-    assert DEEPSEEK.moe is not None
-    balance = Balance(losses=LOSSES, sequence=sequence)
-    return dataclasses.replace(DEEPSEEK, moe=dataclasses.replace(DEEPSEEK.moe, balance=balance))
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_kernels_and_modules_agree(config: Model, packing: Packing, tier: Tier) -> None:
+    model = lively(config).eval()
+    pack(model, packing)
+    agree(model, prepare(model, tier), [3, 9, 1])
 
 
-def passes(sequence: Literal["document", "row"]) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses of two documents in one row and in two."""
-    model = lively(balanced(sequence))
-    one_S, two_S = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
-    document_BS = torch.tensor([0, 1]).repeat_interleave(20)[None]
-    packed = Inputs(torch.cat((one_S, two_S))[None], document_BS, torch.arange(20).repeat(2)[None])
-    apart = Inputs(torch.stack((one_S, two_S)))
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_values_are_those_of_the_packed_matrices(packing: Packing) -> None:
+    model, wide = lively(DEEPSEEK).eval(), lively(DEEPSEEK).eval()
+    pack(model, packing)
     with torch.no_grad():
-        first, second = (model.hidden(inputs, options=TRAINING) for inputs in (packed, apart))
-    assert relative_error(first.final_BSD.flatten(0, 1), second.final_BSD.flatten(0, 1)) < 1e-5
-    one, two = (
-        {name: float(loss) for name, loss in hidden.reports[0].losses.items()} for hidden in (first, second)
-    )
-    return one, two
+        for name, weight in wide.named_parameters():
+            if name in packable(wide):
+                weight.copy_(unpacked(*packed(weight, packing), weight.shape[-1]))
+    ids_BS = torch.arange(24).view(2, 12)
+    with torch.inference_mode():
+        found, right = model(ids_BS).logits, wide(ids_BS).logits
+    assert (found - right).norm() < 1e-5 * right.norm()
 
 
-def test_a_packed_document_counts_like_one_in_a_row_of_its_own() -> None:
-    packed, apart = passes("document")
-    assert packed == pytest.approx(apart, rel=1e-5)
+def test_gates_norms_and_the_embedding_stay_as_they_are() -> None:
+    names = packable(build(DEEPSEEK))
+    assert {"head.weight", "layers.1.moe.experts.up", "layers.1.moe.shared.down.weight"} <= names
+    assert not any("norm" in name or "router" in name or "embed" in name for name in names)
+    assert "embed.weight" not in packable(build(SWITCH)), "a tied head is the embedding"
 
 
-def test_a_row_counts_as_one_sequence_where_the_configuration_says_so() -> None:
-    packed, apart = passes("row")
-    assert apart == pytest.approx(passes("document")[1], rel=1e-6)
-    assert all(abs(packed[name] - apart[name]) > 1e-3 * apart[name] for name in apart)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_a_folder_is_packed_as_it_is_read(
+    config: Model, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PART_BYTES", 3000)
+    store.save(lively(config), tmp_path / "model")
+    right = store.load(tmp_path / "model")
+    pack(right, packing)
+    found = store.load(tmp_path / "model", weights=packing)
+    assert found.state_dict().keys() == right.state_dict().keys()
+    for name, values in right.state_dict().items():
+        assert torch.equal(found.state_dict()[name], values), name
 
 
-def test_documents_are_numbered_through_the_micro_batch() -> None:
-    document_BS = torch.tensor([[0, 0, 1], [0, 1, 2]])
-    tokens = Inputs(torch.zeros(2, 3, dtype=torch.long), document_BS).tokens()
-    assert tokens.sequence_T.tolist() == [0, 0, 1, 3, 4, 5]
-    assert tokens.row_T is not None
-    assert tokens.row_T.tolist() == [0, 0, 0, 1, 1, 1]
-    assert tokens.sequences == 6
-    assert Inputs(torch.zeros(2, 0, dtype=torch.long), document_BS[:, :0]).tokens().sequences == 2
+def test_packed_weights_are_a_part_of_the_size() -> None:
+    def size(model: torch.nn.Module) -> int:
+        return sum(tensor.nbytes for name, tensor in model.state_dict().items() if "experts.up" in name)
+
+    model = build(DEEPSEEK)
+    whole = size(model)
+    pack(model, "int4")
+    assert size(model) == whole * (4 + 16 / 32) / 32
 
 
-def test_every_moe_layer_gets_the_transport_that_the_model_is_built_with() -> None:
-    asked: list[int] = []
-
-    def transports(layer: int) -> Transport[LocalTicket]:
-        asked.append(layer)
-        return Local()
-
-    model = build(DEEPSEEK, transports=transports)
-    assert asked == list(model.moe_modules())
+def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
+    model = build(DEEPSEEK)
+    pack(model, "int8")
+    with pytest.raises(ConsiliumError, match="for generating"):
+        store.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -72,7 +72,8 @@ def test_other_formats_and_layouts_are_not_described() -> None:
     assert described(Dense(weight_OI)) is not None
     for other in (weight_OI.double(), weight_OI.half(), weight_OI.T, weight_OI[:, :3], weight_OI.to("meta")):
         assert described(Dense(other)) is None
-    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.bfloat16)) is None
+    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.bfloat16)) is not None
+    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("tier", HERE)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 
 from consilium.checkpoint import parts, safetensors_io, together
@@ -32,6 +33,8 @@ from consilium.errors import ConsiliumError
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts
+from consilium.model.packing import hold, packable
+from consilium.ops.weights import Packing, packed
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.records.run import newest_of_run
 
@@ -68,6 +71,10 @@ class TrainingState:
         return TrainingState(_copied(self.tensors), dict(self.scalars))
 
 
+PART_BYTES: Final = 64 << 20
+"""Of a stack that is read at once to be packed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """What ``save`` writes of a model."""
@@ -81,7 +88,11 @@ class Content:
 
     @staticmethod
     def of(model: Decoder) -> Content:
-        """Views: what trains on changes them."""
+        """Views: what trains on changes them. Raises ConsiliumError where weights are packed."""
+        if any(name.endswith("_scales") for name in model.state_dict()):
+            raise ConsiliumError(
+                "a model with packed weights is for generating; save or train the one it was loaded from."
+            )
         return Content(model.config, model.generation, model.state_dict(), first_experts(model))
 
     def copied(self) -> Content:
@@ -142,20 +153,50 @@ def _write(folder: Path, model: Content, tokenizer: Savable | None, files: Files
 
 
 def load(
-    folder: Path | str, *, dtype: str | None = None, device: str = "cpu", check_finite: bool = False
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    weights: Packing | None = None,
+    check_finite: bool = False,
 ) -> Decoder:
     """Return the model in ``folder``, ours or of a known Hugging Face architecture, on ``device``.
 
     A run folder stands for its newest checkpoint; a .gguf file is a model too.
-    ``dtype`` is by default that of the file. Never runs code from the folder. Raises ConsiliumError that
-    names the file or tensor when anything is missing, extra, changed or of another shape; ``check_finite``
-    also refuses NaN and infinity.
+    ``dtype`` is by default that of the file. ``weights`` packs matrices into fewer bits as they are read, for
+    a model that generates and is neither trained nor saved. Never runs code from the folder. Raises
+    ConsiliumError that names the file or tensor when anything is missing, extra, changed or of another shape;
+    ``check_finite`` also refuses NaN and infinity.
     """
     source = open_folder(folder, dtype=dtype, check_finite=check_finite)
     kind = source.state["embed.weight"].dtype
+    if weights is not None:
+        return _load_packed(source, kind, weights).to(device)
     model = allocate(source.config, source.generation, dtype=kind, device=device)
     fill(Content.of(model), source)
     return model
+
+
+def _load_packed(source: Source, dtype: torch.dtype, packing: Packing) -> Decoder:
+    """Read a part of one matrix at a time: no more than that is ever there unpacked."""
+    share = {"int8": 8.5, "int4": 4.5}[packing] / (8 * dtype.itemsize)
+    model = allocate(source.config, source.generation, dtype=dtype, share=share)
+    small = {name: t for name, t in model.state_dict().items() if name not in packable(model)}
+    fill(Content(source.config, source.generation, small), source)
+    for name in sorted(packable(model)):
+        like = model.get_parameter(name)
+        parts = [packed(part, packing) for part in _parts(source, name, like)]
+        hold(model, name, torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+    return model
+
+
+def _parts(source: Source, name: str, like: Tensor) -> Iterator[Tensor]:
+    """The values of a weight, a stack by some experts at a time."""
+    rows = len(like) if like.ndim < 3 else max(1, PART_BYTES // (like[0].numel() * like.itemsize))
+    for first in range(0, len(like), rows):
+        part = torch.empty(min(rows, len(like) - first), *like.shape[1:], dtype=like.dtype)
+        source.fill_rows(name, part, first)
+        yield part
 
 
 def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Source:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 
 from consilium.cli.arguments import count, json_flag, path
 from consilium.cli.progress import QUIET_SECONDS, Lines, note
-from consilium.cli.running import Place, running_arguments, settle
+from consilium.cli.running import Place, running_arguments, settle, weights_argument
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
@@ -61,6 +61,7 @@ def arguments(parser: ArgumentParser) -> None:
         help="on that page a second model too, such as the one before its gates were trained",
     )
     running_arguments(parser)
+    weights_argument(parser)
     json_flag(parser)
 
 
@@ -84,7 +85,7 @@ def run(options: Namespace) -> int:
     reading = reading_of(config, options.seq or trained, options.stride)
     documents, name = _documents(options, run_folder, stored)
     corpus = measured_corpus(documents, tokenizer, progress=_Late())
-    model = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
+    model = _loaded(checkpoint, options, place)
     read = _tokens_read(options, model, corpus, documents, place)
     with Lines(say("measuring"), say(" tokens")) as lines:
         result = measure(model, corpus, reading, progress=lines)
@@ -93,6 +94,13 @@ def run(options: Namespace) -> int:
         build_tokens_page(read, options.tokens_page)
         note(say("wrote {path}", path=options.tokens_page))
     return 0
+
+
+def _loaded(checkpoint: Path, options: Namespace, place: Place) -> Decoder:
+    from consilium.checkpoint import store
+
+    model = store.load(checkpoint, dtype=place.dtype, weights=options.weights, check_finite=True)
+    return model.to(place.device).eval()
 
 
 def _check_page(options: Namespace) -> None:
@@ -116,7 +124,6 @@ def _tokens_read(
 ) -> list[TokensRead]:
     """What a page of tokens shows; nothing where none is asked for."""
     from consilium.analysis.tokens import observe_tokens
-    from consilium.checkpoint import store
     from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
     from consilium.data.corpus import measured_corpus
     from consilium.data.tokenizer import Tokenizer
@@ -126,7 +133,7 @@ def _tokens_read(
     found = [observe_tokens(model, corpus, str(options.folder))]
     if options.beside is not None:
         checkpoint = checkpoint_in(options.beside)
-        other = store.load(checkpoint, dtype=place.dtype, device=place.device, check_finite=True).eval()
+        other = _loaded(checkpoint, options, place)
         tokenizer = Tokenizer.load(checkpoint)
         check_vocabulary(tokenizer.vocab_size, other.config.vocab_size, options.beside)
         found.append(observe_tokens(other, measured_corpus(documents, tokenizer), str(options.beside)))

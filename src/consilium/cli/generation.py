@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from consilium.cli.arguments import path
 from consilium.cli.progress import note
-from consilium.cli.running import Place, running_arguments, settle
+from consilium.cli.running import Place, running_arguments, settle, weights_argument
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from consilium.engine.chat import Format
     from consilium.engine.engine import Engine
     from consilium.engine.request import Piece, Sampling
+    from consilium.ops.weights import Packing
 
 SETTINGS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DRAW: Final = ("top_k", "top_p", "min_p", "seed")
@@ -57,6 +58,7 @@ def generation_arguments(parser: ArgumentParser, *, tokens: str, temperature: st
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     running_arguments(parser)
+    weights_argument(parser)
 
 
 def check_settings(options: Namespace) -> None:
@@ -78,6 +80,7 @@ class Opened:
     """The checkpoint or GGUF file that it is in."""
     tokenizer: Tokenizer
     place: Place
+    packing: Packing | None
 
     def form(self) -> Format:
         """How the model reads a conversation."""
@@ -91,7 +94,9 @@ class Opened:
         from consilium.engine.engine import Engine
 
         tell_kernels()
-        model = store.load(self.path, dtype=self.place.dtype, check_finite=True).to(self.place.device)
+        model = store.load(self.path, dtype=self.place.dtype, weights=self.packing, check_finite=True).to(
+            self.place.device
+        )
         return Engine(model, self.tokenizer)
 
 
@@ -129,7 +134,7 @@ def open_model(options: Namespace) -> Opened:
 
     tokenizer = Tokenizer.load(checkpoint)
     check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint).config.vocab_size)
-    return Opened(checkpoint, tokenizer, place)
+    return Opened(checkpoint, tokenizer, place, options.weights)
 
 
 def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Sampling:

@@ -48,6 +48,14 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def weights_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="pack matrices into 8 or 4 bits as they are read: faster and smaller; default: as stored",
+    )
+
+
 def settle(options: argparse.Namespace) -> Place:
     """Turn the options into values, and make torch compute with that many threads.
 

@@ -59,29 +59,30 @@ def allocate(
     dtype: torch.dtype,
     device: str = "cpu",
     blocks: Blocks = Block,
-    processes: int = 1,
+    share: float = 1.0,
 ) -> Decoder:
     """A model whose parameters are still to be written: nothing is drawn and no memory of theirs is touched.
 
-    ``processes`` share them. Raises ConsiliumError for a part that this machine cannot hold.
+    ``share`` of their bytes will be here, where processes share them or weights are packed. Raises
+    ConsiliumError for a part that this machine cannot hold.
     """
     if device == "meta":
         with torch.device("meta"):
             return Decoder(config, generation, blocks=blocks).to(dtype)
     if device == "cpu":
-        refuse_too_large(config, dtype, processes)
+        refuse_too_large(config, dtype, share)
     model = Decoder(config, generation, blocks=blocks)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
     return model.to(device)
 
 
-def refuse_too_large(config: Model, dtype: torch.dtype, processes: int = 1) -> None:
-    """Raise ConsiliumError where a process's part of ``config`` in ``dtype`` is more than memory and swap."""
+def refuse_too_large(config: Model, dtype: torch.dtype, share: float = 1.0) -> None:
+    """Raise ConsiliumError where this ``share`` of ``config`` in ``dtype`` is more than memory and swap."""
     counts = parameters(config)
-    values = (counts.total + counts.mtp) // processes
+    values = counts.total + counts.mtp
     refuse_beyond_memory(
-        values * dtype.itemsize,
+        int(values * dtype.itemsize * share),
         f"{config.family} with {values:,} parameters in {str(dtype).removeprefix('torch.')}",
         "choose a smaller size or dtype, or ask 'consilium plan' what fits",
     )

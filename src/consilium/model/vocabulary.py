@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.ops.loss import linear_cross_entropy
-from consilium.ops.weights import Dense, Matrix
+from consilium.ops.weights import Matrix, matrix_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,14 @@ class Vocabulary(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.register_buffer("weight_scales", None)
+        self.weight_scales: Tensor | None
 
     @property
     def matrix(self) -> Matrix:
-        return Dense(self.weight)
+        return matrix_of(self.weight, self.weight_scales, self.hidden_size)
 
     def forward(self, question: Question) -> Tensor:
         match question:

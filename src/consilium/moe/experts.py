@@ -12,7 +12,7 @@ from consilium.config.moe import MoE
 from consilium.moe.types import Activations, LayerMode
 from consilium.ops.grouped import Backend, mixed_feed_forward, observed_feed_forward
 from consilium.ops.rows import Rows
-from consilium.ops.weights import DenseStack
+from consilium.ops.weights import Stack, stack_of
 
 
 @final
@@ -33,16 +33,21 @@ class Experts(nn.Module):
         size = config.expert_size(hidden_size)
         self.up = nn.Parameter(torch.empty(len(self.owned), up_rows, size))
         self.down = nn.Parameter(torch.empty(len(self.owned), size, config.width))
+        self.register_buffer("up_scales", None)
+        self.register_buffer("down_scales", None)
+        self.up_scales: Tensor | None
+        self.down_scales: Tensor | None
+        self.size, self.width = size, config.width
         self.activation: Activation = config.activation
         self.backend: Backend | None = backend
 
     @property
-    def up_stack(self) -> DenseStack:
-        return DenseStack(self.up)
+    def up_stack(self) -> Stack:
+        return stack_of(self.up, self.up_scales, self.size)
 
     @property
-    def down_stack(self) -> DenseStack:
-        return DenseStack(self.down)
+    def down_stack(self) -> Stack:
+        return stack_of(self.down, self.down_scales, self.width)
 
     def forward(self, rows: Rows, mode: LayerMode) -> Tensor:
         """Each token's weighted sum [T, D] of the outputs of its rows, in at least float32."""

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from consilium.ops.weights import Dense, Matrix
+from consilium.ops.weights import Matrix, matrix_of
 
 
 @final
@@ -19,12 +19,15 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
+        self.inputs = inputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_buffer("weight_scales", None)
+        self.weight_scales: Tensor | None
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     @property
     def matrix(self) -> Matrix:
-        return Dense(self.weight)
+        return matrix_of(self.weight, self.weight_scales, self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matrix.times(x, self.bias)

@@ -1,19 +1,24 @@
 """Weights: a matrix is an object that multiplies itself, and nobody outside ``ops`` reads its tensors.
 
 Modules hold the tensors under the names of their state dict and hand these values to what multiplies. Another
-format (int8, int4, fp8) is another final class here; kernels of ``ops`` that know a format match on it,
-everything else calls ``times``.
+format is another final class here; kernels of ``ops`` that know a format match on it, everything else calls
+``times``.
 
-Legend: R rows, E experts, O outputs, I inputs.
+Legend: R rows, E experts, O outputs, I inputs, G groups of 32 inputs, C bytes of a row of packed integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Final, Literal, Protocol, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Packing = Literal["int8", "int4"]
+GROUP: Final = 32
+"""Integers that share a scale."""
 
 
 class Matrix(Protocol):
@@ -29,6 +34,10 @@ class Matrix(Protocol):
 
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """The product x W^T + b [..., O] of rows [..., I], in the dtype of ``x`` and under autograd."""
+        ...
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """The values [O, I]."""
         ...
 
 
@@ -62,7 +71,10 @@ class Dense:
         return self.weight_OI.requires_grad
 
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+        return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        return self.weight_OI.to(dtype)
 
 
 @final
@@ -82,3 +94,92 @@ class DenseStack:
 
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(Dense(weight_OI) for weight_OI in self.weight_EOI.unbind())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Integers in groups of 32 inputs, each with a scale: w = scale * integer. The last group ends in zeros.
+
+    int8 holds values of -127 to 127 as they are. int4 holds -8 to 7 plus 8: of the 16 bytes of a group the
+    lower halves are values 0 to 15 and the upper ones 16 to 31. Both are GGUF's Q8_0 and Q4_0 without their
+    interleaved scales. A group whose largest value is below 1e-3 loses precision: the scale is float16.
+    """
+
+    integers_OC: Tensor
+    """int8 [O, 32 G], or uint8 [O, 16 G]."""
+    scales_OG: Tensor
+    """float16."""
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.integers_OC.shape[0], self.columns
+
+    @property
+    def needs_gradient(self) -> bool:
+        return False
+
+    def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        return unpacked(self.integers_OC, self.scales_OG, self.columns).to(dtype)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PackedStack:
+    """Packed matrices in one tensor."""
+
+    integers_EOC: Tensor
+    scales_EOG: Tensor
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.integers_EOC.shape[:2], self.columns
+
+    @property
+    def needs_gradient(self) -> bool:
+        return False
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        pairs = zip(self.integers_EOC.unbind(), self.scales_EOG.unbind(), strict=True)
+        return tuple(Packed(integers_OC, scales_OG, self.columns) for integers_OC, scales_OG in pairs)
+
+
+def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:
+    """What a module holds as a matrix: packed where there are scales beside."""
+    return Dense(weight) if scales is None else Packed(weight, scales, columns)
+
+
+def stack_of(weight: Tensor, scales: Tensor | None, columns: int) -> Stack:
+    return DenseStack(weight) if scales is None else PackedStack(weight, scales, columns)
+
+
+def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Integers and scales of a matrix or a stack [..., I]: the nearest, by groups.
+
+    int8: the scale takes the largest to 127 (GGUF's Q8_0). int4: it takes the value that is largest, with its
+    sign, to -8, since there is one more integer below zero than above (Q4_0). Both round the scale first.
+    """
+    groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (largest.abs() / 127 if packing == "int8" else largest / -8).half()
+    shares = torch.where(scales == 0, 0.0, groups / scales.float())
+    match packing:
+        case "int8":
+            integers = shares.round().clamp(-127, 127).to(torch.int8).flatten(-2)
+        case "int4":
+            low, high = shares.round().clamp(-8, 7).add(8).to(torch.uint8).chunk(2, -1)
+            integers = (low | high << 4).flatten(-2)
+    return integers, scales.squeeze(-1)
+
+
+def unpacked(integers: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """Float32 values [..., I] of packed ones."""
+    groups = integers.unflatten(-1, (scales.shape[-1], -1))
+    if integers.dtype == torch.uint8:
+        groups = torch.cat((groups & 15, groups >> 4), -1).to(torch.int8) - 8
+    return (groups * scales.float()[..., None]).flatten(-2)[..., :columns]

@@ -108,7 +108,7 @@ def allocated(
 ) -> Decoder:
     """A model of which this process has its part, still to be written."""
     blocks = partial(OverlappedBlock if overlap else Block, transports=over(mesh.expert))
-    model = allocate(config, generation, dtype=dtype, device=device, blocks=blocks, processes=mesh.world.size)
+    model = allocate(config, generation, dtype=dtype, device=device, blocks=blocks, share=1 / mesh.world.size)
     alone = [*model.layers, *(module.block for module in model.mtp), *model.mtp, model.embed]
     ends = [] if config.tied else [model.head]
     mesh.sharding.shard(model, (*alone, *ends), [moe.experts for moe in model.moe_modules().values()])

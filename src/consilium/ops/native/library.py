@@ -19,10 +19,12 @@ from torch import Tensor
 
 from consilium.config.feed_forward import Activation
 from consilium.ops.native.compile import Built, Missing, Tier, built
-from consilium.ops.weights import Dense, DenseStack, Matrix, Stack
+from consilium.ops.weights import Dense, DenseStack, Matrix, Packed, PackedStack, Stack
 
 TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
 """Formats that the kernels read, by their number there."""
+INTEGERS: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.int8: 2, torch.uint8: 3})
+"""The same of packed ones."""
 ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType(
     {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}
 )
@@ -30,11 +32,8 @@ ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType(
 
 class NativeMatrix(Structure):
     _fields_ = (
-        ("data", c_void_p),
-        ("bias", c_void_p),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("type", c_int64),
+        *((name, c_void_p) for name in ("data", "scales", "bias")),
+        *((name, c_int64) for name in ("rows", "columns", "type", "bias_type")),
     )
 
 
@@ -159,23 +158,29 @@ def native(matrix: Matrix | Stack, bias_O: Tensor | None = None) -> NativeMatrix
     """
     match matrix:
         case Dense(weight_OI=weight) | DenseStack(weight_EOI=weight):
-            read = (weight,) if bias_O is None else (weight, bias_O)
-            if not all(_is_readable(tensor) and tensor.dtype == weight.dtype for tensor in read):
-                return None
-            bias = None if bias_O is None else bias_O.data_ptr()
-            return NativeMatrix(weight.data_ptr(), bias, *weight.shape[-2:], TYPES[weight.dtype])
+            values, scales, kind = weight, None, TYPES.get(weight.dtype)
+        case (
+            Packed(integers_OC=values, scales_OG=scales) | PackedStack(integers_EOC=values, scales_EOG=scales)
+        ):
+            kind = INTEGERS[values.dtype]
         case _:
             return None
+    tensors = [tensor for tensor in (values, scales, bias_O) if tensor is not None]
+    known = kind is not None and (bias_O is None or bias_O.dtype in TYPES)
+    if not known or not all(_is_here(tensor) for tensor in tensors):
+        return None
+    places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
+    return NativeMatrix(*places, *matrix.shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
 
 
 def native_norm(weight_D: Tensor | None, epsilon: float = 0.0) -> NativeNorm | None:
     """A norm, or what passes values on where there is no weight; None as in ``native``."""
     if weight_D is None:
         return NativeNorm(None, 0, 0.0)
-    if not _is_readable(weight_D):
+    if weight_D.dtype not in TYPES or not _is_here(weight_D):
         return None
     return NativeNorm(weight_D.data_ptr(), TYPES[weight_D.dtype], epsilon)
 
 
-def _is_readable(weight: Tensor) -> bool:
-    return weight.dtype in TYPES and weight.device.type == "cpu" and weight.is_contiguous()
+def _is_here(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()

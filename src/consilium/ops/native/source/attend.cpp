@@ -157,7 +157,7 @@ void absorbed(const Pass &p, const Attend &a, Rows &q, Rows &mixed, int64_t b, i
         for (int64_t h = 0; h < count; ++h) {
             float *to = mixed[b] + (first + h) * a.value;
             auto *own = up + ((first + h) * (a.nope + a.value) + a.nope) * a.rank;
-            products(own, a.rank, a.rank, a.value, &latents[h], 1,
+            products(Dense<std::remove_const_t<std::remove_pointer_t<decltype(own)>>>{own, a.rank}, a.rank, a.value, &latents[h], 1,
                      [&](int64_t row, int64_t, float value) { to[row] = value; });
         }
     });

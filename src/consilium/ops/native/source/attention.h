@@ -47,7 +47,7 @@ static inline void logits_of(const Heads &heads, const Slots<T> &slots, int64_t 
         auto keep = [&](int64_t row, int64_t b, float value) {
             logits[b][done + row] = heads.softcap > 0 ? heads.softcap * std::tanh(value / heads.softcap) : value;
         };
-        products_of<B>(rows, slots.row, heads.key_width, run, heads.queries, 0, keep);
+        products_of<B>(Dense<T>{rows, slots.row}, heads.key_width, run, heads.queries, 0, keep);
         done += run;
     }
 }

@@ -29,17 +29,12 @@ float activate(int64_t activation, float gate, float up) {
 // A network and the tokens that visit it, each with the choice that led there.
 struct Visit {
     Matrix up, down;
+    int64_t first_up, first_down;  // row of each that its own begin with
     int64_t width;
     std::vector<int64_t> pair;     // where hidden values and outputs of each visit are
     std::vector<const float *> x;  // of each visit
     std::vector<float> factor;     // on what enters
 };
-
-Matrix part(const Matrix &stack, int64_t which, int64_t rows) {
-    const int64_t size = stack.type == BFLOAT16 ? 2 : 4;
-    return {static_cast<const char *>(stack.data) + which * rows * stack.columns * size, nullptr, rows,
-            stack.columns, stack.type};
-}
 
 bool kept(const Feed &f, int64_t pair) { return !f.keep || f.keep[pair]; }
 
@@ -59,11 +54,12 @@ std::vector<Visit> visits_of(const Pass &p, const Feed &f) {
     std::vector<Visit> live;
     for (int64_t e = 0; e < f.experts; ++e) {
         if (all[e].pair.empty()) continue;
-        all[e].up = part(f.up, e, rows), all[e].down = part(f.down, e, p.hidden), all[e].width = f.width;
+        all[e].up = f.up, all[e].down = f.down, all[e].width = f.width;
+        all[e].first_up = e * rows, all[e].first_down = e * p.hidden;
         live.push_back(std::move(all[e]));
     }
     if (f.shared_up.data) {
-        Visit visit{f.shared_up, f.shared_down, f.shared_width, {}, {}, {}};
+        Visit visit{f.shared_up, f.shared_down, 0, 0, f.shared_width, {}, {}, {}};
         for (int64_t b = 0; b < p.tokens; ++b) {
             visit.pair.push_back(pairs + b);
             visit.x.push_back(p.normed + b * p.hidden);
@@ -78,14 +74,14 @@ std::vector<Visit> visits_of(const Pass &p, const Feed &f) {
 void widen_visit(const Feed &f, const Visit &visit, int64_t begin, int64_t end, float *hidden, int64_t stride) {
     const int64_t tokens = static_cast<int64_t>(visit.x.size()), count = end - begin;
     std::vector<float> gate(tokens * count), up(gated(f) ? tokens * count : 0);
-    typed(visit.up.data, visit.up.type, [&](auto *data) {
-        const int64_t columns = visit.up.columns;
-        products(data + begin * columns, columns, columns, count, visit.x.data(), tokens,
-                 [&](int64_t row, int64_t b, float value) { gate[b * count + row] = value; });
-        if (gated(f))
-            products(data + (visit.width + begin) * columns, columns, columns, count, visit.x.data(), tokens,
-                     [&](int64_t row, int64_t b, float value) { up[b * count + row] = value; });
-    });
+    auto fill = [&](int64_t row, std::vector<float> &to) {
+        rows_of(visit.up, visit.first_up + row, [&](auto rows) {
+            products(rows, visit.up.columns, count, visit.x.data(), tokens,
+                     [&](int64_t r, int64_t b, float value) { to[b * count + r] = value; });
+        });
+    };
+    fill(begin, gate);
+    if (gated(f)) fill(visit.width + begin, up);
     for (int64_t b = 0; b < tokens; ++b)
         for (int64_t i = 0; i < count; ++i) {
             const float first = gate[b * count + i] * visit.factor[b];
@@ -99,10 +95,9 @@ void narrow_visit(const Pass &p, const Visit &visit, int64_t begin, int64_t end,
                   int64_t stride, float *out) {
     std::vector<const float *> x;
     for (const int64_t pair : visit.pair) x.push_back(hidden + pair * stride);
-    typed(visit.down.data, visit.down.type, [&](auto *data) {
-        const int64_t columns = visit.down.columns;
-        products(data + begin * columns, columns, columns, end - begin, x.data(), static_cast<int64_t>(x.size()),
-                 [&](int64_t row, int64_t b, float value) { out[visit.pair[b] * p.hidden + begin + row] = value; });
+    rows_of(visit.down, visit.first_down + begin, [&](auto rows) {
+        products(rows, visit.down.columns, end - begin, x.data(), static_cast<int64_t>(x.size()),
+                 [&](int64_t r, int64_t b, float value) { out[visit.pair[b] * p.hidden + begin + r] = value; });
     });
 }
 

@@ -9,57 +9,108 @@
 constexpr int ROWS = 4;                       // of a matrix that are read at once, each a stream of its own
 constexpr int TOKENS = LANES == 16 ? 4 : 2;   // as many as leave registers for the sums
 
-// The R x B products of rows ``stride`` apart with activations.
+// Rows of floating-point values, ``stride`` apart.
+template <class T> struct Dense {
+    const T *data;
+    int64_t stride;
+
+    Dense from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// Rows in groups of 32 integers that share a scale. An 8-bit group is 32 bytes; a 4-bit group 16, of which each
+// holds value j in its lower half and value j + 16 in its upper one, both 8 more than they are.
+constexpr int GROUP = 32;
+template <int BITS> struct Packed {
+    const uint8_t *data;
+    const Half *scales;
+    int64_t groups;
+
+    Packed from(int64_t row) const {
+        return {data + row * groups * GROUP * BITS / 8, scales + row * groups, groups};
+    }
+};
+
+// The R x B products of rows with activations of n values.
 template <int R, int B, class T>
-static inline void dots(const T *rows, int64_t stride, int64_t n, const float *const *x, float (*out)[B]) {
+static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (*out)[B]) {
     Vector sums[R][B] = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         Vector active[B];
         for (int b = 0; b < B; ++b) active[b] = load(x[b] + i);
         for (int r = 0; r < R; ++r) {
-            __builtin_prefetch(rows + (r + R) * stride + i);
-            const Vector weight = load(rows + r * stride + i);
+            __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
+            const Vector weight = load(rows.data + r * rows.stride + i);
             for (int b = 0; b < B; ++b) sums[r][b] += weight * active[b];
         }
     }
     if (i < n)
         for (int r = 0; r < R; ++r) {
-            const Vector weight = load_part(rows + r * stride + i, n - i);
+            const Vector weight = load_part(rows.data + r * rows.stride + i, n - i);
             for (int b = 0; b < B; ++b) sums[r][b] += weight * load_part(x[b] + i, n - i);
         }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
 }
 
-template <int B, class T, class Sink>
-static inline void products_of(const T *rows, int64_t stride, int64_t n, int64_t count, const float *const *x,
-                               int64_t first, Sink &sink) {
+template <int R, int B, int BITS>
+static inline void dots(Packed<BITS> rows, int64_t n, const float *const *x, float (*out)[B]) {
+    constexpr int BYTES = GROUP * BITS / 8;
+    alignas(64) float rest[B][GROUP] = {};
+    Vector sums[R][B] = {};
+    for (int64_t g = 0; g < rows.groups; ++g) {
+        const float *active[B];
+        for (int b = 0; b < B; ++b) {
+            active[b] = x[b] + g * GROUP;
+            if ((g + 1) * GROUP <= n) continue;
+            std::memcpy(rest[b], active[b], (n - g * GROUP) * sizeof(float));
+            active[b] = rest[b];
+        }
+        for (int r = 0; r < R; ++r) {
+            const uint8_t *group = rows.data + (r * rows.groups + g) * BYTES;
+            __builtin_prefetch(group + R * rows.groups * BYTES);
+            Vector weights[GROUP / LANES];
+            unpack<BITS>(group, weights);
+            const float scale = static_cast<float>(rows.scales[r * rows.groups + g]);
+            for (int b = 0; b < B; ++b) {
+                Vector part = weights[0] * load(active[b]);
+                for (int v = 1; v < GROUP / LANES; ++v) part += weights[v] * load(active[b] + v * LANES);
+                sums[r][b] += part * scale;
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
+}
+
+template <int B, class Rows, class Sink>
+static inline void products_of(Rows rows, int64_t n, int64_t count, const float *const *x, int64_t first,
+                               Sink &sink) {
     int64_t r = 0;
     float out[ROWS][B];
     for (; r + ROWS <= count; r += ROWS) {
-        dots<ROWS, B>(rows + r * stride, stride, n, x, out);
+        dots<ROWS, B>(rows.from(r), n, x, out);
         for (int i = 0; i < ROWS; ++i)
             for (int b = 0; b < B; ++b) sink(r + i, first + b, out[i][b]);
     }
     for (; r < count; ++r) {
-        dots<1, B>(rows + r * stride, stride, n, x, out);
+        dots<1, B>(rows.from(r), n, x, out);
         for (int b = 0; b < B; ++b) sink(r, first + b, out[0][b]);
     }
 }
 
-// Calls sink(row, activation, product) for ``count`` rows and ``tokens`` activations.
-template <class T, class Sink>
-static inline void products(const T *rows, int64_t stride, int64_t n, int64_t count, const float *const *x,
-                            int64_t tokens, Sink &&sink) {
+// Calls sink(row, activation, product) for ``count`` rows of n values and ``tokens`` activations.
+template <class Rows, class Sink>
+static inline void products(Rows rows, int64_t n, int64_t count, const float *const *x, int64_t tokens,
+                            Sink &&sink) {
     constexpr int64_t BAND = 16;  // rows that stay in the first cache while all activations pass
     for (int64_t begin = 0; begin < count; begin += BAND) {
         const int64_t band = count - begin < BAND ? count - begin : BAND;
         auto shifted = [&](int64_t row, int64_t b, float value) { sink(begin + row, b, value); };
         int64_t b = 0;
         for (; b + TOKENS <= tokens; b += TOKENS)
-            products_of<TOKENS>(rows + begin * stride, stride, n, band, x + b, b, shifted);
-        for (; b < tokens; ++b) products_of<1>(rows + begin * stride, stride, n, band, x + b, b, shifted);
+            products_of<TOKENS>(rows.from(begin), n, band, x + b, b, shifted);
+        for (; b < tokens; ++b) products_of<1>(rows.from(begin), n, band, x + b, b, shifted);
     }
 }
 

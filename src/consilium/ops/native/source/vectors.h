@@ -33,6 +33,34 @@ static inline Vector load(const Bfloat16 *from) {
     return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
 }
 
+typedef _Float16 Half;
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Unsigned __attribute__((vector_size(LANES)));
+
+// A group of 32 integers as floats.
+template <int BITS> static inline void unpack(const uint8_t *group, Vector *weights);
+
+template <> inline void unpack<8>(const uint8_t *group, Vector *weights) {
+    for (int v = 0; v < 32 / LANES; ++v) {
+        Bytes bytes;
+        std::memcpy(&bytes, group + v * LANES, LANES);
+        weights[v] = __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
+    }
+}
+
+template <> inline void unpack<4>(const uint8_t *group, Vector *weights) {
+    constexpr int EACH = 16 / LANES;
+    for (int v = 0; v < EACH; ++v) {
+        Bytes bytes;
+        std::memcpy(&bytes, group + v * LANES, LANES);
+        const Words words = __builtin_convertvector(reinterpret_cast<Unsigned>(bytes), Words);
+        const Integers low = reinterpret_cast<Integers>(words & 15) - 8;
+        const Integers high = reinterpret_cast<Integers>(words >> 4) - 8;
+        weights[v] = __builtin_convertvector(low, Vector);
+        weights[EACH + v] = __builtin_convertvector(high, Vector);
+    }
+}
+
 static inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
 
 static inline float widen(float value) { return value; }

@@ -1,0 +1,125 @@
+"""Weights in 8 and 4 bits: the nearest integers by groups, and kernels that multiply with just those values.
+
+Legend: O outputs, I inputs, G groups, E experts, B rows.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilium.ops.native.compile import Tier
+from consilium.ops.native.library import native
+from consilium.ops.weights import GROUP, Packed, PackedStack, Packing, packed, unpacked
+from kernels import HERE, kernels_of
+
+PACKINGS: tuple[Packing, ...] = ("int8", "int4")
+
+
+def unpacked_naive(integers: torch.Tensor, scales: torch.Tensor, columns: int) -> list[list[float]]:
+    """One value after the other, as the formats are described."""
+    rows = []
+    for o in range(len(integers)):
+        row = []
+        for i in range(columns):
+            group, place = divmod(i, GROUP)
+            if integers.dtype == torch.int8:
+                value = int(integers[o, i])
+            else:
+                byte = int(integers[o, group * 16 + place % 16])
+                value = (byte & 15 if place < 16 else byte >> 4) - 8
+            row.append(value * float(scales[o, group]))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(outputs=st.integers(1, 5), inputs=st.integers(1, 100), seed=st.integers(0, 99))
+def test_values_are_those_of_the_format(packing: Packing, outputs: int, inputs: int, seed: int) -> None:
+    weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    integers, scales = packed(weight_OI, packing)
+    found = unpacked(integers, scales, inputs)
+    assert found.tolist() == unpacked_naive(integers, scales, inputs)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(inputs=st.integers(1, 100), size=st.sampled_from([1e-2, 1.0, 1e4]), seed=st.integers(0, 99))
+def test_integers_are_the_nearest(packing: Packing, inputs: int, size: float, seed: int) -> None:
+    """Within half a step and what float16 rounds off a small scale; int4 ends a step earlier on one side."""
+    weight_OI = size * torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
+    integers, scales = packed(weight_OI, packing)
+    step_OI = scales.float().abs().repeat_interleave(GROUP, -1)[:, :inputs]
+    error_OI = (unpacked(integers, scales, inputs) - weight_OI).abs()
+    rounded = 127 * 2.0**-25
+    assert (error_OI <= step_OI * (0.5625 if packing == "int8" else 1.01) + rounded).all()
+    if packing == "int4":
+        inside = weight_OI.abs() < 7 * step_OI
+        assert (error_OI[inside] <= 0.501 * step_OI[inside]).all()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(inputs=st.integers(1, 70), seed=st.integers(0, 99))
+def test_packing_what_was_packed_changes_nothing(packing: Packing, inputs: int, seed: int) -> None:
+    weight_OI = torch.randn(4, inputs, generator=torch.Generator().manual_seed(seed))
+    once = unpacked(*packed(weight_OI, packing), inputs)
+    assert torch.equal(unpacked(*packed(once, packing), inputs), once)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_zeros_and_extremes_stay_finite(packing: Packing) -> None:
+    weight_OI = torch.zeros(4, 64)
+    weight_OI[1, 0], weight_OI[2, 5], weight_OI[3, :32] = 1e-30, 3e4, torch.linspace(-1e5, 1e5, 32)
+    found = unpacked(*packed(weight_OI, packing), 64)
+    assert torch.isfinite(found).all()
+    assert (found[0] == 0).all()
+    assert found[2, 5] == pytest.approx(3e4, rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_stack_is_its_matrices(packing: Packing) -> None:
+    weight_EOI = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+    stack = PackedStack(*packed(weight_EOI, packing), 40)
+    assert stack.shape == (3, 5, 40)
+    for matrix, weight_OI in zip(stack.matrices(), weight_EOI, strict=True):
+        assert torch.equal(
+            matrix.wide(torch.float32), Packed(*packed(weight_OI, packing), 40).wide(torch.float32)
+        )
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 63, 33), (9, 64, 1000), (4, 6, 64)], ids=str)
+def test_kernels_multiply_with_the_packed_values(
+    tier: Tier, packing: Packing, shape: tuple[int, int, int]
+) -> None:
+    rows, outputs, inputs = shape
+    generator = torch.Generator().manual_seed(inputs)
+    x_BI = torch.randn(rows, inputs, generator=generator)
+    bias_O = torch.randn(outputs, generator=generator)
+    matrix = Packed(*packed(torch.randn(outputs, inputs, generator=generator), packing), inputs)
+    described = native(matrix, bias_O)
+    assert described is not None
+    found = kernels_of(tier).product(described, x_BI)
+    right = x_BI.double() @ matrix.wide(torch.float64).T + bias_O.double()
+    assert (found - right).norm() <= 1e-6 * right.norm()
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_extreme_integers_are_summed_exactly(tier: Tier, packing: Packing) -> None:
+    """Against integers: scales of one and activations of whole numbers leave nothing to round."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = (-127, 127) if packing == "int8" else (-8, 7)
+    integers_OI = torch.where(torch.rand(8, 256, generator=generator) < 0.5, low, high)
+    x_BI = torch.randint(-127, 128, (3, 256), generator=generator)
+    stored = integers_OI.to(torch.int8)
+    if packing == "int4":
+        lower, upper = integers_OI.add(8).to(torch.uint8).unflatten(-1, (-1, GROUP)).chunk(2, -1)
+        stored = (lower | upper << 4).flatten(-2)
+    matrix = Packed(stored, torch.ones(8, 8, dtype=torch.float16), 256)
+    described = native(matrix)
+    assert described is not None
+    found = kernels_of(tier).product(described, x_BI.float())
+    assert torch.equal(found.long(), x_BI.long() @ integers_OI.long().T)
