@@ -22,6 +22,7 @@ from consilium.checkpoint.convert import convert
 from consilium.checkpoint.gguf import source as reading
 from consilium.checkpoint.gguf.export import export
 from consilium.cli.models import read_model
+from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
@@ -81,6 +82,14 @@ def test_what_was_written_comes_back(name: str, tmp_path: Path) -> None:
         assert again.state_dict().keys() == kept.keys()
         assert all(torch.equal(value, kept[key]) for key, value in again.state_dict().items())
     assert again.config == read_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+def test_the_width_of_a_dense_network_that_no_layer_has_is_not_that_of_experts(
+    name: str, tmp_path: Path
+) -> None:
+    model, path = file_of(tmp_path, dataclasses.replace(CASES[name], dense=FeedForward(width=160)))
+    assert relative_error(logits(store.load(path)), logits(model)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v3"])

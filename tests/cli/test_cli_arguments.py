@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,22 @@ def _answer(parser: Parser, words: list[str]) -> str:
         return str(parser.read(words))
     except ConsiliumError as error:
         return str(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["upcycle", "a", "b", "--methd", "copy"], "unknown option --methd. Did you mean '--method'?"),
+        (["upcycle", "a", "b", "--mehtod=copy"], "unknown option --mehtod. Did you mean '--method'?"),
+        (["upcycle", "a", "--method", "copy"], "the following arguments are required: OUT"),
+        (["upcycle", "--", "a", "--methd"], "the following arguments are required: --method"),
+        (["generate", "a", "--prompt", "--methd"], "argument --prompt: expected one argument"),
+    ],
+)
+def test_an_option_that_is_missing_may_be_there_misspelt(words: list[str], said: str) -> None:
+    verb, *rest = words
+    with pytest.raises(ConsiliumError, match=re.escape(said)):
+        verb_parser(verb).read(rest)
 
 
 def test_what_stands_after_two_dashes_stays_as_it_is() -> None:

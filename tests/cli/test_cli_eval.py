@@ -145,6 +145,7 @@ def test_a_page_that_cannot_be_is_told_before_the_measurement(
     words = ["eval", folder, "--data", str(text)]
     assert "give --tokens-page" in complaint(capsys, *words, "--beside", dense)
     assert "choose another --tokens-page" in complaint(capsys, *words, "--tokens-page", str(theirs))
+    assert "lies inside" in complaint(capsys, *words, "--tokens-page", f"{dense}/page.html")
     assert "no such folder" in complaint(capsys, *words, "--tokens-page", page, "--beside", "nowhere")
     assert "is dense" in complaint(capsys, *words, "--tokens-page", page, "--beside", dense)
     assert "is dense" in complaint(capsys, "eval", dense, *words[2:], "--tokens-page", page)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -24,7 +25,7 @@ from consilium.disk.atomic import (
     sweep,
     write_file,
 )
-from consilium.disk.files import DISK, refuse_full
+from consilium.disk.files import DISK
 from consilium.disk.manifest import check_complete, verify
 from consilium.errors import ConsiliumError
 
@@ -255,6 +256,18 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(also_ours: str, tmp_p
     assert names(tmp_path) == ["thesis"]
 
 
+def test_a_folder_of_somebody_else_is_not_walked_through(tmp_path: Path) -> None:
+    """The destination may be a whole disk by a slip."""
+    deep = tmp_path / "theirs" / "deep"
+    for name in "abcdef":
+        (deep / name).mkdir(parents=True)
+    with mock.patch("os.scandir", wraps=os.scandir) as read:
+        with pytest.raises(ConsiliumError, match=r"no save wrote \(deep\)"):
+            commit(tmp_path / "theirs")
+        assert read.call_count < 4
+    assert names(deep) == list("abcdef")
+
+
 def test_a_file_in_the_way_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("irreplaceable")
     with pytest.raises(ConsiliumError, match="it is a file; give the name of a new folder"):
@@ -309,14 +322,6 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{errno.ENOSPC}\n"
     assert path.read_bytes() == b"1" * 90
-
-
-def test_a_disk_that_is_too_small_is_known_before(tmp_path: Path) -> None:
-    refuse_full(tmp_path / "absent" / "folder", 1, "a checkpoint")
-    with pytest.raises(
-        ConsiliumError, match=r"no space left on the disk for a checkpoint in .*absent: it takes"
-    ):
-        refuse_full(tmp_path / "absent", 2**60, "a checkpoint")
 
 
 def test_macos_is_asked_for_more_than_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

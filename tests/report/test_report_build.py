@@ -88,7 +88,7 @@ def test_the_page_says_what_was_measured(make_run: MakeRun) -> None:
         "8.12M, 2.31M active a token",
         "builtin, SHA-256 ab12ab12ab12",
         "a CPU, 2 threads, 16 GiB",
-        "untrained 6.000, so 33% of it",
+        "6.000 before training, so 33% of it",
         "this run is below it",
         "No expert is dead",
         "On this run experts follow syntax more than domain",

@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(home: Path, out: Path, *names: str, kind: str = "llama", **options: Any) -> Lineage:
     sources = [home / kind / name for name in names or NAMES]
-    given = {"method": "btx", "experts": len(sources), "top_k": 2, **options}
+    given = {"method": "btx", "top_k": 2, **options}
     upcycle(home / kind / "base", out, sources=sources, data=home / "a.txt", **given)
     return read_json(Lineage, out / NAME)
 
@@ -287,7 +287,7 @@ B = "base --method btx --top-k 1 --sources"
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("base --method btx --top-k 1", "experts is missing, and btx needs it"),
+        ("base --method btx --top-k 1", "give --sources MODEL MODEL"),
         ("base --method copy --top-k 1", "experts is missing, and copy needs it"),
         ("base --method copy --top-k 1 --sources a b", "--sources are the experts of btx"),
         ("base --method btx --experts 2 --top-k 1", "2 experts are asked for of 0 sources"),
@@ -299,6 +299,7 @@ B = "base --method btx --top-k 1 --sources"
         (f"{B} a heads", "attention.qk_norm of"),
         (f"{B} a words", "token 65 of"),
         (f"{B} a sparse", "dense of"),
+        (f"{B} a sparse", "is None and of"),
         (f"{B} a b --set method.rest=maen", "rest = 'maen'"),
         (f"{B} a b c --prompts two.yaml", "prompts for 2 experts, and btx makes 3"),
         (f"{B} a b --prompts alike.yaml", "the prompts of experts 0 and 1 are the same"),

@@ -13,6 +13,7 @@ from consilium.cli.main import main
 from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
 from consilium.records.upcycling import NAME
+from consilium.upcycling.run import upcycle
 from upcycling.sources import LLAMA, saved, text
 
 
@@ -55,6 +56,22 @@ def words(home: Path, out: Path, text_: str) -> list[str]:
         ("dense --method copy --experts 2 --top-k 1 --set gaet=mlp", "Did you mean 'gate'?"),
         ("dense --method copy --experts 2 --top-k 1 --set method.fresh=0.5", "unknown key"),
         ("dense --method drop --experts 2 --top-k 1 --set method.fresh=1.5", "less than or equal to 1"),
+        (
+            "dense --method copy --experts 2 --top-k 1 --set scale=ratio",
+            "copy splits no network; leave it out",
+        ),
+        ("dense --method mla --set gate=mlp", "gate is mlp, but mla makes latent attention"),
+        ("dense --method mla --set moe_every=2", "moe_every is 2, but mla makes latent attention"),
+        ("sparse --method expand --experts 8 --top-k 2 --shared 1", "expand keeps what its model has"),
+        (
+            "dense --method copy --experts 2 --top-k 1 --set dense_first=2",
+            "none of the 2 layers gets experts",
+        ),
+        ("dense --method copy --experts 2 --top-k 1 --set moe_every=3", "none of the 2 layers gets experts"),
+        ("dense --method copy --experts 2 --top-k 1 --set spread=1e-9", "greater than or equal to 0.000001"),
+        ("dense --method copy --experts 2 --top-k 1 --set spread=1e3", "less than or equal to 10"),
+        ("dense --method copy --experts 2 --top-k 1 --set kv_rank=4", "Did you mean 'method.kv_rank'?"),
+        ("dense --method btx --top-k 1", "give --sources MODEL MODEL"),
         ("sparse --method copy --experts 2 --top-k 1", "has experts already"),
         ("dense --method expand --experts 4 --top-k 1", "is dense; choose --method copy"),
         ("sparse --method expand --experts 6 --top-k 2", "multiple of 4"),
@@ -128,6 +145,8 @@ def test_the_command_prints_a_certificate_and_one_json_object(
     assert main(words(home, tmp_path / "out", COPY)) == 0
     told = capsys.readouterr().out
     assert "equal, as the method promises" in told
+    assert "gate: rows levelled" in told
+    assert told.rstrip().endswith(f"--data {home / 'a.txt'}")  # what goes on runs as it stands
     assert "bits per byte" in told
     assert main([*words(home, tmp_path / "out", COPY), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -135,6 +154,19 @@ def test_the_command_prints_a_certificate_and_one_json_object(
     assert found["certificate"]["relative"] < 1e-5
     stored = json.loads((tmp_path / "out" / NAME).read_text())
     assert stored["certificate"] == found["certificate"]
+
+
+def test_nothing_is_said_of_gates_that_nobody_levelled(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(home, tmp_path / "out", "sparse --method expand --experts 8 --top-k 2")) == 0
+    assert "levelled" not in capsys.readouterr().out
+
+
+def test_the_built_in_text_has_a_name(home: Path, tmp_path: Path) -> None:
+    asked = {"method": "copy", "experts": 2, "top_k": 1, "calibration_tokens": 256}
+    by_name = upcycle(home / "dense", tmp_path / "a", data="builtin", **asked)
+    assert by_name == upcycle(home / "dense", tmp_path / "b", **asked)
 
 
 def test_a_promise_that_is_broken_is_said_and_ends_with_1(
@@ -153,5 +185,8 @@ def test_plan_says_what_an_upcycling_would_cost(capsys: pytest.CaptureFixture[st
     network, gate = 3 * 4096 * 11008, 4096 * 8
     assert found["total"] == 6_738_415_616 + 32 * (7 * network + gate)
     assert found["active"] == 6_738_415_616 + 32 * (network + gate)
-    assert main(["plan", "llama:7b", "--upcycle", "method=copy"]) == 2
-    assert "experts is missing" in capsys.readouterr().err
+    assert main(["plan", "llama:7b", *asked]) == 0
+    assert capsys.readouterr().out.startswith("llama:7b, upcycled: method=copy, experts=8, top_k=2\n")
+    for key, said in (("method=copy", "experts is missing"), ("metod=copy", "Did you mean 'method'?")):
+        assert main(["plan", "llama:7b", "--upcycle", key]) == 2
+        assert said in capsys.readouterr().err

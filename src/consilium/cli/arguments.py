@@ -81,10 +81,27 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse ``argv``. Raises ConsiliumError for anything that the verb does not know."""
-        options, unknown = self.parse_known_args(self._valued(argv))
+        words = self._valued(argv)
+        try:
+            options, unknown = self.parse_known_args(words)
+        except ConsiliumError:
+            # What is missing may be there, misspelt.
+            if strangers := self._strangers(words):
+                raise ConsiliumError(self._unknown(strangers)) from None
+            raise
         if unknown:
             raise ConsiliumError(self._unknown(unknown))
         return options
+
+    def _strangers(self, words: Sequence[str]) -> list[str]:
+        """Words of the form of an option, none of ours and none that is where the value of one belongs."""
+        known = {name: action.nargs for action in self._actions for name in action.option_strings}
+        ends = words.index("--") if "--" in words else len(words)
+        return [
+            word
+            for before, word in zip(["", *words], words[:ends], strict=False)
+            if word.startswith("--") and word.partition("=")[0] not in known and known.get(before, 0) == 0
+        ]
 
     def _valued(self, argv: Sequence[str]) -> list[str]:
         """``--fit -1GiB`` as ``--fit=-1GiB``: argparse takes what begins with a dash for an option."""

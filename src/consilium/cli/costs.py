@@ -53,6 +53,8 @@ def _cached_tokens(planned: Plan, fit: int, weights: int) -> int:
 
 def plan_text(model: Model, planned: Plan, other: Plan | None, options: Namespace) -> str:
     name = full_name(options.model)
+    if options.upcycle is not None:
+        name = say("{model}, upcycled: {keys}", model=name, keys=say(", ").join(options.upcycle))
     parts = [name, _parameters(planned), _arithmetic(planned), _memory(planned)]
     if options.fit is not None:
         parts.append(_fit(planned, options.fit))

@@ -79,7 +79,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--data",
         type=path,
         metavar="PATH",
-        help="calibration text, a file or folder; default: of the built-in text",
+        help="calibration text, a file or folder; default: builtin, what the built-in text holds out",
     )
     parser.add_argument(
         "--set",
@@ -109,7 +109,7 @@ def run(options: Namespace) -> int:
     if options.json:
         print(json.dumps(_data(options.out, made)))
     else:
-        print(_text(options.out, asked, made))
+        print(_text(options, asked, made))
     return 0 if made.kept else FAILED
 
 
@@ -169,7 +169,7 @@ def _data(out: Path, made: Certificate) -> dict[str, object]:
     return {"written": str(out), "kept": made.kept, "certificate": certificate}
 
 
-def _text(out: Path, asked: Upcycling, made: Certificate) -> str:
+def _text(options: Namespace, asked: Upcycling, made: Certificate) -> str:
     from consilium.records.loads import max_over_mean
     from consilium.report.plain import columns
 
@@ -185,7 +185,7 @@ def _text(out: Path, asked: Upcycling, made: Certificate) -> str:
     ]
     if not any(found.load for found in made.layers):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    return "\n".join([columns([head, *rows]), *_summary(made), *_next(out, asked)])
+    return "\n".join([columns([head, *rows]), *_summary(made), *_next(options, asked)])
 
 
 def _summary(made: Certificate) -> list[str]:
@@ -225,13 +225,15 @@ def _layout(out: Path) -> str:
     return say("layout: {layout}, which the code published with that model opens", layout=found)
 
 
-def _next(out: Path, asked: Upcycling) -> list[str]:
+def _next(options: Namespace, asked: Upcycling) -> list[str]:
     from consilium.planner.upcycled import spread
 
+    out = options.out
     gate = say(
         "gate: rows levelled on the text so that loads are even; logits of standard deviation {spread:g}",
         spread=spread(asked),
     )
-    trained = command_line("train", out, "--out", f"{out}-trained", "--data", "PATH")
-    gates = [gate] if asked.experts else []
+    data = [] if options.data is None else ["--data", str(options.data)]
+    trained = command_line("train", out, "--out", f"{out}-trained", *data)
+    gates = [gate] if asked.method.kind not in ("expand", "mla") else []
     return [*gates, _layout(out), say("written: {out}; go on with {command}", out=str(out), command=trained)]

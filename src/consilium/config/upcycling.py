@@ -6,16 +6,19 @@ and ``consilium.upcycling`` what it makes of weights.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt
 
 from consilium.config.base import Size, configuration
 from consilium.config.io import replace
-from consilium.errors import ConsiliumError
+from consilium.errors import ConsiliumError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(ge=1e-6, le=10)]
+"""Of logits whose softmax float32 tells apart: of closer ones it is equal, of wider ones zero for most."""
 
 
 @configuration
@@ -243,7 +246,8 @@ class Upcycling:
     experts chosen count as they did in the network; ``ratio`` is E/k (LLaMA-MoE); ``none`` is 1. It is put
     into the down matrices.
 
-    ``mla`` makes no experts: it takes neither ``experts`` nor ``top_k``, which the others need.
+    ``mla`` makes no experts: it takes neither ``experts`` nor ``top_k``, which the others need. A key that a
+    method has no use for stays at its default.
 
     ``spread`` is the standard deviation of the gate's logits at the start; without one it is so small that
     the weights of the chosen are equal where equality depends on them, else so large that every library
@@ -256,24 +260,52 @@ class Upcycling:
     shared: NonNegativeInt = 0
     gate: Literal["linear", "mlp", "standardised"] = "linear"
     scale: Literal["sum", "ratio", "none"] = "sum"
-    spread: PositiveFloat | None = None
+    spread: Spread | None = None
     dense_first: NonNegativeInt = 0
     moe_every: Size = 1
     calibration_tokens: Size = 4096
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        for key, value in {"experts": self.experts, "top_k": self.top_k, "shared": self.shared}.items():
-            if isinstance(self.method, Latent) and value:
-                raise ConsiliumError(
-                    f"upcycle: {key} is {value}, but mla makes latent attention and no experts; leave it out."
-                )
-            if not isinstance(self.method, Latent) and not value and key != "shared":
-                option = key.replace("_", "-")
-                raise ConsiliumError(
-                    f"upcycle: {key} is missing, and {self.method.kind} needs it; give --{option} N or"
-                    f" {key}=N."
-                )
+        unread, why = _unread(self.method)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in unread and value != field.default:
+                raise ConsiliumError(f"upcycle: {field.name} is {value}, but {why}; leave it out.")
+        for key in ("experts", "top_k"):
+            if key not in unread and not getattr(self, key):
+                raise ConsiliumError(_missing(key, self.method))
+
+
+def _missing(key: str, method: Method) -> str:
+    if key == "experts" and isinstance(method, BranchTrainMix):
+        return (
+            "upcycle: btx makes an expert of each source, and there is none; give --sources MODEL MODEL, or"
+            " experts=N to plan."
+        )
+    option = key.replace("_", "-")
+    return f"upcycle: {key} is missing, and {method.kind} needs it; give --{option} N or {key}=N."
+
+
+def _unread(method: Method) -> tuple[tuple[str, ...], str]:
+    """Keys of an ``Upcycling`` that ``method`` has no use for, and why."""
+    layers = ("dense_first", "moe_every")
+    match method:
+        case Latent():
+            unread = ("experts", "top_k", "shared", "gate", "scale", "spread", *layers)
+            return unread, "mla makes latent attention and no experts"
+        case Expand():
+            return ("shared", "gate", "scale", *layers), "expand keeps what its model has of it"
+        case RandomSplit() | ClusterSplit() | InnerSplit() | InterSplit() | GraphSplit() | Carve():
+            return (), ""
+        case _:
+            return ("scale",), f"{method.kind} splits no network"
+
+
+_OWN: Final = frozenset(
+    field.name for one in get_args(get_args(Method)[0]) for field in dataclasses.fields(one)
+)
+"""Keys that methods have of their own."""
 
 
 def configured(values: Mapping[str, str]) -> Upcycling:
@@ -281,7 +313,12 @@ def configured(values: Mapping[str, str]) -> Upcycling:
 
     Raises ConsiliumError naming a key that is missing, and for an unknown one the nearest.
     """
-    if "method" not in values:
+    known = [field.name for field in dataclasses.fields(Upcycling)]
+    for key in values:
+        if key.partition(".")[0] not in known:
+            hint = f" Did you mean 'method.{key}'?" if key in _OWN else nearest(key, known)
+            raise ConsiliumError(f"upcycle: unknown key {key!r}.{hint}")
+    if not {"method", "method.kind"} & values.keys():
         raise ConsiliumError("upcycle: method is missing; give method=NAME.")
     keyed = {"method.kind" if key == "method" else key: value for key, value in values.items()}
     return replace(Upcycling(method=Latent()), keyed, where="upcycle")

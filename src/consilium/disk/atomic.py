@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -38,7 +39,7 @@ def commit_file(
     """
     destination = destination.resolve()
     try:
-        _refuse_inside(destination)
+        refuse_in_saved(destination)
         _refuse_in_the_way(destination, new=new)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
@@ -83,7 +84,7 @@ def staging(destination: Path, *, unless: Collection[str] = (), files: Filesyste
     """A temporary folder for what will be ``destination``; gone again where anything fails."""
     destination = destination.resolve()
     try:
-        _refuse_inside(destination)
+        refuse_in_saved(destination)
         _refuse_foreign(destination, unless)
         make_parents(destination.parent, files)
         _clear(destination.parent, destination.name, files)
@@ -269,8 +270,8 @@ def _refuse_in_the_way(destination: Path, *, new: bool) -> None:
         raise ConsiliumError(f"cannot save to {destination}: {what}; remove it or give another name.")
 
 
-def _refuse_inside(destination: Path) -> None:
-    """A folder that was committed here would no longer be what its manifest says."""
+def refuse_in_saved(destination: Path) -> None:
+    """Raise ConsiliumError in a folder committed here, which would no longer be what its manifest says."""
     for above in destination.parents:
         if (above / NAME).is_file():
             with contextlib.suppress(ConsiliumError):  # somebody else's file of that name
@@ -301,10 +302,8 @@ def _worth_keeping(folder: Path, unless: Collection[str]) -> str | None:
     with contextlib.suppress(ConsiliumError):
         known = read_manifest(folder).keys()
     ours = {NAME, *known, *(str(above) for name in known for above in PurePosixPath(name).parents)}
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    foreign = [name for name in there if name not in ours or not known]
-    if foreign:
-        return f"it holds files that no save wrote ({', '.join(foreign[:3])})"
+    if foreign := list(itertools.islice(_others(folder, ours if known else ()), 3)):
+        return f"it holds files that no save wrote ({', '.join(foreign)})"
     precious = [name for name in known if name in unless]
     if precious:
         return f"it is a checkpoint that training can go on from ({precious[0]})"
@@ -314,3 +313,13 @@ def _worth_keeping(folder: Path, unless: Collection[str]) -> str | None:
     except ConsiliumError as error:
         return f"it is not as it was saved ({str(error).removesuffix('.')})"
     return None
+
+
+def _others(folder: Path, ours: Collection[str]) -> Iterator[str]:
+    """What is in ``folder`` beside ``ours``, as it is met: there may be a whole disk of it."""
+    for place, folders, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        for name in sorted([*folders, *names]):
+            if (inside / name).as_posix() not in ours:
+                yield (inside / name).as_posix()
+        folders[:] = sorted(name for name in folders if (inside / name).as_posix() in ours)

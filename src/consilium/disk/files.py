@@ -142,8 +142,8 @@ def refuse_full(place: Path, needed: int, what: str) -> None:
     free = _free(place)
     if free is not None and free < needed:
         raise ConsiliumError(
-            f"no space left on the disk for {what} in {place}: it takes {_mebibytes(needed)} and"
-            f" {_mebibytes(free)} are free; free some space or choose another folder."
+            f"no space left on the disk for {what} in {place}: it takes {_bytes(needed)} and"
+            f" {_bytes(free)} are free; free some space or choose another folder."
         )
 
 
@@ -153,7 +153,7 @@ def write_failure(error: OSError, destination: Path) -> ConsiliumError:
     free = _free(destination)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            left = "" if free is None else f" ({_mebibytes(free)} free)"
+            left = "" if free is None else f" ({_bytes(free)} free)"
             why = f"no space left on the disk{left}; free some space or choose another folder"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             why = "no permission to write there; choose another folder or change its permissions"
@@ -176,5 +176,9 @@ def _free(place: Path) -> int | None:
     return None
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
+def _bytes(count: int) -> str:
+    """In the unit that leaves a number worth reading."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 10 * size:
+            return f"{count / size:,.0f} {unit}"
+    return f"{count:,} bytes"

@@ -65,7 +65,7 @@ def upcycled(model: Model, asked: Upcycling) -> Model:
         )
     moe = _moe(model.dense, asked)
     kept = model.dense if asked.dense_first or asked.moe_every > 1 else None
-    return dataclasses.replace(
+    made = dataclasses.replace(
         model,
         family=_family(asked),
         dense=kept,
@@ -73,6 +73,12 @@ def upcycled(model: Model, asked: Upcycling) -> Model:
         dense_first=asked.dense_first,
         moe_every=asked.moe_every,
     )
+    if not made.moe_layers:
+        raise ConsiliumError(
+            f"upcycle: with dense_first {asked.dense_first} and moe_every {asked.moe_every} none of the"
+            f" {model.layers} layers gets experts; lower them."
+        )
+    return made
 
 
 def slices(dense: FeedForward, asked: Upcycling) -> int:

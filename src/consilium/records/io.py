@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from consilium.disk.atomic import write_file
+from consilium.disk.atomic import refuse_in_saved, write_file
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
 
@@ -56,8 +56,9 @@ def _sentence(error: ValidationError) -> str:
 def refuse_others(path: Path, what: str, ours: Callable[[str], object], option: str = "--out") -> None:
     """Raise ConsiliumError where ``path`` holds anything that ``ours`` denies: only our own is replaced.
 
-    ``option`` is what chose the path.
+    Likewise where it lies inside of a saved folder. ``option`` is what chose the path.
     """
+    refuse_in_saved(path.resolve())
     if not path.exists():
         return
     try:

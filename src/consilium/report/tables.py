@@ -84,15 +84,15 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def _bits_tile(summary: Summary) -> Tile:
-    bits, untrained = summary.trained.macro, summary.untrained
-    if untrained is None:
+    bits, before = summary.trained.macro, summary.untrained
+    if before is None:
         return Tile(say("bits per byte"), f"{bits:.3f}", say("held out, mean over domains"))
     note = say(
-        "held out; untrained {untrained:.3f}, so {share:.0%} of it",
-        untrained=untrained.macro,
-        share=bits / untrained.macro,
+        "held out; {before:.3f} before training, so {share:.0%} of it",
+        before=before.macro,
+        share=bits / before.macro,
     )
-    return Tile(say("bits per byte"), f"{bits:.3f}", note, "good" if bits < untrained.macro else "bad")
+    return Tile(say("bits per byte"), f"{bits:.3f}", note, "good" if bits < before.macro else "bad")
 
 
 def _rival_tiles(summary: Summary) -> Iterator[Tile]:
@@ -177,7 +177,7 @@ def _columns(run: Run, beside: Run | None) -> list[tuple[str, BitsPerByte]]:
         (say("dense, same active size"), dense),
         (say("byte trigram"), summary.trigram),
         ("xz", summary.xz),
-        (say("untrained"), summary.untrained),
+        (say("before training"), summary.untrained),
     ]
     return [(name, score) for name, score in found if score is not None]
 

@@ -135,9 +135,14 @@ def _check_configuration(place: Path, config: Model, folder: Path, base: Model) 
     one, other = to_data(base), to_data(dataclasses.replace(config, **same))
     for key, expected, found in _differing(one, other):
         raise ConsiliumError(
-            f"upcycle: {key} of {place} is {found!r} and of {folder} {expected!r}, and experts must be"
-            " fine-tunes of one model; leave it out, or choose another."
+            f"upcycle: {key} of {place} is {_told(found)} and of {folder} {_told(expected)}, and experts must"
+            " be fine-tunes of one model; leave it out, or choose another."
         )
+
+
+def _told(value: object) -> str:
+    """A part that only one of two models has would fill a page."""
+    return "set" if isinstance(value, dict) else repr(value)
 
 
 def _differing(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:

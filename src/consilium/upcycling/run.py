@@ -16,7 +16,7 @@ from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.checkpoint.weights import digest
 from consilium.config.attention import GQA, MLA
-from consilium.config.data import Data
+from consilium.config.data import BUILT_IN, Data
 from consilium.config.io import from_data, to_data
 from consilium.config.model import Model
 from consilium.config.upcycling import (
@@ -59,7 +59,7 @@ def upcycle(
     dense: Path | str,
     out: Path | str,
     *,
-    sources: Sequence[Path | str] = (),
+    sources: Sequence[Path | str] | Path | str = (),
     data: Path | str | None = None,
     progress: Progress = lambda what, done, total: None,
     files: Filesystem = DISK,
@@ -68,13 +68,17 @@ def upcycle(
     """Make a sparse model of the one in ``dense`` and write it to the folder ``out``.
 
     ``dense`` is a run, a checkpoint, a Hugging Face folder or a GGUF file; ``options`` are the fields of
-    ``consilium.config.upcycling.Upcycling``, with the name of a method or one of its classes as ``method``.
-    ``sources`` are the fine-tunes of ``dense`` that become experts, for the method ``btx`` alone.
+    ``consilium.config.upcycling.Upcycling``, with the name of a method or a value of its class as ``method``.
+    ``sources`` are the fine-tunes of ``dense`` that become experts, for the method ``btx`` alone, which needs
+    no ``experts`` then.
     ``data`` is calibration text, by default what the built-in text holds out. The certificate compares both
     models on it. Raises ConsiliumError for a model or options that do not fit, for too little text and for
     too little room on the disk, before anything is written.
     """
-    models = [Path(dense), *(Path(source) for source in sources)]
+    places = [sources] if isinstance(sources, str | Path) else sources
+    models = [Path(dense), *(Path(place) for place in places)]
+    if places:
+        options.setdefault("experts", len(places))
     return run(models, Path(out), _asked(options), data=data, progress=progress, files=files)
 
 
@@ -129,7 +133,10 @@ def run(
 
 def _asked(options: Mapping[str, object]) -> Upcycling:
     method = options.get("method")
-    plain = {key: to_data(v) if dataclasses.is_dataclass(v) else v for key, v in options.items()}
+    plain = {
+        key: to_data(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
+        for key, v in options.items()
+    }
     if isinstance(method, str):
         plain["method"] = {"kind": method}
     return from_data(Upcycling, plain, where="upcycle")
@@ -173,7 +180,7 @@ def _calibration(folder: Path, config: Model, data: Path | str | None) -> Corpus
     except ConsiliumError as error:
         raise ConsiliumError(f"upcycle: {error} Without it there is no text to calibrate on.") from None
     check_vocabulary(tokenizer.vocab_size, config.vocab_size, folder)
-    if data is None:
+    if data is None or (str(data) == BUILT_IN and not Path(data).exists()):
         return held_out_corpus(Data(), tokenizer)
     return measured_corpus(whole_documents(path_texts(Path(data))), tokenizer)
 

@@ -32,6 +32,8 @@ _NORMALISED: Final[Mapping[MODEL_ARCH, bool]] = {
 }
 """Whether llama.cpp makes the weights of a token's experts sum to 1 there: it has no key for it."""
 _EVERYWHERE: Final = frozenset({MODEL_ARCH.QWEN2MOE, MODEL_ARCH.QWEN3MOE, MODEL_ARCH.OLMOE})
+_EXPERTS_ALONE: Final = frozenset({MODEL_ARCH.LLAMA, MODEL_ARCH.OLMOE})
+"""Where a model has experts it has nothing else, and the one width of a file is theirs."""
 _BETAS: Final = (32.0, 1.0)
 """What llama.cpp takes for YaRN's ramp whatever a file says."""
 _LITE: Final = (26, 27)
@@ -59,20 +61,26 @@ def arch_of(config: Model) -> MODEL_ARCH:
 
 def metadata(config: Model, arch: MODEL_ARCH) -> dict[str, Value]:
     """Return what llama.cpp must know beside the tensors and the tokenizer."""
-    dense = config.dense.width if config.dense is not None else None
-    width = config.moe.width if config.moe is not None else None
     keys: dict[str, Value] = {
         Keys.LLM.VOCAB_SIZE: config.vocab_size,
         Keys.LLM.CONTEXT_LENGTH: config.max_length,
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
         Keys.LLM.BLOCK_COUNT: config.layers,
-        Keys.LLM.FEED_FORWARD_LENGTH: dense or width or 0,
+        Keys.LLM.FEED_FORWARD_LENGTH: _width(config, arch),
         Keys.Attention.LAYERNORM_RMS_EPS: config.norm_epsilon,
         **_attention(config.attention),
         **_rope(config.attention.rope, arch),
         **({} if config.moe is None else _moe(config, config.moe, arch)),
     }
     return {key.format(arch=MODEL_ARCH_NAMES[arch]): value for key, value in keys.items()}
+
+
+def _width(config: Model, arch: MODEL_ARCH) -> int:
+    """Of dense networks, or of experts where the file has no other place for it."""
+    if config.moe is not None and (config.dense is None or arch in _EXPERTS_ALONE):
+        return config.moe.width
+    assert config.dense is not None, "a dense layer has a width"
+    return config.dense.width
 
 
 def notices(config: Model) -> tuple[str, ...]:
