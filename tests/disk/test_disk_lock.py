@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from consilium.disk.atomic import commit_folder, sweep
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
 
@@ -21,6 +22,48 @@ with held(Path(sys.argv[1]), busy="busy"):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+FILL = """
+import sys
+from pathlib import Path
+from consilium.disk.atomic import commit_folder
+def write(staged):
+    (staged / "weights").write_text("theirs")
+    print("writing", flush=True)
+    sys.stdin.read()
+commit_folder(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_writer_of_a_folder_is_refused_and_a_killed_one_makes_way(
+    killed: bool, tmp_path: Path
+) -> None:
+    def write(staged: Path) -> None:
+        (staged / "weights").write_text("ours")
+
+    with subprocess.Popen(
+        [sys.executable, "-c", FILL, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(ConsiliumError, match="another process is writing it now"):
+            commit_folder(tmp_path / "out", write)
+        assert sweep(tmp_path) == []  # nor is it taken for what a crash left
+        if killed:
+            other.kill()
+        else:
+            other.communicate()
+        other.wait()
+    assert (tmp_path / "out").exists() is not killed
+    commit_folder(tmp_path / "out", write)
+    assert (tmp_path / "out" / "weights").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_process_waits_or_is_told_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:

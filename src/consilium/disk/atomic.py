@@ -3,7 +3,7 @@
 Order of a commit: write ``.NAME.tmp-*`` beside the destination, fsync every file, in a folder write and fsync
 the manifest and fsync the folder, rename to ``NAME``, fsync the parent. The rename is the commit point.
 Readers change nothing: only who writes a name, and who calls ``sweep``, clears what a crash left. One process
-at a time writes a name; a folder that several share is written under ``disk.lock``.
+at a time writes a name, and another is refused; a folder that several share is written under ``disk.lock``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Final
 
 from consilium.disk.files import DISK, Filesystem, make_parents, remove_tree, write_failure
+from consilium.disk.lock import filling, is_filled
 from consilium.disk.manifest import NAME, Entry, check_complete, read_manifest, seal, verify
 from consilium.errors import ConsiliumError
 
@@ -95,7 +96,8 @@ def staging(destination: Path, *, unless: Collection[str] = (), files: Filesyste
             files.make_folder(staged)
         except OSError as error:
             raise write_failure(error, destination) from error
-        yield staged
+        with filling(staged):
+            yield staged
 
 
 def publish(
@@ -247,6 +249,13 @@ def _clear(parent: Path, name: str | None, files: Filesystem) -> list[Path]:
     for path, match in _leftovers(parent):
         if name is None or match["name"] == name:
             original = parent / match["name"]
+            if is_filled(path):
+                if name is None:
+                    continue
+                raise ConsiliumError(
+                    f"cannot save to {original}: another process is writing it now; wait for it, or give"
+                    " another name."
+                )
             if match["kind"] == "old" and not original.exists():
                 files.rename(path, original)
                 files.sync_folder(parent)

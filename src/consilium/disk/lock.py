@@ -1,10 +1,11 @@
-"""One process at a time: the one rule by which this program locks."""
+"""One process at a time: the rules by which this program locks a file, or a folder that it fills."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,9 @@ from filelock import FileLock, Timeout
 
 from consilium.disk.files import DISK, Filesystem, make_parents, write_failure
 from consilium.errors import ConsiliumError
+
+if sys.platform != "win32":
+    import fcntl
 
 _NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 
@@ -51,3 +55,40 @@ def held(
         yield alone
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Let every process see by ``is_filled`` that this one is at ``folder``, until it ends, however it ends.
+
+    No file stays behind. Without effect where the system or the file system locks no folders.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether somebody is at ``folder`` now."""
+    if sys.platform == "win32":
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
