@@ -103,6 +103,15 @@ def test_a_file_becomes_a_folder_that_computes_the_same(name: str, tmp_path: Pat
     assert (tokenizer.eos_id, tokenizer.opening_id) == (end, end)
 
 
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    """Nor is the destination blamed, where it is read to be written elsewhere."""
+    _, path = file_of(tmp_path, CASES["llama"])
+    opened = store.open_folder(path)
+    path.unlink()
+    with pytest.raises(ConsiliumError, match=r"model.gguf cannot be read \(no such file or directory\)"):
+        opened.read("embed.weight")
+
+
 def test_a_file_in_sixteen_bits_stays_so_and_another_is_float32(tmp_path: Path) -> None:
     _, path = file_of(tmp_path / "a", qwen3(), "bfloat16")
     assert store.load(path).embed.weight.dtype == torch.bfloat16

@@ -257,6 +257,7 @@ def test_the_demo_ends_with_figures_and_trains_nothing_twice(
     assert "calibrated" not in again
     assert "is finished and only shown again" in again
     compared = said(capsys, *words, "--compare", "dense")
+    assert "steps and keeps them" in compared
     assert "dense twin" in compared
     assert read_json(Summary, tmp_path / "demo" / SUMMARY_FILE).tokens_per_second == speed
     assert (tmp_path / "demo/metrics.jsonl").read_bytes() == metrics

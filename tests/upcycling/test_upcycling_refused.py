@@ -103,6 +103,10 @@ def test_a_folder_of_somebody_else_stays_and_is_told_before_the_work(
     assert "theirs" in capsys.readouterr().err
     assert [path.name for path in (home / "theirs").iterdir()] == ["notes.txt"]
     assert main(words(home, home / "dense" / "inside", COPY)) == 2
+    saved_ = {path.name: path.read_bytes() for path in (home / "sparse").iterdir()}
+    assert main(words(home, home / "sparse", COPY)) == 2
+    assert "no upcycling made" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (home / "sparse").iterdir()} == saved_
     assert main(words(home, home / "dense", COPY)) == 2
     assert not (home / "dense" / "inside").exists()
 

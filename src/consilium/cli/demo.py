@@ -150,6 +150,13 @@ def _prepare(options: Namespace, page: Page) -> tuple[Training, Corpus]:
     corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer, progress=page.notice)
     stored = stored_config(options.out)
     if stored is not None:
+        page.notice(
+            say(
+                "{folder} was begun with {steps:,} steps and keeps them; other --minutes need another --out",
+                folder=options.out,
+                steps=stored.steps,
+            )
+        )
         return stored, corpus
     given = {"dtype": options.dtype or config.dtype, "threads": options.threads}
     config = with_budget(

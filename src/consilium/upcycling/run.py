@@ -12,6 +12,7 @@ import torch
 
 from consilium.checkpoint.convert import companions, fill_folder
 from consilium.checkpoint.folders import check_vocabulary, checkpoint_in, refuse_inside
+from consilium.checkpoint.hf.config import NAME as CONFIG_FILE
 from consilium.checkpoint.source import Source
 from consilium.checkpoint.store import SCALARS, open_folder
 from consilium.checkpoint.weights import digest
@@ -97,6 +98,8 @@ def run(
     folder = checkpoint_in(dense)
     for place in models:
         refuse_inside("upcycle", place, out)
+    if (out / CONFIG_FILE).is_file() and not (out / NAME).is_file():
+        raise ConsiliumError(f"upcycle: {out} holds a model that no upcycling made; give a new folder.")
     _check_sources(asked, sources)
     source = open_folder(folder, check_finite=True)
     config = upcycled(source.config, asked)

@@ -119,14 +119,18 @@ def _read_into(entry: Entry, target: Tensor, *, check_finite: bool) -> None:
     inner = math.prod(target.shape[1:]) if target.ndim > 1 else 1
     step = target.shape[0] if target.ndim == 1 else max(1, _PIECE // inner)
     row = entry.shape[-1]
-    with entry.file.open("rb") as file:
-        file.seek(entry.offset)
-        for start in range(0, target.shape[0], step):
-            part = target[start : start + step]
-            stored = np.fromfile(file, np.uint8, part.numel() // row * entry.row_bytes)
-            if stored.size < part.numel() // row * entry.row_bytes:
-                raise damaged(entry.file, f"ends inside tensor {entry.name[:80]!r}", "download it again")
-            values = torch.from_numpy(dequantize(stored.reshape(-1, entry.row_bytes), entry.kind))
-            if check_finite and not bool(values.isfinite().all()):
-                raise damaged(entry.file, f"holds a value in {entry.name[:80]!r} that is not finite")
-            part.copy_(values.view(part.shape))
+    try:
+        with entry.file.open("rb") as file:
+            file.seek(entry.offset)
+            for start in range(0, target.shape[0], step):
+                part = target[start : start + step]
+                stored = np.fromfile(file, np.uint8, part.numel() // row * entry.row_bytes)
+                if stored.size < part.numel() // row * entry.row_bytes:
+                    raise damaged(entry.file, f"ends inside tensor {entry.name[:80]!r}", "download it again")
+                values = torch.from_numpy(dequantize(stored.reshape(-1, entry.row_bytes), entry.kind))
+                if check_finite and not bool(values.isfinite().all()):
+                    raise damaged(entry.file, f"holds a value in {entry.name[:80]!r} that is not finite")
+                part.copy_(values.view(part.shape))
+    except OSError as error:
+        why = (error.strerror or "unknown error").lower()
+        raise damaged(entry.file, f"cannot be read ({why}) at tensor {entry.name[:80]!r}") from None
