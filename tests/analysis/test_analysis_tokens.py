@@ -117,12 +117,40 @@ def test_a_page_shows_each_token_with_its_experts_and_escapes_all_text(tmp_path:
     spans = Spans()
     spans.feed(page)
     titled = [span for span in spans.spans if span[1]]
-    one = [("c1", "expert 9, 1", hostile), ("none", "no expert", "b"), ("c1", "expert 1", "c")]
+    one = [("c2", "expert 9, 1", hostile), ("none", "no expert", "b"), ("c1", "expert 1", "c")]
     other = [("c0", "expert 0", hostile), ("c2", "expert 2", "b"), ("c3", "expert 3", "c")]
     assert titled == [*one, *one, *other, *other]
     assert not spans.others & {"script", "i", "img", "iframe"}
-    assert "Experts eight apart share a colour." in page
-    assert ("c1", "", "expert 9: 33%") in spans.spans
+    assert "have a colour of their own" not in page
+    assert ("c2", "", "expert 9: 33%") in spans.spans
+
+
+def test_the_experts_used_most_have_colours_of_their_own_in_all_models(tmp_path: Path) -> None:
+    """Of virtual groups the first shard of each weighs most, and those are eight apart, too."""
+
+    def one(model: str, used: list[int]) -> TokensRead:
+        passage = ReadPassage(
+            domain="d", pieces=("x",) * len(used), used=(tuple((expert,) for expert in used),)
+        )
+        return TokensRead(model=model, experts=64, layers=(0,), passages=(passage,))
+
+    often, seldom = [8 * n for n in range(8)], [1, 2, 3]
+    page = build_tokens_page([one("a", often * 3), one("b", often + seldom)], tmp_path / "page.html")
+    spans = Spans()
+    spans.feed(page.read_text(encoding="utf-8"))
+    found = {(title, css) for css, title, _ in spans.spans if title}
+    assert len(found) == len(often + seldom)
+    assert len({css for title, css in found if title in {f"expert {expert}" for expert in often}}) == 8
+    assert "The eight experts used most have a colour of their own." in page.read_text(encoding="utf-8")
+
+
+def test_blank_lines_are_signs_and_no_empty_screen(tmp_path: Path) -> None:
+    pieces = ("a", "\n" * 5, "\n", "b", "\n")
+    passage = ReadPassage(domain="d", pieces=pieces, used=(((0,),) * len(pieces),))
+    read = TokensRead(model="m", experts=1, layers=(0,), passages=(passage,))
+    spans = Spans()
+    spans.feed(build_tokens_page([read], tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert [text for _, title, text in spans.spans if title] == ["a", "\n\n⏎⏎⏎", "⏎", "b", "\n"]
 
 
 def test_shares_are_of_first_choices() -> None:
