@@ -4,8 +4,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from consilium.machine.allocator import huge
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -62,3 +66,23 @@ def test_elsewhere_it_is_a_no_op() -> None:
         "print(keep_memory(), 'THP_MEM_ALLOC_ENABLE' in os.environ)"
     )
     assert python([sys.executable, "-c", script]).split() == ["False", "False"]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
+def test_huge_pages_are_asked_for_and_values_stay() -> None:
+    values = huge(torch.empty(16 << 20, dtype=torch.uint8))
+    values.fill_(3)
+    place, inside, asked = values.data_ptr() + (4 << 20), False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in (first := line.split()[0]) and not first.endswith(":"):
+            begin, end = (int(edge, 16) for edge in first.split("-"))
+            inside = begin <= place < end
+        elif line.startswith("VmFlags:") and inside:
+            asked.append("hg" in line.split())
+    assert asked == [True]
+    assert (values == 3).all()
+
+
+def test_small_values_and_other_devices_are_left_alone() -> None:
+    assert huge(torch.zeros(5)).tolist() == [0.0] * 5
+    assert huge(torch.empty(64 << 20, device="meta")).is_meta

@@ -30,6 +30,7 @@ from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
+from consilium.machine.allocator import huge
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts
@@ -185,9 +186,23 @@ def _load_packed(source: Source, dtype: torch.dtype, packing: Packing) -> Decode
     fill(Content(source.config, source.generation, small), source)
     for name in sorted(packable(model)):
         like = model.get_parameter(name)
-        parts = [packed(part, packing) for part in _parts(source, name, like)]
-        hold(model, name, torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+        hold(model, name, *_packed(_parts(source, name, like), like, packing))
     return model
+
+
+def _packed(parts: Iterator[Tensor], like: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """The parts of one weight, one after the other."""
+    integers, scales, first = None, None, 0
+    for part in parts:
+        some, their_scales = packed(part, packing)
+        if integers is None or scales is None:
+            integers = huge(some.new_empty(len(like), *some.shape[1:]))
+            scales = their_scales.new_empty(len(like), *their_scales.shape[1:])
+        integers[first : first + len(some)], scales[first : first + len(some)] = some, their_scales
+        first += len(some)
+    assert integers is not None, "a weight has rows"
+    assert scales is not None, "and integers have scales"
+    return integers, scales
 
 
 def _parts(source: Source, name: str, like: Tensor) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError, nearest
+from consilium.machine.allocator import huge
 from consilium.machine.memory import refuse_beyond_memory
 from consilium.model.block import Block, Blocks
 from consilium.model.decoder import Decoder
@@ -73,7 +74,7 @@ def allocate(
         refuse_too_large(config, dtype, share)
     model = Decoder(config, generation, blocks=blocks)
     for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype, device=device)
+        parameter.data = huge(torch.empty_like(parameter, dtype=dtype, device=device))
     return model.to(device)
 
 
