@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io as streams
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_a_page_shows_loss_speed_time_left_and_load(terminal: bool) -> None:
     ):
         assert part in text, part
     assert ("layer 1" in text) == terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_is_said_of_the_load_of_a_dense_model(terminal: bool) -> None:
+    console = Console(file=streams.StringIO(), force_terminal=terminal, width=120)
+    sparse = step(1)
+    with Page(console) as page:
+        page(Started(Training(model=DEEPSEEK, steps=1), Path("runs/x"), 0))
+        page(dataclasses.replace(sparse, result=dataclasses.replace(sparse.result, loads={})))
+    assert isinstance(console.file, streams.StringIO)
+    text = console.file.getvalue()
+    assert "step     1/1" in text
+    assert "max/mean" not in text
+    assert "expert load" not in text
 
 
 def test_a_dumb_terminal_gets_lines_as_a_file_does(monkeypatch: pytest.MonkeyPatch) -> None:

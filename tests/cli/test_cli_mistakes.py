@@ -233,6 +233,15 @@ def test_a_run_is_not_overwritten(run: Path, config: Path, capsys: pytest.Captur
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_inside_a_saved_folder_is_refused_before_the_text_is_read(
+    run: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilium.cli.train._run", None)
+    inside = next((run / "checkpoints").glob("step-*")) / "run"
+    assert "lies inside" in complaint(capsys, "train", str(config), "--out", str(inside))
+    assert not inside.exists()
+
+
 def test_minutes_of_a_finished_run_are_told_to_be_spent(
     run: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

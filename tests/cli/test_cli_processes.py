@@ -106,6 +106,7 @@ def test_a_launcher_of_one_process_trains_as_without_it(
         ),
         (["--nproc", "2", "--set", "overlap=true"], "overlap hides how rows travel to experts elsewhere"),
         (["--ep", "2"], "1 processes cannot be dealt into groups of 2"),
+        (["--replicas", "2"], "1 processes cannot be dealt into groups of 1 that share experts in each of 2"),
         (
             ["--nproc", "2", "--set", "optimizer.state.kind=int8"],
             "optimizer.state.kind int8 runs in one process",

@@ -100,11 +100,13 @@ class Page:
 
     def _stepped(self, event: Stepped) -> None:
         if self._live is not None:
-            self._live.update(Group(self._line(event), _load_table(event)))
+            table = [_load_table(event)] if event.result.loads else []
+            self._live.update(Group(self._line(event), *table))
         elif time.monotonic() - self._printed > QUIET_SECONDS or event.step == self._steps(event):
             self._printed = time.monotonic()
-            worst = max(layer_ratios(event.result.loads).values(), default=1.0)
-            self._print(f"{self._line(event)}  {say('max/mean')} {worst:.2f}")
+            ratios = layer_ratios(event.result.loads).values()
+            worst = f"  {say('max/mean')} {max(ratios):.2f}" if ratios else ""
+            self._print(f"{self._line(event)}{worst}")
 
     def _steps(self, event: Stepped) -> int:
         return self._started.config.steps if self._started else event.step

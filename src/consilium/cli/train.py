@@ -147,7 +147,7 @@ def _joined(options: Namespace) -> int:
     world = launched_world()
     if options.nproc not in (None, 1, world):
         raise ConsiliumError(f"--nproc {options.nproc}, and a launcher started {world}; leave --nproc out.")
-    Topology.of(world, expert=options.ep)
+    Topology.of(world, expert=options.ep, replicas=options.replicas)
     options.device = local_device(options.device)
     place = settle(options)
     if world == 1:  # by torchrun too

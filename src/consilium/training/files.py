@@ -9,6 +9,7 @@ from typing import Protocol, final
 
 from consilium.config import io
 from consilium.config.training import Training
+from consilium.disk.atomic import refuse_in_saved
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError
 from consilium.parallel.mesh import Mesh
@@ -47,6 +48,7 @@ def _refuse_foreign(out: Path) -> None:
     """A run writes checkpoints and prunes them; it starts in no folder with files of somebody else."""
     if (out / CONFIG_FILE).exists():
         return
+    refuse_in_saved(out.resolve())
     if out.exists() and not out.is_dir():
         raise ConsiliumError(f"{out} is a file; give the name of a new folder as --out.")
     names = sorted(path.name for path in out.iterdir()) if out.exists() else []
