@@ -25,8 +25,8 @@ _HUGE_FROM = 2 << 20
 def huge(values: torch.Tensor) -> torch.Tensor:
     """Ask for huge pages behind ``values``, whose memory nobody has touched, and return them.
 
-    Weights are read from end to end at every token, and each page of 4 KiB costs a look into tables. Elsewhere
-    than on Linux, and for less than a page, nothing is asked.
+    Weights are read from end to end at every token, and each page of 4 KiB costs a look into tables.
+    Elsewhere than on Linux, and for less than a page, nothing is asked.
     """
     first = -(-values.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     end = (values.data_ptr() + values.nbytes) // _HUGE_PAGE * _HUGE_PAGE
