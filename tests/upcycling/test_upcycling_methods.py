@@ -250,6 +250,8 @@ def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None
     lineage = made(dense, tmp_path / "moe", "copy")
     assert lineage.source == "dense"
     assert lineage.upcycling["method"] == {"kind": "copy"}
+    assert lineage.upcycling["spread"] == 1e-2, "what was left to its default is on record too"
+    assert (lineage.threads, lineage.torch) == (torch.get_num_threads(), str(torch.__version__))
     same = made(dense, tmp_path / "again", "copy", seed=7)
     assert same.source_sha256 == lineage.source_sha256
     assert same.text_sha256 == lineage.text_sha256

@@ -69,6 +69,9 @@ class Lineage:
     """Of the calibration text."""
     upcycling: Mapping[str, Any]
     """The configuration, as ``consilium.config.upcycling`` reads it."""
+    threads: int
+    torch: str
+    """Version. Sums of other threads or versions round otherwise, and clusters of tied neurons with them."""
     certificate: Certificate
     neurons: Sequence[Sequence[Sequence[int]]] = ()
     """By sparse layer and routed expert; none where experts are copies or their shards in order."""

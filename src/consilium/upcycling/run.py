@@ -262,6 +262,8 @@ def _lineage(
         source_sha256=_digest(source),
         text_sha256=text_sha256,
         upcycling=to_data(sparse.asked),
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
         certificate=certificate,
         neurons=[] if whole else [plan.neurons_ES.tolist() for plan in cuts],
         shared=shared,
