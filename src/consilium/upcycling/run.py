@@ -94,7 +94,9 @@ def run(
 ) -> Certificate:
     """``upcycle`` with its options as one value; ``models`` are ``dense`` and then the sources."""
     dense, *sources = models
-    asked = dataclasses.replace(asked, spread=spread(asked))  # on record, whatever the default will be
+    if asked.experts:
+        # On record, whatever the default will be.
+        asked = dataclasses.replace(asked, spread=spread(asked))
     folder = checkpoint_in(dense)
     for place in models:
         refuse_inside("upcycle", place, out)
