@@ -18,7 +18,6 @@ from consilium.errors import ConsiliumError
 from consilium.ops.native import compile as native
 from consilium.ops.native.compile import VARIABLE, Built, Missing, Planned, Tier, built, planned, tiers
 from consilium.ops.native.library import Kernels, opened
-from consilium.ops.native.library import native as described
 from consilium.ops.weights import Dense
 from kernels import HERE, compiled, kernels_of
 
@@ -53,7 +52,7 @@ def test_products_equal_those_of_float64(tier: Tier, dtype: torch.dtype, shape: 
     x_BI = torch.randn(rows, inputs, generator=generator)
     weight_OI = torch.randn(outputs, inputs, generator=generator).to(dtype)
     bias_O = torch.randn(outputs, generator=generator).to(dtype)
-    matrix = described(Dense(weight_OI), bias_O)
+    matrix = Dense(weight_OI).native(bias_O)
     assert matrix is not None
     found = kernels_of(tier).product(matrix, x_BI)
     right = x_BI.double() @ weight_OI.double().T + bias_O.double()
@@ -62,18 +61,18 @@ def test_products_equal_those_of_float64(tier: Tier, dtype: torch.dtype, shape: 
 
 def test_large_values_stay_finite() -> None:
     weight_OI = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
-    matrix = described(Dense(weight_OI))
+    matrix = Dense(weight_OI).native()
     assert matrix is not None
     assert torch.isfinite(kernels_of(HERE[-1]).product(matrix, torch.full((2, 4096), 1e5))).all()
 
 
 def test_other_formats_and_layouts_are_not_described() -> None:
     weight_OI = torch.zeros(4, 6)
-    assert described(Dense(weight_OI)) is not None
+    assert Dense(weight_OI).native() is not None
     for other in (weight_OI.double(), weight_OI.half(), weight_OI.T, weight_OI[:, :3], weight_OI.to("meta")):
-        assert described(Dense(other)) is None
-    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.bfloat16)) is not None
-    assert described(Dense(weight_OI), torch.zeros(4, dtype=torch.float64)) is None
+        assert Dense(other).native() is None
+    assert Dense(weight_OI).native(torch.zeros(4, dtype=torch.bfloat16)) is not None
+    assert Dense(weight_OI).native(torch.zeros(4, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("tier", HERE)
@@ -201,7 +200,7 @@ def test_processes_that_start_together_all_get_kernels(quick: Path, tmp_path: Pa
 
 def _busy(kernels: Kernels, calls: int) -> torch.Tensor:
     weight_OI = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
-    matrix, x_BI = described(Dense(weight_OI)), torch.ones(2, 200)
+    matrix, x_BI = Dense(weight_OI).native(), torch.ones(2, 200)
     assert matrix is not None
     return torch.stack([kernels.product(matrix, x_BI) for _ in range(calls)])
 
@@ -230,12 +229,12 @@ def test_a_forked_child_computes_with_threads_of_its_own() -> None:
     assert isinstance(found, Built)
     script = (
         "import os, sys, torch\n"
-        "from consilium.ops.native.library import opened, native\n"
+        "from consilium.ops.native.library import opened\n"
         "from consilium.ops.weights import Dense\n"
         f"kernels = opened({str(found.path)!r}, {found.tier!r})\n"
         "torch.set_num_threads(2)\n"
         "weight = torch.ones(500, 40)\n"
-        "def right(): return bool((kernels.product(native(Dense(weight)), torch.ones(1, 40)) == 40).all())\n"
+        "def right(): return bool((kernels.product(Dense(weight).native(), torch.ones(1, 40)) == 40).all())\n"
         "assert right()\n"
         "child = os.fork()\n"
         "if child == 0: os._exit(0 if right() else 1)\n"

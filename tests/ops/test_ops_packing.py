@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilium.ops import weights
 from consilium.ops.native.compile import Tier
-from consilium.ops.native.library import native
 from consilium.ops.weights import GROUP, Packed, PackedStack, Packing, packed, unpacked
 from kernels import HERE, kernels_of
 
@@ -99,7 +99,7 @@ def test_kernels_multiply_with_the_packed_values(
     x_BI = torch.randn(rows, inputs, generator=generator)
     bias_O = torch.randn(outputs, generator=generator)
     matrix = Packed(*packed(torch.randn(outputs, inputs, generator=generator), packing), inputs)
-    described = native(matrix, bias_O)
+    described = matrix.native(bias_O)
     assert described is not None
     found = kernels_of(tier).product(described, x_BI)
     right = x_BI.double() @ matrix.wide(torch.float64).T + bias_O.double()
@@ -119,7 +119,38 @@ def test_extreme_integers_are_summed_exactly(tier: Tier, packing: Packing) -> No
         lower, upper = integers_OI.add(8).to(torch.uint8).unflatten(-1, (-1, GROUP)).chunk(2, -1)
         stored = (lower | upper << 4).flatten(-2)
     matrix = Packed(stored, torch.ones(8, 8, dtype=torch.float16), 256)
-    described = native(matrix)
+    described = matrix.native()
     assert described is not None
     found = kernels_of(tier).product(described, x_BI.float())
     assert torch.equal(found.long(), x_BI.long() @ integers_OI.long().T)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kernels_of(HERE[-1])
+    monkeypatch.setattr(weights, "kernels", lambda: found)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("rows", [(0,), (1,), (3, 5), (130,)], ids=str)
+def test_packed_matrices_multiply_by_kernels_and_without_alike(
+    packing: Packing, rows: tuple[int, ...], with_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = Packed(*packed(torch.randn(37, 50, generator=generator), packing), 50)
+    x, bias_O = torch.randn(*rows, 50, generator=generator), torch.randn(37, generator=generator)
+    with torch.no_grad():
+        found = matrix.times(x, bias_O)
+        monkeypatch.setattr(weights, "kernels", lambda: None)
+        right = matrix.times(x, bias_O)
+    assert found.shape == (*rows, 37)
+    assert torch.allclose(found, right, rtol=1e-5, atol=1e-4)
+    assert matrix.times(x.bfloat16(), bias_O).dtype == torch.bfloat16
+
+
+def test_a_gradient_passes_a_packed_matrix(with_kernels: None) -> None:
+    matrix = Packed(*packed(torch.randn(6, 40), "int8"), 40)
+    x = torch.randn(3, 40, requires_grad=True)
+    matrix.times(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, matrix.wide(torch.float32).sum(0).expand(3, -1), rtol=1e-5)

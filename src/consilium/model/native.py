@@ -38,11 +38,10 @@ from consilium.ops.native.library import (
     Pass,
     Route,
     kernels,
-    native,
     native_norm,
 )
 from consilium.ops.norm import RMSNorm
-from consilium.ops.weights import Matrix, Stack
+from consilium.ops.weights import Matrix
 
 _Part = TypeVar("_Part")
 
@@ -255,7 +254,7 @@ def _experts(feed: Feed, moe: MoELayer) -> None:
     if not moe.whole:
         raise _Unknown
     feed.experts, _, feed.width = moe.experts.down_stack.shape
-    feed.up, feed.down = _matrix(moe.experts.up_stack), _matrix(moe.experts.down_stack)
+    feed.up, feed.down = (_known(s.native()) for s in (moe.experts.up_stack, moe.experts.down_stack))
     feed.activation = ACTIVATIONS[moe.experts.activation]
     match moe.shared:
         case DenseNetwork():
@@ -280,8 +279,8 @@ def _linear(linear: Linear) -> NativeMatrix:
     return _matrix(linear.matrix, linear.bias)
 
 
-def _matrix(matrix: Matrix | Stack, bias_O: Tensor | None = None) -> NativeMatrix:
-    return _known(native(matrix, bias_O))
+def _matrix(matrix: Matrix, bias_O: Tensor | None = None) -> NativeMatrix:
+    return _known(matrix.native(bias_O))
 
 
 def _norm(module: nn.Module) -> NativeNorm:

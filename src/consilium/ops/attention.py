@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from consilium.ops.bfloat16 import is_storage
+
 
 def attend(
     q_BHSK: Tensor,
@@ -30,6 +32,9 @@ def attend(
 
     ``softcap`` replaces logits by softcap * tanh(logits / softcap) before the mask, as Grok-1 and Gemma 2 do.
     """
+    if is_storage(q_BHSK):
+        wide = (tensor.float() for tensor in (q_BHSK, k_BGLK, v_BGLV))
+        return attend(*wide, mask_BSL=mask_BSL, scale=scale, softcap=softcap).to(q_BHSK.dtype)
     if softcap is not None:
         return _attend_softcapped(q_BHSK, k_BGLK, v_BGLV, mask_BSL, scale, softcap)
     width = v_BGLV.shape[-1]
@@ -54,6 +59,9 @@ def attend_latent(q_BHSC: Tensor, rows_BLC: Tensor, *, mask_BSL: Tensor | None, 
 
     Heads become query rows, so that each row of the cache is read once for all of them.
     """
+    if is_storage(q_BHSC):
+        y_BHSC = attend_latent(q_BHSC.float(), rows_BLC.float(), mask_BSL=mask_BSL, scale=scale)
+        return y_BHSC.to(q_BHSC.dtype)
     batch, heads, queries, width = q_BHSC.shape
     mask_BSL = _causal(queries, q_BHSC.device).expand(batch, -1, -1) if mask_BSL is None else mask_BSL
     y_B1QC = functional.scaled_dot_product_attention(

@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from consilium.config.feed_forward import Activation
+from consilium.ops.bfloat16 import is_storage
 from consilium.ops.feed_forward import activate
 from consilium.ops.rows import ByToken, Rows, sum_by_token
 from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way, block
@@ -100,6 +101,8 @@ def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
         return "grouped" if x_RD.dtype == torch.bfloat16 else "padded"
     if x_RD.device.type != "cpu":
         return "loop"
+    if is_storage(x_RD) and not torch.is_grad_enabled():
+        return "reference"
     if x_RD.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "padded" if _padding(counts_E) <= 1.3 else "loop"
     hidden_bytes = sum(counts_E) * network.up_EGD.shape[1] * x_RD.element_size()

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilium.ops.bfloat16 import is_storage
+from consilium.ops.native.library import NativeMatrix, kernels, native
+
 Packing = Literal["int8", "int4"]
 GROUP: Final = 32
 """Integers that share a scale."""
@@ -40,6 +43,10 @@ class Matrix(Protocol):
         """The values [O, I]."""
         ...
 
+    def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
+        """The product as native kernels read it; None where they do not. Tensors have to stay alive."""
+        ...
+
 
 class Stack(Protocol):
     """A matrix of each expert, W [E, O, I]."""
@@ -52,6 +59,10 @@ class Stack(Protocol):
 
     def matrices(self) -> tuple[Matrix, ...]:
         """The E matrices, taken apart once: indexing under autograd makes a full gradient an expert."""
+        ...
+
+    def native(self) -> NativeMatrix | None:
+        """All matrices one below the other, as native kernels read them; None where they do not."""
         ...
 
 
@@ -71,10 +82,18 @@ class Dense:
         return self.weight_OI.requires_grad
 
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+        if not is_storage(x):
+            return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+        if (y := _by_kernels(self, x, bias_O)) is not None:
+            return y
+        wide_O = None if bias_O is None else bias_O.float()
+        return F.linear(x.float(), self.wide(torch.float32), wide_O).to(x.dtype)
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return self.weight_OI.to(dtype)
+
+    def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
+        return native(self.weight_OI, self.shape, bias_O=bias_O)
 
 
 @final
@@ -94,6 +113,9 @@ class DenseStack:
 
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(Dense(weight_OI) for weight_OI in self.weight_EOI.unbind())
+
+    def native(self) -> NativeMatrix | None:
+        return native(self.weight_EOI, self.shape)
 
 
 @final
@@ -121,10 +143,17 @@ class Packed:
         return False
 
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        if x.numel() == 0:  # an expert without rows: nothing is unpacked for it
+            return x.new_empty(*x.shape[:-1], self.shape[0])
+        if (y := _by_kernels(self, x, bias_O)) is not None:
+            return y
         return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return unpacked(self.integers_OC, self.scales_OG, self.columns).to(dtype)
+
+    def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
+        return native(self.integers_OC, self.shape, scales=self.scales_OG, bias_O=bias_O)
 
 
 @final
@@ -147,6 +176,20 @@ class PackedStack:
     def matrices(self) -> tuple[Matrix, ...]:
         pairs = zip(self.integers_EOC.unbind(), self.scales_EOG.unbind(), strict=True)
         return tuple(Packed(integers_OC, scales_OG, self.columns) for integers_OC, scales_OG in pairs)
+
+    def native(self) -> NativeMatrix | None:
+        return native(self.integers_EOC, self.shape, scales=self.scales_EOG)
+
+
+def _by_kernels(matrix: Matrix, x: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """The product, summed in float32, in the dtype of ``x``; None under autograd and without kernels."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() == 0:
+        return None
+    found, described = kernels(), matrix.native(bias_O)
+    if found is None or described is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    return found.product(described, rows).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:

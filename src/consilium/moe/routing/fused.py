@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consilium.config.router import Normalised, Raw, Score, Sigmoid, Softmax, SoftmaxOfSelected, TopK, Weight
 from consilium.moe.routing.router import Router
-from consilium.ops.native.library import Route, native
+from consilium.ops.native.library import Route
 
 _SCORES: Final[Mapping[type[Score], int]] = MappingProxyType({Softmax: 0, Sigmoid: 1})
 _WEIGHTS: Final[Mapping[type[Weight], int]] = MappingProxyType({Raw: 0, Normalised: 1, SoftmaxOfSelected: 2})
@@ -26,7 +26,8 @@ def fused(router: Router, bias_E: Tensor | None) -> Route | None:
     select = config.select
     if other or gate is None or not isinstance(select, TopK) or score is None or weigh is None:
         return None
-    matrix = native(*gate)
+    weight, gate_bias_E = gate
+    matrix = weight.native(gate_bias_E)
     if matrix is None:
         return None
     groups = select.groups

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from consilium.config.feed_forward import Activation
 from consilium.ops.native.compile import Built, Missing, Tier, built
-from consilium.ops.weights import Dense, DenseStack, Matrix, Packed, PackedStack, Stack
 
 TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
 """Formats that the kernels read, by their number there."""
@@ -151,26 +150,20 @@ def opened(path: Path, tier: Tier) -> Kernels:
     return Kernels(library, tier, library.consilium_lanes())
 
 
-def native(matrix: Matrix | Stack, bias_O: Tensor | None = None) -> NativeMatrix | None:
-    """A matrix, or those of a stack one below the other, as kernels read them.
+def native(
+    values: Tensor, shape: tuple[int, ...], *, scales: Tensor | None = None, bias_O: Tensor | None = None
+) -> NativeMatrix | None:
+    """A matrix of ``shape`` [..., O, I], or those of a stack one below the other, as kernels read them.
 
     None for a format, a device or a layout that they do not.
     """
-    match matrix:
-        case Dense(weight_OI=weight) | DenseStack(weight_EOI=weight):
-            values, scales, kind = weight, None, TYPES.get(weight.dtype)
-        case (
-            Packed(integers_OC=values, scales_OG=scales) | PackedStack(integers_EOC=values, scales_EOG=scales)
-        ):
-            kind = INTEGERS[values.dtype]
-        case _:
-            return None
+    kind = (TYPES if scales is None else INTEGERS).get(values.dtype)
     tensors = [tensor for tensor in (values, scales, bias_O) if tensor is not None]
     known = kind is not None and (bias_O is None or bias_O.dtype in TYPES)
     if not known or not all(_is_here(tensor) for tensor in tensors):
         return None
     places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
-    return NativeMatrix(*places, *matrix.shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
+    return NativeMatrix(*places, *shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
 
 
 def native_norm(weight_D: Tensor | None, epsilon: float = 0.0) -> NativeNorm | None:

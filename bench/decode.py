@@ -1,0 +1,272 @@
+"""Decoding beside transformers and llama.cpp on the same shape, in turn, and the limit that reading sets.
+
+usage: python bench/decode.py [--model deepseek-v3:1b] [--batch 1] [--context 512] [--turns 5] [--new 16]
+       [--out bench/records/decode.json]
+
+All begin behind a prompt of random tokens and add tokens greedily; figures are tokens a second of the whole
+batch, of the steps alone. Weights are random, the same in every file of ours. llama.cpp (``pip install
+xllamacpp``) runs in a process of its own for each format, on files that we export, in bfloat16, Q8_0 and
+Q4_0; transformers in bfloat16, with the implementation of experts that it takes by default. What is not
+installed is left out. The limit is what the bytes of the active weights take to read at the best rate seen
+in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from consilium.benchmarking.record import once, record
+from consilium.checkpoint import store
+from consilium.checkpoint.gguf.export import export
+from consilium.checkpoint.hf.config import to_hugging_face
+from consilium.config.model import MTP, Model
+from consilium.data.tokenizer import Tokenizer
+from consilium.engine.engine import Engine
+from consilium.engine.request import Request
+from consilium.machine.processors import threads
+from consilium.model.build import build
+from consilium.model.decoder import Decoder
+from consilium.planner.parameters import parameters
+from consilium.recipes import catalogue
+from consilium.records.bench import Figure
+from consilium.records.io import to_json, write_json
+
+Contestant = Callable[[int], float]
+"""Adds so many tokens to every sequence and returns tokens a second."""
+BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
+"""Of a weight, scales included."""
+THEIRS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+READ_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    model: Model
+    batch: int
+    context: int
+
+    def prompts(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(3, 250, (self.batch, self.context), generator=generator).tolist()
+
+
+def ours(model: Decoder, setting: Setting) -> Contestant:
+    """One engine whose requests never end."""
+    engine = Engine(model)
+    for prompt in setting.prompts():
+        most = model.config.max_length - setting.context
+        engine.submit(Request(prompt=tuple(prompt), max_tokens=most, stop_ids=()))
+    engine.step()
+
+    def run(new: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(new):
+            assert len(engine.step()) == setting.batch
+        return new * setting.batch / (time.perf_counter() - begun)
+
+    return run
+
+
+def transformers(setting: Setting) -> Contestant:
+    library: Any = importlib.import_module("transformers")
+    config = library.AutoConfig.for_model(**to_hugging_face(setting.model, dtype="bfloat16"))
+    model = library.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        state = model(torch.tensor(setting.prompts()), use_cache=True, logits_to_keep=1)
+    cache, newest_B1 = state.past_key_values, state.logits[:, -1:].argmax(-1)
+
+    def run(new: int) -> float:
+        ids_B1, begun = newest_B1, time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(new):
+                ids_B1 = model(ids_B1, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return new * setting.batch / (time.perf_counter() - begun)
+
+    return run
+
+
+@contextlib.contextmanager
+def llama_cpp(file: Path, setting: Setting) -> Iterator[Contestant]:
+    """A process of its own; of several sequences each is asked for in a request of its own, at once."""
+    command = [sys.executable, __file__, "--serve", str(file), "--batch", str(setting.batch)]
+    command += ["--context", str(setting.context)]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    asked, answers = child.stdin, child.stdout
+
+    def run(new: int) -> float:
+        print(json.dumps({"prompts": setting.prompts(), "new": new}), file=asked, flush=True)
+        for line in answers:
+            if line.startswith("answer:"):
+                return float(line.removeprefix("answer:"))
+        raise RuntimeError(f"llama.cpp ended while it decoded {file.name}")
+
+    try:
+        yield run
+    finally:
+        asked.close()
+        child.wait()
+
+
+def serve(file: str, batch: int, context: int) -> None:
+    """Answer requests on standard input with tokens a second."""
+    library: Any = importlib.import_module("xllamacpp")
+    params = library.CommonParams()
+    params.model.path = file
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = batch * (context + 512), batch, 0
+    params.warmup, params.verbosity = False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
+    server = library.Server(params)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print("answer:", _asked(server, asked["prompts"], asked["new"]), flush=True)
+
+
+def _asked(server: Any, prompts: Sequence[Sequence[int]], new: int) -> float:
+    request = {"prompt": prompts if len(prompts) > 1 else prompts[0], "n_predict": new, "temperature": 0.0}
+    reply = server.handle_completions(request | {"cache_prompt": True, "ignore_eos": True})
+    found = reply if isinstance(reply, list) else [reply]
+    return sum(float(one["timings"]["predicted_per_second"]) for one in found)
+
+
+def requantised(source: Path, target: Path, kind: str) -> None:
+    """The same GGUF file with its matrices in another format, but for the gates of the routers."""
+    quantised = gguf.GGMLQuantizationType[kind]
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    for tensor in reader.tensors:
+        matrix = len(tensor.shape) > 1 and "_norm" not in tensor.name and "gate_inp" not in tensor.name
+        if matrix and tensor.shape[0] % 32 == 0:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_rate() -> float:
+    """Bytes a second of a sum over more than any cache holds, the best of five."""
+    values = torch.ones(READ_BYTES // 4)
+    values.sum()
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        values.sum()
+        seconds.append(time.perf_counter() - begun)
+    return READ_BYTES / min(seconds)
+
+
+@contextlib.contextmanager
+def contestants(setting: Setting) -> Iterator[Mapping[str, Contestant]]:
+    with tempfile.TemporaryDirectory(prefix="consilium-decode-") as folder, contextlib.ExitStack() as stack:
+        work = Path(folder)
+        model = build(setting.model, seed=0, dtype="bfloat16")
+        store.save(model, work / "model", tokenizer=Tokenizer.of_bytes())
+        found: dict[str, Contestant] = {"consilium bfloat16": ours(model, setting)}
+        for packing in ("int8", "int4"):
+            found[f"consilium {packing}"] = ours(store.load(work / "model", weights=packing), setting)
+        if importlib.util.find_spec("xllamacpp") is not None:
+            export(work / "model", work / "BF16.gguf", dtype="bfloat16")
+            for packing, kind in THEIRS.items():
+                if kind != "BF16":
+                    requantised(work / "BF16.gguf", work / f"{kind}.gguf", kind)
+                found[f"llama.cpp {packing}"] = stack.enter_context(llama_cpp(work / f"{kind}.gguf", setting))
+        if importlib.util.find_spec("transformers") is not None:
+            found["transformers bfloat16"] = transformers(setting)
+        yield found
+
+
+def measure(setting: Setting, turns: int, new: int) -> Iterator[Figure]:
+    rates = [read_rate()]
+    with contestants(setting) as found:
+        speeds: dict[str, list[float]] = {name: [] for name in found}
+        for name, run in found.items():
+            run(2 if name.startswith("transformers") else new)
+        for turn in range(turns):
+            for name, run in found.items():
+                speeds[name].append(run(2 if name.startswith("transformers") else new))
+            rates.append(read_rate())
+            print(f"turn {turn + 1} of {turns}", flush=True)
+    yield once("read", "GB/s", max(rates) / 1e9)
+    active = parameters(setting.model).active_without_input_embedding
+    for name, values in speeds.items():
+        rival = f"llama.cpp {name.split()[-1]}"
+        against = rival if name.startswith("consilium") and rival in speeds else None
+        yield _figure(name, values, against, speeds)
+        if name.startswith("consilium") and setting.batch == 1:
+            limit = max(rates) / (active * BITS[name.split()[-1]] / 8)
+            yield once(f"{name}, share of what reading allows", "share", statistics.median(values) / limit)
+
+
+def _figure(
+    name: str, values: Sequence[float], against: str | None, speeds: Mapping[str, Sequence[float]]
+) -> Figure:
+    median = statistics.median(values)
+    return Figure(
+        name=name,
+        unit="tokens/s",
+        median=median,
+        minimum=min(values),
+        maximum=max(values),
+        n=len(values),
+        against=against,
+        ratio=None if against is None else median / statistics.median(speeds[against]),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="deepseek-v3:1b")
+    for option, default in (("batch", 1), ("context", 512), ("turns", 5), ("new", 16)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.batch, options.context)
+        return 0
+    torch.set_num_threads(threads())
+    name, _, size = options.model.partition(":")
+    model = dataclasses.replace(catalogue.recipe(name, size or None), mtp=MTP())
+    words = f"--model {options.model} --batch {options.batch} --context {options.context}"
+    figures = tuple(measure(Setting(model, options.batch, options.context), options.turns, options.new))
+    made = record(
+        "decode", f"python bench/decode.py {words} --turns {options.turns} --new {options.new}", figures
+    )
+    print(to_json(made))
+    if options.out is not None:
+        write_json(options.out, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
