@@ -8,6 +8,7 @@ from argparse import Action
 
 import pytest
 
+from consilium.cli.arguments import path
 from consilium.cli.main import VERBS, main, verb_parser
 from consilium.errors import closest
 from consilium.recipes.balances import TEXTS
@@ -124,6 +125,14 @@ def test_completion_knows_every_verb_and_option(capsys: pytest.CaptureFixture[st
         assert f"_shtab_consilium_{name}_option_strings" in script
     assert "--balance" in script
     assert all(name in script for name in TEXTS)
+    assert "___method_choices=(split-random" in script
+    for verb in VERBS:
+        of_paths = [action for action in verb_parser(verb).actions() if action.type is path]
+        start = f"_shtab_consilium_{verb}_"
+        for option in (name for action in of_paths for name in action.option_strings):
+            assert f"{start}{option.replace('-', '_')}_COMPGEN=_shtab_compgen_files" in script
+        positions = [line for line in script.splitlines() if line.startswith(f"{start}pos_")]
+        assert sum("_COMPGEN" in line for line in positions) >= sum(not a.option_strings for a in of_paths)
     assert main(["--completion", "bsh"]) == 2
     assert "Did you mean 'bash'?" in capsys.readouterr().err
 

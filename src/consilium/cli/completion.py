@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, get_args
 
-from consilium.cli.arguments import Parser
+from consilium.cli.arguments import Parser, path
+from consilium.config.upcycling import Method
 from consilium.errors import ConsiliumError, nearest
 from consilium.recipes import balances
 
-_PATHS: Final = frozenset({"DIR", "DST", "FILE", "FOLDER", "MODEL", "PATH", "RUN", "SRC"})
-"""Metavariables that a path can stand for."""
+_PATHS: Final = frozenset({"DIR", "FOLDER", "MODEL", "PATH", "RUN"})
+"""Metavariables of what may be a path, and may be a name."""
+_NAMES: Final[Mapping[str, Sequence[str]]] = {
+    "balance": tuple(balances.TEXTS),
+    "method": [member.kind for member in get_args(get_args(Method)[0])],
+}
+"""What options take that are checked later than by the parser."""
 
 
 def completion(shell: str, parsers: Mapping[str, Parser], helps: Mapping[str, str]) -> str:
@@ -39,7 +45,7 @@ def completion(shell: str, parsers: Mapping[str, Parser], helps: Mapping[str, st
 
 def _complete_values(actions: Iterable[argparse.Action], files: Any) -> None:
     for action in actions:
-        if action.dest == "balance":
-            action.choices = tuple(balances.TEXTS)
-        if isinstance(action.metavar, str) and action.metavar in _PATHS:
+        if action.dest in _NAMES:
+            action.choices = _NAMES[action.dest]
+        if action.type is path or (isinstance(action.metavar, str) and action.metavar in _PATHS):
             vars(action)["complete"] = files  # the attribute that shtab reads
