@@ -20,7 +20,7 @@ constexpr int LOOPS = 32;    // most loops of a region
 constexpr int SPINS = 4000;  // pauses, about 50 microseconds
 constexpr uint64_t SIZES = 1 << 16;
 
-static inline void pause() {
+static inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -72,14 +72,14 @@ inline void Team::meet() {
         return;
     }
     for (int spins = 0; meeting.load(std::memory_order_acquire) == now; ++spins)
-        spins < SPINS ? pause() : static_cast<void>(sched_yield());
+        spins < SPINS ? relax() : static_cast<void>(sched_yield());
 }
 
 inline void Team::work(int number) {
     for (uint64_t seen = 0;;) {
         uint64_t current;
         for (int spins = 0; (current = generation.load(std::memory_order_acquire)) == seen; ++spins) {
-            pause();
+            relax();
             if (spins < SPINS) continue;
             std::unique_lock<std::mutex> lock(asleep);
             wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });

@@ -1,0 +1,60 @@
+"""A process whose native kernels are checked by the address and undefined-behaviour sanitizers as they run.
+
+usage: LD_PRELOAD=libasan.so python sanitized.py FOLDER: compile there, decode awkward shapes, exit 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from consilium.config.model import Model
+from consilium.kv.build import build_cache
+from consilium.model import native
+from consilium.model.native import NativeDecoder
+from consilium.model.packing import pack
+from consilium.model.types import Inputs, Options
+from consilium.moe.types import Mode
+from consilium.ops.native import compile as compiling
+from consilium.ops.native.compile import FLAGS, VARIABLE, Built, tiers
+from consilium.ops.native.library import opened
+from small import KINDS, lively
+
+CHECKS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+
+
+def decode(config: Model, packing: str | None) -> None:
+    """Rows of several lengths, a cache that is just long enough."""
+    model = lively(dataclasses.replace(config, hidden_size=36)).eval()
+    if packing is not None:
+        pack(model, "int8" if packing == "int8" else "int4")
+    prepared = NativeDecoder.of(model)
+    assert prepared is not None
+    cache = build_cache(model.config, batch=5, capacity=9, dtype=torch.float32)
+    for step in range(9):
+        inputs = Inputs(torch.arange(5)[:, None], position_BS=torch.full((5, 1), step))
+        logits = prepared.step(inputs, cache, Options(mode=Mode(counts_only=True))).logits
+    assert torch.isfinite(logits).all()
+
+
+def main(folder: str) -> int:
+    os.environ[VARIABLE] = tiers()[-1]
+    compiling._COMMON = (*compiling._COMMON, *CHECKS)  # pyright: ignore[reportPrivateUsage, reportConstantRedefinition]
+    found = compiling.built(Path(folder))
+    assert isinstance(found, Built), (found, FLAGS)
+    kernels = opened(found.path, found.tier)
+    native.kernels = lambda: kernels
+    torch.set_num_threads(2)
+    for config in KINDS.values():
+        for packing in (None, "int8", "int4"):
+            decode(config, packing)
+    print("clean")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
