@@ -1,7 +1,7 @@
 """Decoding beside transformers and llama.cpp on the same shape, in turn, and the limit that reading sets.
 
 usage: python bench/decode.py [--model deepseek-v3:1b] [--batch 1] [--context 512] [--turns 5] [--new 16]
-       [--out bench/records/decode.json]
+       [--work FOLDER] [--out bench/records/decode-1-512.json]
 
 All begin behind a prompt of random tokens and add tokens greedily; figures are tokens a second of the whole
 batch, of the steps alone. Weights are random, the same in every file of ours. llama.cpp (``pip install
@@ -183,29 +183,35 @@ def read_rate() -> float:
     return READ_BYTES / min(seconds)
 
 
+def prepare(model: Model, work: Path) -> None:
+    """Files that contestants read, those of them that are not there."""
+    if not (work / "model").exists():
+        made = build(model, seed=0, dtype="bfloat16")
+        store.save(made, work / "model", tokenizer=Tokenizer.of_bytes())
+    if importlib.util.find_spec("xllamacpp") is not None and not (work / "Q4_0.gguf").exists():
+        export(work / "model", work / "BF16.gguf", dtype="bfloat16")
+        for kind in ("Q8_0", "Q4_0"):
+            requantised(work / "BF16.gguf", work / f"{kind}.gguf", kind)
+
+
 @contextlib.contextmanager
-def contestants(setting: Setting) -> Iterator[Mapping[str, Contestant]]:
-    with tempfile.TemporaryDirectory(prefix="consilium-decode-") as folder, contextlib.ExitStack() as stack:
-        work = Path(folder)
-        model = build(setting.model, seed=0, dtype="bfloat16")
-        store.save(model, work / "model", tokenizer=Tokenizer.of_bytes())
-        found: dict[str, Contestant] = {"consilium bfloat16": ours(model, setting)}
-        for packing in ("int8", "int4"):
-            found[f"consilium {packing}"] = ours(store.load(work / "model", weights=packing), setting)
-        if importlib.util.find_spec("xllamacpp") is not None:
-            export(work / "model", work / "BF16.gguf", dtype="bfloat16")
-            for packing, kind in THEIRS.items():
-                if kind != "BF16":
-                    requantised(work / "BF16.gguf", work / f"{kind}.gguf", kind)
-                found[f"llama.cpp {packing}"] = stack.enter_context(llama_cpp(work / f"{kind}.gguf", setting))
+def contestants(setting: Setting, work: Path) -> Iterator[Mapping[str, Contestant]]:
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Contestant] = {}
+        for packing in (None, "int8", "int4"):
+            name = f"consilium {packing or 'bfloat16'}"
+            found[name] = ours(store.load(work / "model", weights=packing), setting)
+        for packing, kind in THEIRS.items():
+            if (file := work / f"{kind}.gguf").exists():
+                found[f"llama.cpp {packing}"] = stack.enter_context(llama_cpp(file, setting))
         if importlib.util.find_spec("transformers") is not None:
             found["transformers bfloat16"] = transformers(setting)
         yield found
 
 
-def measure(setting: Setting, turns: int, new: int) -> Iterator[Figure]:
+def measure(setting: Setting, turns: int, new: int, work: Path) -> Iterator[Figure]:
     rates = [read_rate()]
-    with contestants(setting) as found:
+    with contestants(setting, work) as found:
         speeds: dict[str, list[float]] = {name: [] for name in found}
         for name, run in found.items():
             run(2 if name.startswith("transformers") else new)
@@ -249,6 +255,7 @@ def main() -> int:
     for option, default in (("batch", 1), ("context", 512), ("turns", 5), ("new", 16)):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, help="keep the files of all contestants here; default: nowhere")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -256,9 +263,15 @@ def main() -> int:
         return 0
     torch.set_num_threads(threads())
     name, _, size = options.model.partition(":")
-    model = dataclasses.replace(catalogue.recipe(name, size or None), mtp=MTP())
+    longest = options.context + 2048
+    model = dataclasses.replace(catalogue.recipe(name, size or None), mtp=MTP(), max_length=longest)
     words = f"--model {options.model} --batch {options.batch} --context {options.context}"
-    figures = tuple(measure(Setting(model, options.batch, options.context), options.turns, options.new))
+    setting = Setting(model, options.batch, options.context)
+    with tempfile.TemporaryDirectory(prefix="consilium-decode-") as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        prepare(model, work)
+        figures = tuple(measure(setting, options.turns, options.new, work))
     made = record(
         "decode", f"python bench/decode.py {words} --turns {options.turns} --new {options.new}", figures
     )

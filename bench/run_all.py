@@ -45,7 +45,15 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
         name: (sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(records / f"{name}.json"))
         for name in ("processes", "costs")
     }
-    return {"filters": sieve, **commands, **scripts, "jacobs": study}
+    decoding = {
+        f"decode-{batch}-{context}": (
+            *(sys.executable, str(ROOT / "bench" / "decode.py"), "--out"),
+            str(records / f"decode-{batch}-{context}.json"),
+            *("--batch", str(batch), "--context", str(context)),
+        )
+        for batch, context in ((1, 512), (8, 512), (1, 8192))
+    }
+    return {"filters": sieve, **commands, **scripts, **decoding, "jacobs": study}
 
 
 def is_done(record: Path) -> bool:
