@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t PIECE = 32;  // rows of a matrix that a thread takes at once
+constexpr int64_t PIECE = 64;  // rows of a matrix that a thread takes at once
 
 // Pairs (2i, 2i + 1), or (i, i + R).
 void rotate(float *x, const float *cos, const float *sin, int64_t pairs, bool interleaved) {

@@ -39,7 +39,8 @@ static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (
         Vector active[B];
         for (int b = 0; b < B; ++b) active[b] = load(x[b] + i);
         for (int r = 0; r < R; ++r) {
-            __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
+            if (i % (64 / static_cast<int>(sizeof(T))) == 0)
+                __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
             const Vector weight = load(rows.data + r * rows.stride + i);
             for (int b = 0; b < B; ++b) sums[r][b] += weight * active[b];
         }
@@ -55,27 +56,31 @@ static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (
 
 template <int R, int B, int BITS>
 static inline void dots(Packed<BITS> rows, int64_t n, const float *const *x, float (*out)[B]) {
-    constexpr int BYTES = GROUP * BITS / 8;
+    constexpr int BYTES = GROUP * BITS / 8, CHUNK = 32;  // groups whose scales are widened at once
     alignas(64) float rest[B][GROUP] = {};
+    float scales[R][CHUNK];
     Vector sums[R][B] = {};
-    for (int64_t g = 0; g < rows.groups; ++g) {
-        const float *active[B];
-        for (int b = 0; b < B; ++b) {
-            active[b] = x[b] + g * GROUP;
-            if ((g + 1) * GROUP <= n) continue;
-            std::memcpy(rest[b], active[b], (n - g * GROUP) * sizeof(float));
-            active[b] = rest[b];
-        }
-        for (int r = 0; r < R; ++r) {
-            const uint8_t *group = rows.data + (r * rows.groups + g) * BYTES;
-            __builtin_prefetch(group + R * rows.groups * BYTES);
-            Vector weights[GROUP / LANES];
-            unpack<BITS>(group, weights);
-            const float scale = static_cast<float>(rows.scales[r * rows.groups + g]);
+    for (int64_t first = 0; first < rows.groups; first += CHUNK) {
+        const int64_t end = first + CHUNK < rows.groups ? first + CHUNK : rows.groups;
+        for (int r = 0; r < R; ++r) widen_halves(rows.scales + r * rows.groups + first, end - first, scales[r]);
+        for (int64_t g = first; g < end; ++g) {
+            const float *active[B];
             for (int b = 0; b < B; ++b) {
-                Vector part = weights[0] * load(active[b]);
-                for (int v = 1; v < GROUP / LANES; ++v) part += weights[v] * load(active[b] + v * LANES);
-                sums[r][b] += part * scale;
+                active[b] = x[b] + g * GROUP;
+                if ((g + 1) * GROUP <= n) continue;
+                std::memcpy(rest[b], active[b], (n - g * GROUP) * sizeof(float));
+                active[b] = rest[b];
+            }
+            for (int r = 0; r < R; ++r) {
+                const uint8_t *group = rows.data + (r * rows.groups + g) * BYTES;
+                if (g % (64 / BYTES) == 0) __builtin_prefetch(group + R * rows.groups * BYTES);
+                Vector weights[GROUP / LANES];
+                unpack<BITS>(group, weights);
+                for (int b = 0; b < B; ++b) {
+                    Vector part = weights[0] * load(active[b]);
+                    for (int v = 1; v < GROUP / LANES; ++v) part += weights[v] * load(active[b] + v * LANES);
+                    sums[r][b] += part * scales[r][g - first];
+                }
             }
         }
     }

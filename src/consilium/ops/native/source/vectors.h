@@ -6,6 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -34,31 +39,60 @@ static inline Vector load(const Bfloat16 *from) {
 }
 
 typedef _Float16 Half;
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef uint8_t Unsigned __attribute__((vector_size(LANES)));
-
-// A group of 32 integers as floats.
-template <int BITS> static inline void unpack(const uint8_t *group, Vector *weights);
-
-template <> inline void unpack<8>(const uint8_t *group, Vector *weights) {
-    for (int v = 0; v < 32 / LANES; ++v) {
-        Bytes bytes;
-        std::memcpy(&bytes, group + v * LANES, LANES);
-        weights[v] = __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
-    }
+// LANES bytes as floats. Compilers make such conversions of their own vectors byte by byte.
+static inline Vector widen_signed(const uint8_t *from) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+    return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+    Integers wide;
+    for (int i = 0; i < LANES; ++i) wide[i] = static_cast<int8_t>(from[i]);
+    return __builtin_convertvector(wide, Vector);
+#endif
 }
 
-template <> inline void unpack<4>(const uint8_t *group, Vector *weights) {
-    constexpr int EACH = 16 / LANES;
-    for (int v = 0; v < EACH; ++v) {
-        Bytes bytes;
-        std::memcpy(&bytes, group + v * LANES, LANES);
-        const Words words = __builtin_convertvector(reinterpret_cast<Unsigned>(bytes), Words);
-        const Integers low = reinterpret_cast<Integers>(words & 15) - 8;
-        const Integers high = reinterpret_cast<Integers>(words >> 4) - 8;
-        weights[v] = __builtin_convertvector(low, Vector);
-        weights[EACH + v] = __builtin_convertvector(high, Vector);
-    }
+// The lower and the upper halves of LANES bytes as floats, less 8.
+static inline void widen_nibbles(const uint8_t *from, Vector *low, Vector *high) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i words = _mm512_cvtepu8_epi32(bytes);  // of which a look into the table takes the lower 4 bits
+    *low = reinterpret_cast<Vector>(_mm512_permutexvar_ps(words, values));
+    *high = reinterpret_cast<Vector>(_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), values));
+#else
+    Integers words;
+#if defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+    words = reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(bytes));
+#else
+    for (int i = 0; i < LANES; ++i) words[i] = from[i];
+#endif
+    *low = __builtin_convertvector((words & 15) - 8, Vector);
+    *high = __builtin_convertvector((words >> 4) - 8, Vector);
+#endif
+}
+
+// Float16 values as floats.
+static inline void widen_halves(const Half *from, int64_t count, float *to) {
+    int64_t i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+#endif
+    for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// A group of 32 integers as floats.
+template <int BITS> static inline void unpack(const uint8_t *group, Vector *weights) {
+    constexpr int EACH = 32 / LANES;
+    if constexpr (BITS == 8)
+        for (int v = 0; v < EACH; ++v) weights[v] = widen_signed(group + v * LANES);
+    else
+        for (int v = 0; v < EACH / 2; ++v)
+            widen_nibbles(group + v * LANES, weights + v, weights + EACH / 2 + v);
 }
 
 static inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
