@@ -278,7 +278,9 @@ def main() -> int:
         prepare(model, work)
         figures = tuple(measure(setting, options.turns, options.new, work))
     made = record(
-        "decode", f"python bench/decode.py {words} --turns {options.turns} --new {options.new}", figures
+        f"decode-{options.batch}-{options.context}",
+        f"python bench/decode.py {words} --turns {options.turns} --new {options.new}",
+        figures,
     )
     print(to_json(made))
     if options.out is not None:
