@@ -334,6 +334,15 @@ def test_equal_experts_go_to_the_lowest_index() -> None:
             assert report.load_E.tolist() == [3, 3, 3, 0, 0, 0, 0, 0]
 
 
+def test_first_tokens_need_no_positions() -> None:
+    """Positions that are not given are one row that stands for all."""
+    model = lively(DEEPSEEK).eval()
+    inputs = Inputs(torch.tensor([[4], [5], [6]]))
+    cache = build_cache(model.config, batch=3, capacity=1, dtype=torch.float32)
+    found = prepare(model, HERE[-1]).step(inputs, cache, COUNTS)
+    assert error(found.logits, model(inputs, options=COUNTS).logits) < 1e-5
+
+
 def test_weights_that_change_in_place_count() -> None:
     model = lively(DENSE).eval()
     prepared = prepare(model, HERE[-1])

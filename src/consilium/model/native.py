@@ -17,7 +17,7 @@ from consilium.attention.context import build_context
 from consilium.attention.gqa import GroupedQueryAttention
 from consilium.attention.mla import LatentAttention
 from consilium.attention.types import Context
-from consilium.kv.types import Cache
+from consilium.kv.types import Cache, View
 from consilium.model.block import DecoderBlock
 from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Options, Output
@@ -96,13 +96,14 @@ class NativeDecoder:
         ``options`` ask for nothing that training or an observer needs.
         """
         model = self.model
-        context = build_context(model.config.attention, inputs.positions(), cached=True)
+        context = build_context(model.config.attention, inputs.positions().contiguous(), cached=True)
         x_BD = model.embedded(inputs.ids_BS, options)[:, 0].float()
         buffers = _Buffers.of(x_BD, self.choices, len(self.moe_layers), self.experts)
         shared = _pass(buffers, context)
         layers = (Layer * len(self.layers))(*self.layers)
-        for index, layer in enumerate(layers):
-            _fill(layer.attend, cache, index, context)
+        views = [cache.layer(index).view(context.keys) for index in range(len(layers))]
+        for layer, view in zip(layers, views, strict=True):
+            _fill(layer.attend, view)
             layer.routed = layer.routed and options.mode.override is None
         reports = self._run(shared, layers, buffers, inputs.tokens(), options)
         return Output(self._logits(buffers.x_BD)[:, None], reports, {})
@@ -178,9 +179,8 @@ def _pass(buffers: _Buffers, context: Context) -> Pass:
     )
 
 
-def _fill(attend: Attend, cache: Cache, layer: int, context: Context) -> None:
-    """Where a layer's cached rows are."""
-    view = cache.layer(layer).view(context.keys)
+def _fill(attend: Attend, view: View) -> None:
+    """Where a layer's cached rows are; the view has to stay alive."""
     storage_NPC, table_BM = view.storage_NPC, view.table_BM
     attend.storage, attend.cache_type = storage_NPC.data_ptr(), TYPES[storage_NPC.dtype]
     attend.page, attend.row, attend.slots = *storage_NPC.stride()[:2], storage_NPC.shape[1]
