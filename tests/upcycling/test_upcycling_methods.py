@@ -25,7 +25,7 @@ from consilium.evaluation.walk import importances, passages, walk
 from consilium.model.types import Inputs
 from consilium.records.io import read_json
 from consilium.records.upcycling import NAME, Lineage
-from consilium.upcycling.run import run, upcycle
+from consilium.upcycling.run import How, run, upcycle
 from support import relative_error
 from upcycling.sources import LLAMA, saved, text
 
@@ -266,7 +266,7 @@ def test_lineage_says_from_what_it_was_made(dense: Path, tmp_path: Path) -> None
 def test_a_lineage_makes_the_same_bits_again(dense: Path, tmp_path: Path) -> None:
     lineage = made(dense, tmp_path / "moe", "carve", seed=5, spread=0.1)
     asked = from_data(Upcycling, lineage.upcycling)
-    run([dense], tmp_path / "again", asked, data=dense.parent / "a.txt")
+    run([dense], tmp_path / "again", asked, How(dense.parent / "a.txt"))
     one, two = (tmp_path / name for name in ("moe", "again"))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert (one / NAME).read_bytes() == (two / NAME).read_bytes()

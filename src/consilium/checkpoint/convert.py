@@ -54,7 +54,7 @@ def convert(
 
     ``dtype`` is by default that of the file. ``folder`` may be a GGUF file. One tensor is in memory at a
     time. The new folder appears complete or not at all. Raises ConsiliumError as ``load`` and ``save`` do,
-    and for NaN or infinity.
+    for NaN or infinity, and for weights beyond the range of ``dtype``.
     """
     folder, destination = Path(newest_of_run(folder, CONFIG)), Path(destination)
     refuse_inside("convert", folder, destination)
@@ -80,7 +80,7 @@ def fill_folder(
     written = dict(named(source.config, source.state, published(source.config)))
     for name, content in {**_descriptions(source), **beside}.items():
         files.write(folder / name, [content])
-    values = _told(_values(source, written), written, progress)
+    values = _checked(_values(source, written), written, progress)
     safetensors_io.write_sharded(folder, written, values=values, files=files)
 
 
@@ -120,21 +120,22 @@ def _values(source: Source, written: Mapping[str, Tensor]) -> safetensors_io.Val
             return _Repacked(source)
 
 
-def _told(
+def _checked(
     values: safetensors_io.Values, written: Mapping[str, Tensor], progress: Progress
 ) -> safetensors_io.Values:
-    """``values`` that tell ``progress``."""
+    """``values`` that tell ``progress``, none of them beyond the range of its dtype."""
     total = sum(tensor.nbytes for tensor in written.values())
     done = 0
 
-    def told(name: str) -> Tensor:
+    def checked(name: str) -> Tensor:
         nonlocal done
         found = values(name)
+        safetensors_io.refuse_overflow(name, found)
         done += found.nbytes
         progress(done, total)
         return found
 
-    return told
+    return checked
 
 
 def _descriptions(source: Source) -> dict[str, bytes]:

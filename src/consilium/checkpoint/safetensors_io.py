@@ -187,6 +187,13 @@ def refuse_infinite(name: str, entry: Entry, values: Tensor) -> None:
         )
 
 
+def refuse_overflow(name: str, values: Tensor) -> None:
+    """Raise ConsiliumError naming the tensor when ``values``, finite once, no longer are in their dtype."""
+    # float32 and bfloat16 have one range; a scan of the ends makes no copy, as isfinite does.
+    if values.dtype == torch.float16 and not all(math.isfinite(float(end)) for end in values.aminmax()):
+        raise ConsiliumError(f"{name} goes beyond 65504, where float16 ends; give --dtype bfloat16.")
+
+
 def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Chunk]:
     yield header
     for tensor in tensors:

@@ -23,9 +23,13 @@ class Place:
 
 
 def running_arguments(
-    parser: argparse.ArgumentParser, *, dtypes: Sequence[str] = DTYPES, dtype: str = "as stored"
+    parser: argparse.ArgumentParser,
+    *,
+    dtypes: Sequence[str] = DTYPES,
+    dtype: str = "as stored",
+    doing: str = "to compute in",
 ) -> None:
-    """Add ``--device``, ``--threads`` and ``--dtype``, whose help says that the default is ``dtype``."""
+    """Add ``--device``, ``--threads`` and ``--dtype``, whose help says what for and the default ``dtype``."""
     parser.add_argument(
         "--device",
         type=_device,
@@ -35,7 +39,7 @@ def running_arguments(
     )
     threads_argument(parser)
     parser.add_argument(
-        "--dtype", choices=tuple(dtypes), help=f"{_listed(dtypes)}, to compute in; default: {dtype}"
+        "--dtype", choices=tuple(dtypes), help=f"{_listed(dtypes)}, {doing}; default: {dtype}"
     )
 
 

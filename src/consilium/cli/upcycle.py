@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final, get_args
 from consilium.cli.arguments import assignments, count, json_flag, path
 from consilium.cli.exits import command_line
 from consilium.cli.progress import Lines
-from consilium.cli.running import threads_argument
+from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError, nearest
 from consilium.words.say import say
 
@@ -88,7 +88,7 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="another key: gate, scale, spread, dense_first, moe_every, calibration_tokens, method.*",
     )
-    threads_argument(parser)
+    running_arguments(parser, doing="to write")
     json_flag(parser)
 
 
@@ -97,15 +97,14 @@ def run(options: Namespace) -> int:
 
     asked = asked_of(options)
     checkpoint_in(options.dense)  # light: what is no model is told before torch is imported
-    import torch
-
-    from consilium.machine.processors import threads
+    from consilium.upcycling.run import How
     from consilium.upcycling.run import run as upcycle
 
-    torch.set_num_threads(options.threads or threads())
+    place = settle(options)
     models = [options.dense, *options.sources]
+    how = How(options.data, place.device, place.dtype)
     with ExitStack() as stack:
-        made = upcycle(models, options.out, asked, data=options.data, progress=_Stages(stack))
+        made = upcycle(models, options.out, asked, how, progress=_Stages(stack))
     if options.json:
         print(json.dumps(_data(options.out, made)))
     else:

@@ -1,6 +1,6 @@
 """A model run over text one block at a time, straight from its files: never more than a block in memory.
 
-Everything is computed in float32, whatever the dtype of the files.
+Everything is computed in float32, whatever the dtype of the files, on the device that the text is on.
 
 Legend: B rows, S tokens of a row, D hidden size, T tokens of all passages without padding, C some of them,
 F width, V vocabulary.
@@ -44,6 +44,13 @@ class Passage:
     bytes: int
     """Of the source behind the targets."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.ids_BS.device
+
+    def to(self, device: str) -> Passage:
+        return Passage(self.inputs.to(device), self.targets_BS.to(device), self.bytes)
+
     def tokens(self, x_BSX: Tensor) -> Tensor:
         """What belongs to tokens and not to padding: [T, ...]."""
         valid_BS = self.inputs.valid_BS
@@ -82,17 +89,17 @@ def walk(source: Source, text: Sequence[Passage]) -> Iterator[Visit]:
     """Visit the blocks of ``source`` from the first to the last; of who keeps no visit one is in memory."""
     states = embedded(source, text)
     for layer in range(source.config.layers):
-        found = visit(block_of(source, layer), source.config, text, states)
+        found = visit(block_of(source, layer, text[0].device), source.config, text, states)
         states = found.after
         yield found
         del found
 
 
-def block_of(source: Source, layer: int) -> Block:
+def block_of(source: Source, layer: int, device: torch.device) -> Block:
     """Block ``layer`` with its weights in float32, none of them to be trained."""
     with torch.device("meta"):
         block = Block(source.config, layer)
-    block = block.to_empty(device="cpu").requires_grad_(False)
+    block = block.to_empty(device=device).requires_grad_(False)
     for name, values in block.state_dict().items():
         source.fill(f"layers.{layer}.{name}", values)
     return block
@@ -100,7 +107,7 @@ def block_of(source: Source, layer: int) -> Block:
 
 def embedded(source: Source, text: Sequence[Passage]) -> tuple[Tensor, ...]:
     """States [B, S, D] before the first block."""
-    weight_VD = source.read("embed.weight")
+    weight_VD = source.read("embed.weight").to(text[0].device)
     scale = source.config.embedding_scale
     return tuple(F.embedding(passage.inputs.ids_BS, weight_VD).float() * scale for passage in text)
 
@@ -181,7 +188,7 @@ def compare_ends(
     actual: Sequence[Tensor],
 ) -> Ends:
     """Compare the last states [B, S, D] of two models, each by its own last norm and head."""
-    heads = tuple(Head.of(source) for source in sources)
+    heads = tuple(Head.of(source, text[0].device) for source in sources)
     logits, nats, size, count = Difference(), [0.0, 0.0], 0, 0
     for passage, one_BSD, other_BSD in zip(text, expected, actual, strict=True):
         targets_T = passage.tokens(passage.targets_BS)
@@ -206,10 +213,10 @@ class Head:
     weight_VD: Tensor
 
     @staticmethod
-    def of(source: Source) -> Head:
+    def of(source: Source, device: torch.device) -> Head:
         name = "embed.weight" if source.config.tied else "head.weight"
-        norm_D = source.read("norm.weight", torch.float32)
-        return Head(source.config, norm_D, source.read(name, torch.float32))
+        norm_D, weight_VD = (source.read(part, torch.float32).to(device) for part in ("norm.weight", name))
+        return Head(source.config, norm_D, weight_VD)
 
     def logits(self, x_CD: Tensor) -> Tensor:
         normed_CD = rms_norm(x_CD, self.norm_D, self.config.norm_epsilon)
@@ -227,7 +234,7 @@ def importances(
     config = source.config
     grads = _last_gradients(source, text, before[config.layers])
     for layer in reversed(range(config.layers)):
-        block = block_of(source, layer)
+        block = block_of(source, layer, text[0].device)
         parts, lower = list[Tensor](), list[Tensor]()
         for passage, x_BSD, grad_BSD in zip(text, before[layer], grads, strict=True):
             part_TF, below_BSD = _backward(block, config, passage, x_BSD, grad_BSD)
@@ -240,7 +247,7 @@ def importances(
 
 def _last_gradients(source: Source, text: Sequence[Passage], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of the summed loss by the last states."""
-    head = Head.of(source)
+    head = Head.of(source, text[0].device)
     found: list[Tensor] = []
     for passage, x_BSD in zip(text, states, strict=True):
         parts = zip(

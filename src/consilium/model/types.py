@@ -35,6 +35,12 @@ class Inputs:
     def of(batch: Batch) -> Inputs:
         return Inputs(batch.ids_BS, batch.sequence_BS, batch.position_BS, batch.valid_BS)
 
+    def to(self, device: str) -> Inputs:
+        optional = (self.sequence_BS, self.position_BS, self.valid_BS)
+        return Inputs(
+            self.ids_BS.to(device), *(None if x_BS is None else x_BS.to(device) for x_BS in optional)
+        )
+
     def positions(self) -> Tensor:
         if self.position_BS is not None:
             return self.position_BS

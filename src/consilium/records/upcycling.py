@@ -72,6 +72,9 @@ class Lineage:
     threads: int
     torch: str
     """Version. Sums of other threads or versions round otherwise, and clusters of tied neurons with them."""
+    dtype: str | None = None
+    """What the weights were asked in; None is that of the source."""
+    device: str = "cpu"
     certificate: Certificate
     neurons: Sequence[Sequence[Sequence[int]]] = ()
     """By sparse layer and routed expert; none where experts are copies or their shards in order."""

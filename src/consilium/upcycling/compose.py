@@ -5,9 +5,8 @@ Legend: E experts, P prompts, D hidden size, S tokens of a prompt.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, assert_never, cast, final
 
@@ -79,9 +78,12 @@ class Pointers:
     weights_EP: Tensor
     of_last: bool
 
+    def to(self, device: str) -> Pointers:
+        return replace(self, passages=tuple(passage.to(device) for passage in self.passages))
+
     def rows(self, states: Sequence[Tensor]) -> Tensor:
         """Rows [E, D] out of a state [1, S, D] of each prompt."""
-        ends_PD = torch.cat([x_BSD[:, -1] if self.of_last else x_BSD.mean(1) for x_BSD in states])
+        ends_PD = torch.cat([x_BSD[:, -1] if self.of_last else x_BSD.mean(1) for x_BSD in states]).cpu()
         return self.weights_EP @ ends_PD
 
 
@@ -93,6 +95,10 @@ class Composed:
     names: tuple[str, ...]
     sources: tuple[Source, ...]
     pointers: Pointers | None
+
+    def to(self, device: str) -> Composed:
+        """The same with prompts that run on ``device``."""
+        return self if self.pointers is None else replace(self, pointers=self.pointers.to(device))
 
     def networks(self, layer: int, which: str, dtype: torch.dtype) -> Tensor:
         """The up or down matrices of one layer: [E, ...]."""
@@ -132,7 +138,7 @@ def trunk(base: Source, experts: Composed, method: BranchTrainMix) -> Source:
 
 def _check_configuration(place: Path, config: Model, folder: Path, base: Model) -> None:
     same = {key: getattr(base, key) for key in _NO_VALUES}
-    one, other = to_data(base), to_data(dataclasses.replace(config, **same))
+    one, other = to_data(base), to_data(replace(config, **same))
     for key, expected, found in _differing(one, other):
         raise ConsiliumError(
             f"upcycle: {key} of {place} is {_told(found)} and of {folder} {_told(expected)}, and experts must"

@@ -131,7 +131,7 @@ def moments(seen: Visit, text: Sequence[Passage]) -> Tensor:
     for passage, x_BSD in zip(text, seen.before, strict=True):
         normed_TD = passage.tokens(seen.block.attention_norm(x_BSD))
         kv_TX = torch.cat((attention.k(normed_TD), attention.v(normed_TD)), -1).double()
-        found += kv_TX.T @ kv_TX
+        found += (kv_TX.T @ kv_TX).cpu()
     return found
 
 

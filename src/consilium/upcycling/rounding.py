@@ -5,27 +5,66 @@ Legend: E experts, D hidden size.
 
 from __future__ import annotations
 
-import math
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from consilium.errors import ConsiliumError
+from consilium.checkpoint.safetensors_io import refuse_overflow
+from consilium.checkpoint.source import Source
+from consilium.config.generation import GenerationDefaults
+from consilium.config.model import Model
 
 _STEPS: Final = 64
 """Of a dtype next to zero, in the size of a gate: rounding is then as fine as bfloat16's."""
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A ``Source``: that of ``base`` whose values are those of its ``state``'s dtype, whoever asks.
+
+    A folder may hold tensors in more bits than the result will, and be read in more.
+    """
+
+    base: Source
+
+    @property
+    def config(self) -> Model:
+        return self.base.config
+
+    @property
+    def generation(self) -> GenerationDefaults:
+        return self.base.generation
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return self.base.state
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Write our tensor ``name`` into ``target``, in its dtype."""
+        if target.dtype == self.state[name].dtype:
+            self.base.fill(name, target)
+        else:
+            target.copy_(self.base.read(name))
+
+    def fill_rows(self, name: str, target: Tensor, first: int) -> None:
+        """The same of its rows from ``first`` on."""
+        rows = torch.empty_like(target, dtype=self.state[name].dtype, device="cpu")
+        self.base.fill_rows(name, rows, first)
+        target.copy_(rows)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return our tensor ``name``, by default in the dtype that ``state`` says."""
+        return self.base.read(name).to(dtype or self.state[name].dtype)
+
+
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return ``values`` as our tensor ``name`` is written. Raises ConsiliumError where they do not fit."""
     found = values.to(dtype)
-    if not all(math.isfinite(float(end)) for end in found.aminmax()):
-        kind = str(dtype).removeprefix("torch.")
-        raise ConsiliumError(
-            f"upcycle: {name} goes beyond {torch.finfo(dtype).max:g}, where {kind} ends; convert the source"
-            " first: consilium convert DENSE NEW --dtype bfloat16."
-        )
+    refuse_overflow(name, found)
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
 import torch
 
@@ -37,6 +38,7 @@ from consilium.disk.files import DISK, Filesystem, refuse_full
 from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading
 from consilium.evaluation.walk import Passage, passages
+from consilium.machine.device import choose_device
 from consilium.model.build import build
 from consilium.planner.latent import is_whole
 from consilium.planner.upcycled import factor, needs_equal_weights, spread, upcycled
@@ -46,6 +48,7 @@ from consilium.upcycling.certificate import certify
 from consilium.upcycling.compose import Composed, composed, trunk
 from consilium.upcycling.expand import Expanded
 from consilium.upcycling.latent import LatentSource, bases
+from consilium.upcycling.rounding import Rounded
 from consilium.upcycling.source import Upcycled
 from consilium.upcycling.survey import Progress, survey
 
@@ -56,12 +59,27 @@ _FEWEST: Final = 64
 """Tokens for each expert chosen, so that an even load can be told from an uneven one."""
 
 
-def upcycle(
+@final
+@dataclass(frozen=True, slots=True)
+class How:
+    """On what and where the work is done, and in what it is written."""
+
+    data: Path | str | None = None
+    """Calibration text; None is what the built-in text holds out."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda:N``, which is here; blocks run there in float32."""
+    dtype: str | None = None
+    """Of the weights written; None is that of the source."""
+
+
+def upcycle(  # noqa: PLR0913 - the public face, by keyword
     dense: Path | str,
     out: Path | str,
     *,
     sources: Sequence[Path | str] | Path | str = (),
     data: Path | str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
     progress: Progress = lambda what, done, total: None,
     files: Filesystem = DISK,
     **options: object,
@@ -73,22 +91,24 @@ def upcycle(
     ``sources`` are the fine-tunes of ``dense`` that become experts, for the method ``btx`` alone, which needs
     no ``experts`` then.
     ``data`` is calibration text, by default what the built-in text holds out. The certificate compares both
-    models on it. Raises ConsiliumError for a model or options that do not fit, for too little text and for
-    too little room on the disk, before anything is written.
+    models on it, in float32 on ``device``, with weights as ``dtype`` (float32, bfloat16 or float16) rounds
+    them: that of the result, by default that of the source. Raises ConsiliumError for a model or options that
+    do not fit, for too little text and for too little room on the disk, before anything is written.
     """
     places = [sources] if isinstance(sources, str | Path) else sources
     models = [Path(dense), *(Path(place) for place in places)]
     if places:
         options.setdefault("experts", len(places))
-    return run(models, Path(out), _asked(options), data=data, progress=progress, files=files)
+    how = How(data, choose_device(device), dtype)
+    return run(models, Path(out), _asked(options), how, progress=progress, files=files)
 
 
 def run(
     models: Sequence[Path],
     out: Path,
     asked: Upcycling,
+    how: How = How(),
     *,
-    data: Path | str | None = None,
     progress: Progress = lambda what, done, total: None,
     files: Filesystem = DISK,
 ) -> Certificate:
@@ -103,13 +123,15 @@ def run(
     if (out / CONFIG_FILE).is_file() and not (out / NAME).is_file():
         raise ConsiliumError(f"upcycle: {out} holds a model that no upcycling made; give a new folder.")
     _check_sources(asked, sources)
-    source = open_folder(folder, check_finite=True)
+    stored = open_folder(folder)
+    source = Rounded(open_folder(folder, dtype=how.dtype, check_finite=True))
     config = upcycled(source.config, asked)
-    corpus = _calibration(folder, source.config, data)
-    text = _passages(corpus, asked, config)
-    dtype = str(source.state["embed.weight"].dtype).removeprefix("torch.")
-    state = build(config, dtype=dtype, device="meta").state_dict()
-    bare = _bare(source, folder, sources, corpus.tokenizer, Upcycled(source, asked, config, state, {}, {}))
+    corpus = _calibration(folder, source.config, how.data)
+    text = tuple(passage.to(how.device) for passage in _passages(corpus, asked, config))
+    kind = str(_dtype(source)).removeprefix("torch.")
+    state = build(config, dtype=kind, device="meta").state_dict()
+    bare = Upcycled(source, asked, config, state, {}, {})
+    bare = _with_sources(bare, folder, sources, corpus.tokenizer, how.device)
     made: list[Certificate] = []
 
     def write(staged: Path) -> None:
@@ -122,7 +144,8 @@ def run(
             promise=promise(source, asked),
             progress=lambda done, total: progress("comparing", done, total),
         )
-        lineage = _lineage(dense, source, sparse, corpus.sha256, certificate)
+        lineage = _lineage(dense, stored, sparse, corpus.sha256, certificate)
+        lineage = dataclasses.replace(lineage, dtype=how.dtype, device=how.device)
         fill_folder(
             staged,
             sparse,
@@ -155,12 +178,16 @@ def promise(source: Source, asked: Upcycling) -> float | None:
     """
     if not _is_exact(source, asked):
         return None
-    dtype = source.state["embed.weight"].dtype
+    dtype = _dtype(source)
     wide = dtype == torch.float32
     if isinstance(asked.method, Latent):
         return 1e-4 if wide else 3e-2
     rounds = math.frexp(factor(asked))[0] != 0.5 or (dtype == torch.float16 and needs_equal_weights(asked))
     return 3e-2 if rounds and not wide else 1e-5
+
+
+def _dtype(source: Source) -> torch.dtype:
+    return source.state["embed.weight"].dtype
 
 
 def _is_exact(source: Source, asked: Upcycling) -> bool:
@@ -227,15 +254,15 @@ def _check_sources(asked: Upcycling, sources: Sequence[Path]) -> None:
         )
 
 
-def _bare(
-    source: Source, folder: Path, sources: Sequence[Path], tokenizer: Tokenizer, sparse: Upcycled
+def _with_sources(
+    sparse: Upcycled, folder: Path, sources: Sequence[Path], tokenizer: Tokenizer, device: str
 ) -> Upcycled:
     """``sparse`` with what its experts and the rest are read from."""
     method = sparse.asked.method
     if not isinstance(method, BranchTrainMix):
         return sparse
-    experts = composed(source, folder, tokenizer, sources, method)
-    return dataclasses.replace(sparse, dense=trunk(source, experts, method), composed=experts)
+    experts = composed(sparse.dense, folder, tokenizer, sources, method).to(device)
+    return dataclasses.replace(sparse, dense=trunk(sparse.dense, experts, method), composed=experts)
 
 
 def _sparse(

@@ -1,6 +1,7 @@
 """A dense model visited layer by layer on text, to decide on cuts, and the sparse one beside it, for gates.
 
 Gates are levelled on what they will get: the states of the sparse model, whose layers before are settled.
+Blocks run on the device that the text is on; cuts and gates are settled on the CPU.
 
 Legend: D hidden size, E experts, F width of a network, T tokens.
 """
@@ -101,7 +102,7 @@ def _settled(
         plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed, x_TD))
     gate_ED = plan.gate(x_TD, asked.top_k, spread(asked))
     made = dataclasses.replace(made, cuts={**made.cuts, layer: plan}, gates={**made.gates, layer: gate_ED})
-    after = visit(block_of(made, layer), config, read, states).after
+    after = visit(block_of(made, layer, text[0].device), config, read, states).after
     return made, after
 
 
@@ -133,8 +134,9 @@ def _network(
     found = block.feed_forward
     assert found is not None, "the source is dense"
     x_TD = _tokens(text, normed)
-    return Network(found.up.weight, found.down.weight, found.activation, x_TD, importance_TF)
+    importance_TF = None if importance_TF is None else importance_TF.cpu()
+    return Network(found.up.weight.cpu(), found.down.weight.cpu(), found.activation, x_TD, importance_TF)
 
 
 def _tokens(text: Sequence[Passage], states: Sequence[Tensor]) -> Tensor:
-    return torch.cat([passage.tokens(x_BSD) for passage, x_BSD in zip(text, states, strict=True)])
+    return torch.cat([passage.tokens(x_BSD).cpu() for passage, x_BSD in zip(text, states, strict=True)])
