@@ -7,6 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from consilium.ops.native.compile import VARIABLE, Built, Missing, Tier, built, tiers
 from consilium.ops.native.library import Kernels, opened
@@ -29,3 +32,24 @@ def kernels_of(tier: Tier) -> Kernels:
         pytest.skip(found.reason)
     assert isinstance(found, Built), found
     return opened(found.path, tier)
+
+
+def within(tier: Tier, weight_OI: Tensor) -> float:
+    """The relative error that products of few rows with a dense matrix keep to."""
+    return 1e-2 if tier == "amx" and weight_OI.dtype == torch.bfloat16 else 1e-6
+
+
+def whole_numbers(rows: int, inputs: int, *, most: int, seed: int = 0) -> Tensor:
+    """Activations that every kernel holds exactly, whatever it rounds them to: of each 32 one is ``most``."""
+    generator = torch.Generator().manual_seed(seed)
+    x_BI = torch.randint(-most, most + 1, (rows, inputs), generator=generator).float()
+    x_BI[:, ::32] = most
+    return x_BI
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The slow twin of what kernels round activations to that packed weights multiply."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    peak = groups.abs().amax(-1, keepdim=True)
+    integers = torch.where(peak == 0, 0.0, groups * (127.0 / peak)).round()
+    return (integers * (peak / 127.0)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)

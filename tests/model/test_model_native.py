@@ -230,7 +230,7 @@ def test_bfloat16_weights_give_what_they_give_in_float32(config: Model, tier: Ti
             for i in range(12)
         ]
         right = wide(ids_BS).logits
-    assert error(torch.cat(steps, dim=1), right) < 1e-5
+    assert error(torch.cat(steps, dim=1), right) < (1e-2 if tier == "amx" else 1e-5)
 
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)

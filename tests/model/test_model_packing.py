@@ -13,8 +13,8 @@ from consilium.errors import ConsiliumError
 from consilium.model.build import build
 from consilium.model.packing import pack, packable
 from consilium.ops.native.compile import Tier
-from consilium.ops.weights import Packing, packed, unpacked
-from kernels import HERE
+from consilium.ops.weights import Packed, Packing, packed, unpacked
+from kernels import HERE, rounded
 from model.test_model_native import agree, prepare
 from small import DEEPSEEK, KINDS, SWITCH, lively
 
@@ -24,9 +24,14 @@ PACKINGS: tuple[Packing, ...] = ("int8", "int4")
 @pytest.mark.parametrize("tier", HERE)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-def test_kernels_and_modules_agree(config: Model, packing: Packing, tier: Tier) -> None:
+def test_kernels_and_modules_agree(
+    config: Model, packing: Packing, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The modules round activations as the kernels do."""
     model = lively(config).eval()
     pack(model, packing)
+    times = Packed.times
+    monkeypatch.setattr(Packed, "times", lambda self, x, bias_O=None: times(self, rounded(x), bias_O))
     agree(model, prepare(model, tier), [3, 9, 1])
 
 

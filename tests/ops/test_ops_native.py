@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from consilium.errors import ConsiliumError
+from consilium.machine.amx import permitted
 from consilium.ops.native import compile as native
 from consilium.ops.native.compile import VARIABLE, Built, Missing, Planned, Tier, built, planned, tiers
 from consilium.ops.native.library import Kernels, opened
 from consilium.ops.weights import Dense
-from kernels import HERE, compiled, kernels_of
+from kernels import HERE, compiled, kernels_of, whole_numbers, within
 
 
 @pytest.fixture
@@ -56,7 +57,52 @@ def test_products_equal_those_of_float64(tier: Tier, dtype: torch.dtype, shape: 
     assert matrix is not None
     found = kernels_of(tier).product(matrix, x_BI)
     right = x_BI.double() @ weight_OI.double().T + bias_O.double()
-    assert (found - right).norm() <= 1e-6 * right.norm()
+    assert (found - right).norm() <= within(tier, weight_OI) * right.norm()
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 63, 100])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (65, 64), (130, 288), (64, 1000), (7, 513)], ids=str)
+def test_rows_of_a_prompt_are_multiplied_alike(
+    tier: Tier, dtype: torch.dtype, rows: int, shape: tuple[int, int]
+) -> None:
+    """Whole numbers that every format holds: only a wrong place or a lost value makes a difference."""
+    outputs, inputs = shape
+    x_BI = whole_numbers(rows, inputs, most=100)
+    weight_OI = whole_numbers(outputs, inputs, most=127, seed=1).to(dtype)
+    bias_O = torch.arange(outputs).float()
+    matrix = Dense(weight_OI).native(bias_O)
+    assert matrix is not None
+    right = x_BI.double() @ weight_OI.double().T + bias_O
+    for many in (False, True):
+        found = kernels_of(tier).product(matrix, x_BI, many=many)
+        assert (found - right).norm() <= 1e-6 * right.norm()
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(tier: Tier, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BI = torch.randn(70, 200, generator=generator)
+    weight_OI = torch.randn(90, 200, generator=generator).to(dtype)
+    matrix = Dense(weight_OI).native()
+    assert matrix is not None
+    alone = torch.cat([kernels_of(tier).product(matrix, x_BI[b : b + 1]) for b in range(70)])
+    for rows in (2, 5, 16, 17, 31, 70):
+        assert torch.equal(kernels_of(tier).product(matrix, x_BI[:rows].contiguous()), alone[:rows])
+
+
+@pytest.mark.parametrize("tier", HERE)
+def test_what_is_not_a_number_stays_in_its_row(tier: Tier) -> None:
+    x_BI = torch.ones(20, 40)
+    x_BI[3, 7], x_BI[18, 0] = torch.nan, torch.inf
+    weight_OI = torch.ones(33, 40, dtype=torch.bfloat16)
+    matrix = Dense(weight_OI).native()
+    assert matrix is not None
+    for many in (False, True):
+        finite_B = kernels_of(tier).product(matrix, x_BI, many=many).isfinite().all(1)
+        assert finite_B.logical_not().nonzero().flatten().tolist() == [3, 18]
 
 
 def test_large_values_stay_finite() -> None:
@@ -77,11 +123,11 @@ def test_other_formats_and_layouts_are_not_described() -> None:
 
 @pytest.mark.parametrize("tier", HERE)
 def test_a_tier_has_its_own_vectors(tier: Tier) -> None:
-    assert kernels_of(tier).lanes == {"portable": 4, "avx2": 8, "avx512": 16}[tier]
+    assert kernels_of(tier).lanes == {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}[tier]
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-@pytest.mark.parametrize("tier", [tier for tier in HERE if tier != "avx512"])
+@pytest.mark.parametrize("tier", [tier for tier in HERE if tier in ("portable", "avx2")])
 def test_lower_tiers_hold_no_instruction_of_higher_ones(tier: Tier) -> None:
     kernels_of(tier)
     found = compiled(tier)
@@ -185,6 +231,28 @@ def test_a_tier_that_the_processor_lacks_is_refused(wanted: None, monkeypatch: p
     monkeypatch.setenv(VARIABLE, "avx512")
     with pytest.raises(ConsiliumError, match="no such kernels run on this processor"):
         built()
+
+
+@pytest.mark.parametrize(
+    ("capability", "found", "fastest"),
+    [
+        ("DEFAULT", {}, "portable"),
+        ("AVX2", {"avx512_vnni": True}, "avx2"),
+        ("AVX512", {}, "avx2"),
+        ("AVX512", {"avx512_vnni": True}, "avx512"),
+        ("AVX512", {"avx512_vnni": True, "amx_tile": True}, "avx512"),
+    ],
+)
+def test_the_fastest_tier_is_one_whose_every_instruction_is_here(
+    monkeypatch: pytest.MonkeyPatch, capability: str, found: dict[str, bool], fastest: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    permitted.cache_clear()
+    try:
+        assert tiers()[-1] == fastest
+    finally:
+        permitted.cache_clear()
 
 
 def test_processes_that_start_together_all_get_kernels(quick: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class NativeDecoder:
         context = build_context(model.config.attention, inputs.positions().contiguous(), cached=True)
         x_BD = model.embedded(inputs.ids_BS, options)[:, 0].float()
         buffers = _Buffers.of(x_BD, self.choices, len(self.moe_layers), self.experts)
-        shared = _pass(buffers, context)
+        shared = _pass(buffers, context, many=False)
         layers = (Layer * len(self.layers))(*self.layers)
         views = [cache.layer(index).view(context.keys) for index in range(len(layers))]
         for layer, view in zip(layers, views, strict=True):
@@ -170,10 +170,11 @@ def _counted(index: int, counts_E: Tensor, tokens: Tokens) -> Report:
     return Report(index, {}, counts_E, counts_E, tokens.valid_T.sum(), None)
 
 
-def _pass(buffers: _Buffers, context: Context) -> Pass:
+def _pass(buffers: _Buffers, context: Context, *, many: bool) -> Pass:
     return Pass(
         torch.get_num_threads(),
         *buffers.x_BD.shape,
+        many,
         *(t.data_ptr() for t in (buffers.x_BD, buffers.normed_BD)),
         *(t.data_ptr() for t in (context.cos_BSR, context.sin_BSR, context.position_BS)),
     )

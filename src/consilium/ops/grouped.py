@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from consilium.config.feed_forward import Activation
 from consilium.ops.bfloat16 import is_storage
 from consilium.ops.feed_forward import activate
+from consilium.ops.native.library import ACTIVATIONS, MANY, Feed, kernels
 from consilium.ops.rows import ByToken, Rows, sum_by_token
 from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way, block
 from consilium.ops.weights import DenseStack, Stack
@@ -55,6 +56,8 @@ def stacked_feed_forward(
     """
     assert sum(counts_E) == x_RD.shape[0], "counts and rows disagree"
     assert len(counts_E) == up.shape[0], "counts and weights disagree"
+    if backend is None and (y_RD := _by_kernels(x_RD, counts_E, up, down, activation)) is not None:
+        return y_RD
     if not (isinstance(up, DenseStack) and isinstance(down, DenseStack)):
         return observed_feed_forward(x_RD, counts_E, up, down, activation)[1]
     network = Network(up.weight_EOI, down.weight_EOI, activation)
@@ -64,6 +67,28 @@ def stacked_feed_forward(
     if torch.is_grad_enabled():
         return _Networks.apply(x_RD, network.up_EGD, network.down_EDF, plan)
     return plan.way.forward(x_RD, network)[1]
+
+
+def _by_kernels(
+    x_RD: Tensor, counts_E: Counts, up: Stack, down: Stack, activation: Activation
+) -> Tensor | None:
+    """The outputs, summed in float32, in the dtype of ``x_RD``; None under autograd and without kernels."""
+    wide = x_RD.dtype == torch.float32 and isinstance(up, DenseStack)
+    if wide or x_RD.device.type != "cpu" or torch.is_grad_enabled() or x_RD.numel() == 0:
+        return None
+    found, matrices = kernels(), (up.native(), down.native())
+    if found is None or matrices[0] is None or matrices[1] is None:
+        return None
+    call = Feed(
+        width=down.shape[2],
+        experts=down.shape[0],
+        activation=ACTIVATIONS[activation],
+        up=matrices[0],
+        down=matrices[1],
+    )
+    experts_R = torch.arange(len(counts_E)).repeat_interleave(torch.tensor(counts_E))
+    y_RD = found.networks(call, x_RD.float().contiguous(), experts_R, many=len(x_RD) >= MANY)
+    return y_RD.to(x_RD.dtype)
 
 
 def mixed_feed_forward(

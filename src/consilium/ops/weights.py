@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilium.ops.bfloat16 import is_storage
-from consilium.ops.native.library import NativeMatrix, kernels, native
+from consilium.ops.native.library import MANY, NativeMatrix, kernels, native
 
 Packing = Literal["int8", "int4"]
 GROUP: Final = 32
@@ -189,7 +189,7 @@ def _by_kernels(matrix: Matrix, x: Tensor, bias_O: Tensor | None) -> Tensor | No
     if found is None or described is None:
         return None
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    return found.product(described, rows).to(x.dtype).unflatten(0, x.shape[:-1])
+    return found.product(described, rows, many=len(rows) >= MANY).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:

@@ -24,13 +24,15 @@ from consilium.disk.atomic import write_file
 from consilium.disk.files import cache_folder
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError, nearest
+from consilium.machine.amx import permitted
 
-Tier = Literal["portable", "avx2", "avx512"]
+Tier = Literal["portable", "avx2", "avx512", "amx"]
 
 _AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
-_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+_AVX512: Final = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
+_AMX: Final = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 FLAGS: Final[Mapping[Tier, tuple[str, ...]]] = MappingProxyType(
-    {"portable": (), "avx2": _AVX2, "avx512": _AVX512}
+    {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
 )
 """From the slowest tier to the fastest. What a compiler makes of ``portable`` runs on every machine of its
 kind, with NEON's vectors where the processor is an ARM."""
@@ -79,9 +81,18 @@ class Missing:
 
 def tiers() -> tuple[Tier, ...]:
     """Return those that run on this processor, the fastest last."""
-    fastest: dict[str, Tier] = {"AVX2": "avx2", "AVX512": "avx512"}
     names = tuple(FLAGS)
-    return names[: names.index(fastest.get(torch.backends.cpu.get_cpu_capability(), "portable")) + 1]
+    return names[: names.index(_fastest()) + 1]
+
+
+def _fastest() -> Tier:
+    match torch.backends.cpu.get_cpu_capability():
+        case "AVX512" if torch.cpu.get_capabilities().get("avx512_vnni", False):
+            return "amx" if permitted() else "avx512"
+        case "AVX512" | "AVX2":
+            return "avx2"
+        case _:
+            return "portable"
 
 
 def planned(folder: Path | None = None) -> Planned | Missing:

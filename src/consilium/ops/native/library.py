@@ -24,6 +24,8 @@ TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, to
 """Formats that the kernels read, by their number there."""
 INTEGERS: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.int8: 2, torch.uint8: 3})
 """The same of packed ones."""
+MANY: Final = 16
+"""Rows from which products count as those of a prompt."""
 ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType(
     {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}
 )
@@ -84,7 +86,7 @@ class Layer(Structure):
 
 class Pass(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("threads", "tokens", "hidden")),
+        *((name, c_int64) for name in ("threads", "tokens", "hidden", "many")),
         *((name, c_void_p) for name in ("x", "normed", "cos", "sin", "position")),
     )
 
@@ -111,12 +113,23 @@ class Kernels:
         """Run the second half of a layer."""
         self.library.consilium_feed(ctypes.byref(shared), ctypes.byref(call))
 
-    def product(self, matrix: NativeMatrix, x_BI: Tensor) -> Tensor:
-        """Float32 products [B, O] of few float32 rows with a matrix."""
+    def networks(self, call: Feed, x_RD: Tensor, experts_R: Tensor, *, many: bool = False) -> Tensor:
+        """Float32 outputs [R, D] of float32 rows, each of the expert of its number; ``many`` as below."""
+        y_RD = torch.empty_like(x_RD)
+        shared = Pass(torch.get_num_threads(), *x_RD.shape, many, None, x_RD.data_ptr())
+        call.choices, call.chosen = 1, experts_R.data_ptr()
+        self.library.consilium_networks(ctypes.byref(shared), ctypes.byref(call), c_void_p(y_RD.data_ptr()))
+        return y_RD
+
+    def product(self, matrix: NativeMatrix, x_BI: Tensor, *, many: bool = False) -> Tensor:
+        """Float32 products [B, O] of float32 rows with a matrix.
+
+        Few rows: each has the same bits whatever rows are beside it. ``many``, as of a prompt, are faster.
+        """
         y_BO = x_BI.new_empty(x_BI.shape[0], matrix.rows)
-        rows, places = c_int64(x_BI.shape[0]), (c_void_p(x_BI.data_ptr()), c_void_p(y_BO.data_ptr()))
-        threads = c_int64(torch.get_num_threads())
-        self.library.consilium_product(ctypes.byref(matrix), places[0], rows, threads, places[1])
+        sizes = (c_int64(value) for value in (x_BI.shape[0], many, torch.get_num_threads()))
+        x, y = c_void_p(x_BI.data_ptr()), c_void_p(y_BO.data_ptr())
+        self.library.consilium_product(ctypes.byref(matrix), x, *sizes, y)
         return y_BO
 
 
@@ -146,7 +159,8 @@ def opened(path: Path, tier: Tier) -> Kernels:
         size.restype = c_int64
         assert size() == ctypes.sizeof(structure), f"{name} has another layout in {path}"
     library.consilium_lanes.restype = library.consilium_layers.restype = c_int64
-    library.consilium_feed.restype = library.consilium_product.restype = None
+    for name in ("feed", "networks", "product"):
+        getattr(library, f"consilium_{name}").restype = None
     return Kernels(library, tier, library.consilium_lanes())
 
 

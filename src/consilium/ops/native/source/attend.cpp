@@ -3,6 +3,7 @@
 //
 // Legend: B tokens, D hidden, H heads, G heads of keys, K width of a head, N its part without position, R
 // rotated pairs, V width of a value, Z rank of the latent, C values of a cached row.
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -23,29 +24,38 @@ void rotate(float *x, const float *cos, const float *sin, int64_t pairs, bool in
     }
 }
 
-// Activations of every token, and where each begins.
+// Values of every token, one row after the other.
 struct Rows {
     std::vector<float> data;
-    std::vector<const float *> at;
-    int64_t width;
+    Active active;
+    std::vector<float *> at;
 
-    Rows(int64_t tokens, int64_t width) : data(tokens * width), at(tokens), width(width) {
-        for (int64_t b = 0; b < tokens; ++b) at[b] = data.data() + b * width;
+    Rows(const Pass &p, int64_t width) : data(p.tokens * width), active(data.data(), p.tokens, width, p.many) {
+        for (int64_t b = 0; b < p.tokens; ++b) at.push_back(data.data() + b * width);
     }
-    float *operator[](int64_t b) { return data.data() + b * width; }
+    float *operator[](int64_t b) { return at[b]; }
+    int64_t width() const { return active.width; }
 };
 
-// Products of the same activations with several matrices one below the other, shared among the threads.
-void multiply_all(Team::Member &member, std::initializer_list<std::pair<const Matrix *, Rows *>> products,
-                  const Rows &x, int64_t tokens) {
+using Product = std::pair<const Matrix *, Rows *>;
+
+// Products of the same activations with several matrices, shared among the threads.
+void multiply_all(Team::Member &member, std::initializer_list<Product> products, Rows &x) {
     int64_t pieces = 0;
+    bool packed[WAYS] = {};
+    for (auto &[matrix, out] : products) {
+        const Way way = way_of(matrix->type, x.active);
+        if (!std::exchange(packed[way], true)) pack(member, way, x.active);
+    }
     for (auto &[matrix, out] : products) pieces += (matrix->rows + PIECE - 1) / PIECE;
     member.loop(pieces, 1, [&](int64_t piece, int64_t) {
         for (auto &[matrix, out] : products) {
             const int64_t own = (matrix->rows + PIECE - 1) / PIECE;
             if (piece < own) {
                 const int64_t begin = piece * PIECE, end = std::min(begin + PIECE, matrix->rows);
-                return multiply(*matrix, begin, end, x.at.data(), tokens, out->data.data(), out->width);
+                std::vector<float *> to(out->at);
+                for (float *&at : to) at += begin;
+                return multiply(*matrix, begin, end, way_of(matrix->type, x.active), x.active, to.data());
             }
             piece -= own;
         }
@@ -97,18 +107,18 @@ void turn(const Pass &p, const Attend &a, const Norm &norm, float *x, int64_t he
 void keep_grouped(const Pass &p, const Attend &a, Rows &q, Rows &k, Rows &v, int64_t b) {
     turn(p, a, a.query_norm, q[b], a.heads, b);
     turn(p, a, a.key_norm, k[b], a.kv_heads, b);
-    for (int64_t i = 0; i < q.width; ++i) q[b][i] *= static_cast<float>(a.scale);
-    write(k[b], k.width, a.storage, a.cache_type, place(p, a, b));
-    write(v[b], v.width, a.storage, a.cache_type, place(p, a, b) + k.width);
+    for (int64_t i = 0; i < q.width(); ++i) q[b][i] *= static_cast<float>(a.scale);
+    write(k[b], k.width(), a.storage, a.cache_type, place(p, a, b));
+    write(v[b], v.width(), a.storage, a.cache_type, place(p, a, b) + k.width());
 }
 
 void grouped(const Pass &p, const Attend &a) {
     const int64_t each = a.heads / a.kv_heads;
-    Rows x(p.tokens, p.hidden), q(p.tokens, a.heads * a.key), k(p.tokens, a.kv_heads * a.key);
-    Rows v(p.tokens, a.kv_heads * a.key), mixed(p.tokens, a.heads * a.key), out(p.tokens, p.hidden);
+    Rows x(p, p.hidden), q(p, a.heads * a.key), k(p, a.kv_heads * a.key), v(p, a.kv_heads * a.key);
+    Rows mixed(p, a.heads * a.key), out(p, p.hidden);
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
-        multiply_all(member, {{&a.query, &q}, {&a.keys, &k}, {&a.values, &v}}, x, p.tokens);
+        multiply_all(member, {{&a.query, &q}, {&a.keys, &k}, {&a.values, &v}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_grouped(p, a, q, k, v, b); });
         member.loop(p.tokens * a.kv_heads, 1, [&](int64_t unit, int64_t) {
             const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads;
@@ -122,17 +132,17 @@ void grouped(const Pass &p, const Attend &a) {
                               a.key,          a.key,         static_cast<float>(a.softcap)};
             attend_cached(p, a, b, heads, each);
         });
-        multiply_all(member, {{&a.output, &out}}, mixed, p.tokens);
+        multiply_all(member, {{&a.output, &out}}, mixed);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { finish(p, a, out, b); });
     });
 }
 
 // The latent after its norm, then the shared key, go to the cache.
 void keep_latent(const Pass &p, const Attend &a, Rows &down, Rows &rows, int64_t b) {
-    normalise(a.query_norm, down[b], down.width, down[b]);
+    normalise(a.query_norm, down[b], down.width(), down[b]);
     normalise(a.key_norm, rows[b], a.rank, rows[b]);
     rotate(rows[b] + a.rank, p.cos + b * a.pairs, p.sin + b * a.pairs, a.pairs, a.interleaved);
-    write(rows[b], rows.width, a.storage, a.cache_type, place(p, a, b));
+    write(rows[b], rows.width(), a.storage, a.cache_type, place(p, a, b));
 }
 
 // (q W_UK) c = q (W_UK c): heads [first, last) of a token's queries move into the latent space, and what they
@@ -157,28 +167,27 @@ void absorbed(const Pass &p, const Attend &a, Rows &q, Rows &mixed, int64_t b, i
         for (int64_t h = 0; h < count; ++h) {
             float *to = mixed[b] + (first + h) * a.value;
             auto *own = up + ((first + h) * (a.nope + a.value) + a.nope) * a.rank;
-            products(Dense<std::remove_const_t<std::remove_pointer_t<decltype(own)>>>{own, a.rank}, a.rank, a.value, &latents[h], 1,
-                     [&](int64_t row, int64_t, float value) { to[row] = value; });
+            using T = std::remove_const_t<std::remove_pointer_t<decltype(own)>>;
+            products(Dense<T>{own, a.rank}, a.rank, a.value, &latents[h], 1, &to);
         }
     });
 }
 
 void latent(const Pass &p, const Attend &a) {
     const bool two = a.query_up.data;
-    Rows x(p.tokens, p.hidden), down(p.tokens, two ? a.query.rows : 0), rows(p.tokens, a.keys.rows);
-    Rows q(p.tokens, a.heads * (a.nope + 2 * a.pairs)), mixed(p.tokens, a.heads * a.value);
-    Rows out(p.tokens, p.hidden);
+    Rows x(p, p.hidden), down(p, two ? a.query.rows : 0), rows(p, a.keys.rows);
+    Rows q(p, a.heads * (a.nope + 2 * a.pairs)), mixed(p, a.heads * a.value), out(p, p.hidden);
     const int64_t groups = (a.heads + HEADS - 1) / HEADS;
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
-        multiply_all(member, {{&a.query, two ? &down : &q}, {&a.keys, &rows}}, x, p.tokens);
+        multiply_all(member, {{&a.query, two ? &down : &q}, {&a.keys, &rows}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_latent(p, a, down, rows, b); });
-        if (two) multiply_all(member, {{&a.query_up, &q}}, down, p.tokens);
+        if (two) multiply_all(member, {{&a.query_up, &q}}, down);
         member.loop(p.tokens * groups, 1, [&](int64_t unit, int64_t) {
             const int64_t first = unit % groups * HEADS;
             absorbed(p, a, q, mixed, unit / groups, first, std::min(first + HEADS, a.heads));
         });
-        multiply_all(member, {{&a.output, &out}}, mixed, p.tokens);
+        multiply_all(member, {{&a.output, &out}}, mixed);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { finish(p, a, out, b); });
     });
 }

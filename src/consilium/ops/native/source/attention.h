@@ -10,7 +10,7 @@
 
 #include "products.h"
 
-constexpr int64_t TILE = 256;  // slots whose rows stay in the second cache from keys to values
+constexpr int64_t SPAN = 256;  // slots whose rows stay in the second cache from keys to values
 constexpr int HEADS = 4;       // most at once
 
 // Where the cached rows of one sequence are: slot j is row j % slots of page table[j / slots].
@@ -40,16 +40,17 @@ struct Heads {
 // Logits of a tile for every head.
 template <int B, class T>
 static inline void logits_of(const Heads &heads, const Slots<T> &slots, int64_t first, int64_t count,
-                             float (*logits)[TILE]) {
+                             float (*logits)[SPAN]) {
     for (int64_t done = 0; done < count;) {
         const int64_t run = slots.together(first + done, count - done);
         const T *rows = slots.at(first + done) + heads.key;
-        auto keep = [&](int64_t row, int64_t b, float value) {
-            logits[b][done + row] = heads.softcap > 0 ? heads.softcap * std::tanh(value / heads.softcap) : value;
-        };
-        products_of<B>(Dense<T>{rows, slots.row}, heads.key_width, run, heads.queries, 0, keep);
+        float *to[B];
+        for (int b = 0; b < B; ++b) to[b] = logits[b] + done;
+        products_of<B>(Dense<T>{rows, slots.row}, heads.key_width, run, heads.queries, to);
         done += run;
     }
+    for (int b = 0; b < B && heads.softcap > 0; ++b)
+        for (int64_t i = 0; i < count; ++i) logits[b][i] = heads.softcap * std::tanh(logits[b][i] / heads.softcap);
 }
 
 // Exponentials of a tile's logits against the largest so far, which may rise; returns their sum.
@@ -67,15 +68,15 @@ static inline float shares_of(float *logits, int64_t count, float largest) {
 }
 
 template <int B, class T> static inline void attend(const Heads &heads, const Slots<T> &slots, int64_t length) {
-    alignas(64) float logits[B][TILE];
+    alignas(64) float logits[B][SPAN];
     float largest[B], total[B];
     const float *shares[B];
     for (int b = 0; b < B; ++b) {
         largest[b] = -INFINITY, total[b] = 0;
         std::fill_n(heads.values[b], heads.value_width, 0.0f);
     }
-    for (int64_t first = 0; first < length; first += TILE) {
-        const int64_t count = std::min(TILE, length - first);
+    for (int64_t first = 0; first < length; first += SPAN) {
+        const int64_t count = std::min(SPAN, length - first);
         logits_of<B>(heads, slots, first, count, logits);
         for (int b = 0; b < B; ++b) {
             const float before = largest[b];

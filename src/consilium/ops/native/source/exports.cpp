@@ -22,15 +22,21 @@ int64_t consilium_layers(const Pass *pass, const Layer *layers, int64_t count) {
     return count;
 }
 
+void consilium_networks(const Pass *pass, const Feed *call, float *out) { networks(*pass, *call, out); }
+
 void consilium_feed(const Pass *pass, const Feed *call) { feed(*pass, *call); }
 
-// y [B][O] = x [B][I] times the matrix.
-void consilium_product(const Matrix *matrix, const float *x, int64_t tokens, int64_t threads, float *y) {
-    std::vector<const float *> at(tokens);
-    for (int64_t b = 0; b < tokens; ++b) at[b] = x + b * matrix->columns;
+// y [B][O] = x [B][I] times the matrix; ``many`` as in a Pass.
+void consilium_product(const Matrix *matrix, const float *x, int64_t tokens, int64_t many, int64_t threads,
+                       float *y) {
+    Active active(x, tokens, matrix->columns, many);
+    const Way way = way_of(matrix->type, active);
     team().run(static_cast<int>(threads), [&](Team::Member &member) {
-        member.loop(matrix->rows, 128, [&](int64_t begin, int64_t end) {
-            multiply(*matrix, begin, end, at.data(), tokens, y, matrix->rows);
+        pack(member, way, active);
+        member.loop(matrix->rows, 64, [&](int64_t begin, int64_t end) {
+            std::vector<float *> to(tokens);
+            for (int64_t b = 0; b < tokens; ++b) to[b] = y + b * matrix->rows + begin;
+            multiply(*matrix, begin, end, way, active, to.data());
         });
     });
 }

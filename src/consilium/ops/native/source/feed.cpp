@@ -2,6 +2,7 @@
 // dense network, and the residual.
 //
 // Legend: B tokens, K choices of a token, D hidden, F width of an expert.
+#include <utility>
 #include <vector>
 
 #include "layers.h"
@@ -16,13 +17,20 @@ constexpr int64_t PIECE = 64;  // hidden values that a thread computes at once
 
 float gelu(float x) { return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
 
-float activate(int64_t activation, float gate, float up) {
-    switch (activation) {
-        case SWIGLU: return gate / (1.0f + exponential(-gate)) * up;
-        case GEGLU: return gelu(gate) * up;
-        case GELU: return gelu(gate);
-        case RELU: return std::max(gate, 0.0f);
-        default: return gate > 0 ? gate * gate : 0.0f;
+// What goes on of ``count`` pre-activations; ``up`` where the activation is gated.
+void activate(int64_t activation, const float *gate, const float *up, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; activation == SWIGLU && i + LANES <= count; i += LANES)
+        store(to + i, load(gate + i) / (1.0f + exponential(-load(gate + i))) * load(up + i));
+    for (; i < count; ++i) {
+        const float x = gate[i];
+        switch (activation) {
+            case SWIGLU: to[i] = x / (1.0f + exponential(-x)) * up[i]; break;
+            case GEGLU: to[i] = gelu(x) * up[i]; break;
+            case GELU: to[i] = gelu(x); break;
+            case RELU: to[i] = std::max(x, 0.0f); break;
+            default: to[i] = x > 0 ? x * x : 0.0f;
+        }
     }
 }
 
@@ -31,9 +39,10 @@ struct Visit {
     Matrix up, down;
     int64_t first_up, first_down;  // row of each that its own begin with
     int64_t width;
-    std::vector<int64_t> pair;     // where hidden values and outputs of each visit are
-    std::vector<const float *> x;  // of each visit
-    std::vector<float> factor;     // on what enters
+    std::vector<int64_t> pair;   // where hidden values and outputs of each visit are
+    std::vector<int64_t> token;  // of each visit
+    std::vector<float> factor;   // on what enters
+    Active in, between;          // what is multiplied with up and with down
 };
 
 bool kept(const Feed &f, int64_t pair) { return !f.keep || f.keep[pair]; }
@@ -48,7 +57,7 @@ std::vector<Visit> visits_of(const Pass &p, const Feed &f) {
         if (!kept(f, pair)) continue;
         Visit &visit = all[f.chosen[pair]];
         visit.pair.push_back(pair);
-        visit.x.push_back(p.normed + pair / f.choices * p.hidden);
+        visit.token.push_back(pair / f.choices);
         visit.factor.push_back(f.weight_on_input ? f.weights[pair] : 1.0f);
     }
     std::vector<Visit> live;
@@ -59,10 +68,10 @@ std::vector<Visit> visits_of(const Pass &p, const Feed &f) {
         live.push_back(std::move(all[e]));
     }
     if (f.shared_up.data) {
-        Visit visit{f.shared_up, f.shared_down, 0, 0, f.shared_width, {}, {}, {}};
+        Visit visit{f.shared_up, f.shared_down, 0, 0, f.shared_width, {}, {}, {}, {}, {}};
         for (int64_t b = 0; b < p.tokens; ++b) {
             visit.pair.push_back(pairs + b);
-            visit.x.push_back(p.normed + b * p.hidden);
+            visit.token.push_back(b);
             visit.factor.push_back(1.0f);
         }
         live.push_back(std::move(visit));
@@ -70,35 +79,53 @@ std::vector<Visit> visits_of(const Pass &p, const Feed &f) {
     return live;
 }
 
+Way way_in(const Visit &visit) { return way_of(visit.up.type, visit.in); }
+Way way_between(const Visit &visit) { return way_of(visit.down.type, visit.between); }
+
+bool is_rounded(Way way) { return way == INTEGERS8 || way == INTEGERS4; }
+
+void pack_alone(Way way, Active &x) {
+    x.want(way);
+    for (int64_t part = 0; part < x.parts(); ++part) x.pack(way, part);
+}
+
+// What enters each network. Rounded integers are those of the token, whoever reads them.
+void enter(Team::Member &member, std::vector<Visit> &visits, Active &tokens) {
+    bool packed[WAYS] = {};
+    for (const Visit &visit : visits) {
+        const Way way = way_of(visit.up.type, tokens);
+        if (is_rounded(way) && !std::exchange(packed[way], true)) pack(member, way, tokens);
+    }
+    member.loop(static_cast<int64_t>(visits.size()), 1, [&](int64_t v, int64_t) {
+        visits[v].in = Active::some(tokens, visits[v].token);
+        if (!is_rounded(way_in(visits[v]))) pack_alone(way_in(visits[v]), visits[v].in);
+    });
+}
+
 // Hidden values [begin, end) of every token that visits.
 void widen_visit(const Feed &f, const Visit &visit, int64_t begin, int64_t end, float *hidden, int64_t stride) {
-    const int64_t tokens = static_cast<int64_t>(visit.x.size()), count = end - begin;
+    const int64_t tokens = visit.in.tokens(), count = end - begin;
     std::vector<float> gate(tokens * count), up(gated(f) ? tokens * count : 0);
-    auto fill = [&](int64_t row, std::vector<float> &to) {
-        rows_of(visit.up, visit.first_up + row, [&](auto rows) {
-            products(rows, visit.up.columns, count, visit.x.data(), tokens,
-                     [&](int64_t r, int64_t b, float value) { to[b * count + r] = value; });
-        });
+    auto fill = [&](int64_t row, std::vector<float> &values) {
+        std::vector<float *> to(tokens);
+        for (int64_t b = 0; b < tokens; ++b) to[b] = values.data() + b * count;
+        multiply(visit.up, visit.first_up + row, visit.first_up + row + count, way_in(visit), visit.in, to.data());
+        for (int64_t b = 0; b < tokens && f.weight_on_input; ++b)
+            for (int64_t i = 0; i < count; ++i) to[b][i] *= visit.factor[b];
     };
     fill(begin, gate);
     if (gated(f)) fill(visit.width + begin, up);
     for (int64_t b = 0; b < tokens; ++b)
-        for (int64_t i = 0; i < count; ++i) {
-            const float first = gate[b * count + i] * visit.factor[b];
-            const float second = gated(f) ? up[b * count + i] * visit.factor[b] : 0.0f;
-            hidden[visit.pair[b] * stride + begin + i] = activate(f.activation, first, second);
-        }
+        activate(f.activation, gate.data() + b * count, gated(f) ? up.data() + b * count : nullptr, count,
+                 hidden + visit.pair[b] * stride + begin);
 }
 
 // Outputs [begin, end) of every token that visits.
-void narrow_visit(const Pass &p, const Visit &visit, int64_t begin, int64_t end, const float *hidden,
-                  int64_t stride, float *out) {
-    std::vector<const float *> x;
-    for (const int64_t pair : visit.pair) x.push_back(hidden + pair * stride);
-    rows_of(visit.down, visit.first_down + begin, [&](auto rows) {
-        products(rows, visit.down.columns, end - begin, x.data(), static_cast<int64_t>(x.size()),
-                 [&](int64_t r, int64_t b, float value) { out[visit.pair[b] * p.hidden + begin + r] = value; });
-    });
+void narrow_visit(const Pass &p, const Visit &visit, int64_t begin, int64_t end, float *out) {
+    std::vector<float *> to;
+    for (const int64_t pair : visit.pair) to.push_back(out + pair * p.hidden + begin);
+    multiply(visit.down, visit.first_down + begin, visit.first_down + end, way_between(visit), visit.between,
+             to.data());
 }
 
 // x += post(the sum of a token's choices in their order, the shared output at last).
@@ -113,7 +140,8 @@ void gather(const Pass &p, const Feed &f, const float *out, int64_t b) {
         const float *normed = p.normed + b * p.hidden, *shared = out + (p.tokens * f.choices + b) * p.hidden;
         float share = 1.0f;
         if (f.shared_gate.data) {
-            multiply(f.shared_gate, 0, 1, &normed, 1, &share, 1);
+            float *to = &share;
+            multiply(f.shared_gate, 0, 1, FLOATS, Active(normed, 1, p.hidden, false), &to);
             share = 1.0f / (1.0f + exponential(-share));
         }
         for (int64_t i = 0; i < p.hidden; ++i) y[i] += share * shared[i];
@@ -138,19 +166,34 @@ void each_piece(Team::Member &member, const std::vector<Visit> &visits, Count &&
 
 }  // namespace
 
-void feed(const Pass &p, const Feed &f) {
-    const std::vector<Visit> visits = visits_of(p, f);
+void networks(const Pass &p, const Feed &f, float *out) {
+    std::vector<Visit> visits = visits_of(p, f);
     const int64_t stride = std::max(f.width, f.shared_width), pairs = p.tokens * (f.choices + 1);
-    std::vector<float> hidden(pairs * stride), out(pairs * p.hidden);
+    std::vector<float> hidden(pairs * stride);
+    Active tokens(p.normed, p.tokens, p.hidden, p.many);
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
+        enter(member, visits, tokens);
         each_piece(member, visits, [](const Visit &visit) { return visit.width; },
                    [&](const Visit &visit, int64_t begin, int64_t end) {
                        widen_visit(f, visit, begin, end, hidden.data(), stride);
                    });
+        member.loop(static_cast<int64_t>(visits.size()), 1, [&](int64_t v, int64_t) {
+            Active &between = visits[v].between;
+            between.many = p.many, between.width = visits[v].width;
+            for (const int64_t pair : visits[v].pair) between.at.push_back(hidden.data() + pair * stride);
+            pack_alone(way_between(visits[v]), between);
+        });
         each_piece(member, visits, [&](const Visit &) { return p.hidden; },
                    [&](const Visit &visit, int64_t begin, int64_t end) {
-                       narrow_visit(p, visit, begin, end, hidden.data(), stride, out.data());
+                       narrow_visit(p, visit, begin, end, out);
                    });
+    });
+}
+
+void feed(const Pass &p, const Feed &f) {
+    std::vector<float> out(p.tokens * (f.choices + 1) * p.hidden);
+    networks(p, f, out.data());
+    team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { gather(p, f, out.data(), b); });
     });
 }

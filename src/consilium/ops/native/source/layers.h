@@ -47,7 +47,7 @@ struct Layer {
 
 // What all layers of a pass share. States are float32 from the first layer to the last.
 struct Pass {
-    int64_t threads, tokens, hidden;
+    int64_t threads, tokens, hidden, many;  // many: the tokens are a part of a prompt
     float *x;       // [B][D], read and written
     float *normed;  // [B][D], behind the norm in front of the second half
     const float *cos, *sin;
@@ -57,3 +57,6 @@ struct Pass {
 void attend(const Pass &pass, const Attend &call, bool latent);
 void route(const Pass &pass, const Route &call);
 void feed(const Pass &pass, const Feed &call);
+
+// The outputs of each choice of each token [B][K][D], then those of the network that all visit [B][D].
+void networks(const Pass &pass, const Feed &call, float *out);

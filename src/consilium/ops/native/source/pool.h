@@ -16,6 +16,8 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include "tiles.h"
+
 constexpr int LOOPS = 32;    // most loops of a region
 constexpr int SPINS = 4000;  // pauses, about 50 microseconds
 constexpr uint64_t SIZES = 1 << 16;
@@ -107,6 +109,7 @@ template <class Region> void Team::run(int threads, Region &&region) {
     job = [&](int number) {
         Member member{*this, number};
         region(member);
+        release_tiles();
     };
     size = threads;
     {

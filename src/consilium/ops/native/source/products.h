@@ -54,68 +54,38 @@ static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (
         for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
 }
 
-template <int R, int B, int BITS>
-static inline void dots(Packed<BITS> rows, int64_t n, const float *const *x, float (*out)[B]) {
-    constexpr int BYTES = GROUP * BITS / 8, CHUNK = 32;  // groups whose scales are widened at once
-    alignas(64) float rest[B][GROUP] = {};
-    float scales[R][CHUNK];
-    Vector sums[R][B] = {};
-    for (int64_t first = 0; first < rows.groups; first += CHUNK) {
-        const int64_t end = first + CHUNK < rows.groups ? first + CHUNK : rows.groups;
-        for (int r = 0; r < R; ++r) widen_halves(rows.scales + r * rows.groups + first, end - first, scales[r]);
-        for (int64_t g = first; g < end; ++g) {
-            const float *active[B];
-            for (int b = 0; b < B; ++b) {
-                active[b] = x[b] + g * GROUP;
-                if ((g + 1) * GROUP <= n) continue;
-                std::memcpy(rest[b], active[b], (n - g * GROUP) * sizeof(float));
-                active[b] = rest[b];
-            }
-            for (int r = 0; r < R; ++r) {
-                const uint8_t *group = rows.data + (r * rows.groups + g) * BYTES;
-                if (g % (64 / BYTES) == 0) __builtin_prefetch(group + R * rows.groups * BYTES);
-                Vector weights[GROUP / LANES];
-                unpack<BITS>(group, weights);
-                for (int b = 0; b < B; ++b) {
-                    Vector part = weights[0] * load(active[b]);
-                    for (int v = 1; v < GROUP / LANES; ++v) part += weights[v] * load(active[b] + v * LANES);
-                    sums[r][b] += part * scales[r][g - first];
-                }
-            }
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
-}
-
-template <int B, class Rows, class Sink>
-static inline void products_of(Rows rows, int64_t n, int64_t count, const float *const *x, int64_t first,
-                               Sink &sink) {
+template <int B, class Rows, class X>
+static inline void products_of(Rows rows, int64_t n, int64_t count, X x, float *const *to) {
     int64_t r = 0;
     float out[ROWS][B];
     for (; r + ROWS <= count; r += ROWS) {
         dots<ROWS, B>(rows.from(r), n, x, out);
-        for (int i = 0; i < ROWS; ++i)
-            for (int b = 0; b < B; ++b) sink(r + i, first + b, out[i][b]);
+        for (int b = 0; b < B; ++b)
+            for (int i = 0; i < ROWS; ++i) to[b][r + i] = out[i][b];
     }
     for (; r < count; ++r) {
         dots<1, B>(rows.from(r), n, x, out);
-        for (int b = 0; b < B; ++b) sink(r, first + b, out[0][b]);
+        for (int b = 0; b < B; ++b) to[b][r] = out[0][b];
     }
 }
 
-// Calls sink(row, activation, product) for ``count`` rows of n values and ``tokens`` activations.
-template <class Rows, class Sink>
-static inline void products(Rows rows, int64_t n, int64_t count, const float *const *x, int64_t tokens,
-                            Sink &&sink) {
+// Puts the products of ``count`` rows of n values with activation b into to[b]. ``x`` is an array of activations,
+// as dots reads them.
+template <class Rows, class X>
+static inline void products(Rows rows, int64_t n, int64_t count, X x, int64_t tokens, float *const *to) {
     constexpr int64_t BAND = 16;  // rows that stay in the first cache while all activations pass
+    float *shifted[TOKENS];
     for (int64_t begin = 0; begin < count; begin += BAND) {
         const int64_t band = count - begin < BAND ? count - begin : BAND;
-        auto shifted = [&](int64_t row, int64_t b, float value) { sink(begin + row, b, value); };
         int64_t b = 0;
-        for (; b + TOKENS <= tokens; b += TOKENS)
-            products_of<TOKENS>(rows.from(begin), n, band, x + b, b, shifted);
-        for (; b < tokens; ++b) products_of<1>(rows.from(begin), n, band, x + b, b, shifted);
+        for (; b + TOKENS <= tokens; b += TOKENS) {
+            for (int i = 0; i < TOKENS; ++i) shifted[i] = to[b + i] + begin;
+            products_of<TOKENS>(rows.from(begin), n, band, x + b, shifted);
+        }
+        for (; b < tokens; ++b) {
+            shifted[0] = to[b] + begin;
+            products_of<1>(rows.from(begin), n, band, x + b, shifted);
+        }
     }
 }
 

@@ -86,11 +86,13 @@ void choose(const Route &r, const float *logits, int64_t b) {
 
 void route(const Pass &p, const Route &r) {
     std::vector<float> logits(p.tokens * r.experts);
-    std::vector<const float *> x(p.tokens);
-    for (int64_t b = 0; b < p.tokens; ++b) x[b] = p.normed + b * p.hidden;
+    Active x(p.normed, p.tokens, p.hidden, p.many);
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
+        pack(member, exact_way(x), x);
         member.loop(r.experts, 16, [&](int64_t begin, int64_t end) {
-            multiply(r.gate, begin, end, x.data(), p.tokens, logits.data(), r.experts);
+            std::vector<float *> to(p.tokens);
+            for (int64_t b = 0; b < p.tokens; ++b) to[b] = logits.data() + b * r.experts + begin;
+            multiply(r.gate, begin, end, exact_way(x), x, to.data());
         });
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { choose(r, logits.data() + b * r.experts, b); });
     });

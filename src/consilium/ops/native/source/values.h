@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "products.h"
+#include "active.h"
 
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -23,39 +23,24 @@ struct Matrix {
     int64_t rows, columns, type, bias_type;
 };
 
-// Calls use(rows) with the rows from ``first`` on, in the format that they have.
-template <class Use> static inline void rows_of(const Matrix &matrix, int64_t first, Use &&use) {
-    const int64_t groups = (matrix.columns + GROUP - 1) / GROUP;
-    const auto *bytes = static_cast<const uint8_t *>(matrix.data);
-    const auto *scales = static_cast<const Half *>(matrix.scales);
-    switch (matrix.type) {
-        case BFLOAT16:
-            return use(Dense<Bfloat16>{static_cast<const Bfloat16 *>(matrix.data), matrix.columns}.from(first));
-        case INT8: return use(Packed<8>{bytes, scales, groups}.from(first));
-        case INT4: return use(Packed<4>{bytes, scales, groups}.from(first));
-        default: return use(Dense<float>{static_cast<const float *>(matrix.data), matrix.columns}.from(first));
-    }
-}
-
 struct Norm {
     const void *weight;  // null: passes values on
     int64_t type;
     double epsilon;
 };
 
-// Puts the products of rows [begin, end) with every activation into ``out``, [tokens][width], bias included.
-static inline void multiply(const Matrix &matrix, int64_t begin, int64_t end, const float *const *x,
-                            int64_t tokens, float *out, int64_t width) {
-    rows_of(matrix, begin, [&](auto rows) {
-        products(rows, matrix.columns, end - begin, x, tokens,
-                 [&](int64_t row, int64_t b, float value) { out[b * width + begin + row] = value; });
-    });
-    if (!matrix.bias) return;
-    typed(matrix.bias, matrix.bias_type, [&](auto *bias) {
-        for (int64_t b = 0; b < tokens; ++b)
-            for (int64_t row = begin; row < end; ++row) out[b * width + row] += widen(bias[row]);
-    });
+// How products whose activations stay float32 are taken.
+static inline Way exact_way(const Active &x) { return x.many && x.tokens() > FEWEST ? PANELS : FLOATS; }
+
+// How products with a matrix of this type are taken.
+static inline Way way_of(int64_t type, const Active &x) {
+    if (TILED && (type == BFLOAT16 || (x.many && type != FLOAT32))) return TILES;
+    if (exact_way(x) == PANELS) return PANELS;
+    return type == INT8 ? INTEGERS8 : type == INT4 ? INTEGERS4 : FLOATS;
 }
+
+// Puts the products of rows [begin, end) with activation b, packed for ``way``, into to[b], bias included.
+void multiply(const Matrix &matrix, int64_t begin, int64_t end, Way way, const Active &x, float *const *to);
 
 static inline void normalise(const Norm &norm, const float *x, int64_t n, float *out) {
     if (!norm.weight) {
