@@ -1,13 +1,13 @@
-"""Decoding beside transformers and llama.cpp on the same shape, in turn, and the limit that reading sets.
+"""Decoding, or reading prompts, beside transformers and llama.cpp on the same shape, in turn.
 
 usage: python bench/decode.py [--model deepseek-v3:1b] [--batch 1] [--context 512] [--turns 5] [--new 16]
-       [--work FOLDER] [--out bench/records/decode-1-512.json]
+       [--prompts] [--work FOLDER] [--out bench/records/decode-1-512.json]
 
 All begin behind a prompt of random tokens and add tokens greedily; figures are tokens a second of the whole
-batch, of the steps alone. Weights are random, the same in every file of ours. llama.cpp (``pip install
+batch, of the steps alone. With --prompts they are those of the prompts up to the first token behind them. Weights are random, the same in every file of ours. llama.cpp (``pip install
 xllamacpp``) runs in a process of its own for each format, on files that we export, in bfloat16, Q8_0 and
 Q4_0; transformers in bfloat16, with the implementation of experts that it takes by default. What is not
-installed is left out. The limit is what the bytes of the active weights take to read at the best rate seen
+installed is left out. The limit of decoding is what the bytes of the active weights take to read at the best rate seen
 in the run.
 """
 
@@ -61,6 +61,8 @@ class Setting:
     model: Model
     batch: int
     context: int
+    reading: bool = False
+    """Prompts are measured, and no steps behind them."""
 
     def prompts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
@@ -68,12 +70,19 @@ class Setting:
 
 
 def ours(model: Decoder, setting: Setting) -> Contestant:
-    """One engine whose requests never end."""
-    engine = Engine(model)
-    for prompt in setting.prompts():
-        most = model.config.max_length - setting.context
-        engine.submit(Request(prompt=tuple(prompt), max_tokens=most, stop_ids=()))
-    engine.step()
+    """One engine whose requests never end, or of prompts one after the other."""
+
+    def begun_engine() -> Engine:
+        engine = Engine(model)
+        for prompt in setting.prompts():
+            most = model.config.max_length - setting.context
+            engine.submit(Request(prompt=tuple(prompt), max_tokens=most, stop_ids=()))
+        engine.step()
+        return engine
+
+    if setting.reading:
+        return lambda new: _read(setting, begun_engine)
+    engine = begun_engine()
 
     def run(new: int) -> float:
         begun = time.perf_counter()
@@ -84,12 +93,24 @@ def ours(model: Decoder, setting: Setting) -> Contestant:
     return run
 
 
+def _read(setting: Setting, read: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    read()
+    return setting.batch * setting.context / (time.perf_counter() - begun)
+
+
 def transformers(setting: Setting) -> Contestant:
     library: Any = importlib.import_module("transformers")
     config = library.AutoConfig.for_model(**to_hugging_face(setting.model, dtype="bfloat16"))
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    with torch.inference_mode():
-        state = model(torch.tensor(setting.prompts()), use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def read() -> Any:
+        return model(torch.tensor(setting.prompts()), use_cache=True, logits_to_keep=1)
+
+    if setting.reading:
+        return lambda new: _read(setting, read)
+    state = read()
     cache, newest_B1 = state.past_key_values, state.logits[:, -1:].argmax(-1)
 
     def run(new: int) -> float:
@@ -106,7 +127,7 @@ def transformers(setting: Setting) -> Contestant:
 def llama_cpp(file: Path, setting: Setting) -> Iterator[Contestant]:
     """A process of its own; of several sequences each is asked for in a request of its own, at once."""
     command = [sys.executable, __file__, "--serve", str(file), "--batch", str(setting.batch)]
-    command += ["--context", str(setting.context)]
+    command += ["--context", str(setting.context), *(["--prompts"] if setting.reading else [])]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -128,29 +149,33 @@ def llama_cpp(file: Path, setting: Setting) -> Iterator[Contestant]:
         child.wait()
 
 
-def serve(file: str, batch: int, context: int) -> None:
+def serve(file: str, setting: Setting) -> None:
     """Answer requests on standard input with tokens a second."""
     library: Any = importlib.import_module("xllamacpp")
     params = library.CommonParams()
     params.model.path = file
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = batch * (context + 512), batch, 0
+    params.n_ctx, params.n_parallel = setting.batch * (setting.context + 512), setting.batch
+    params.n_gpu_layers = 0
     params.warmup, params.verbosity = False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
     server = library.Server(params)
     for line in sys.stdin:
         asked = json.loads(line)
-        print("answer:", _asked(server, asked["prompts"], asked["new"]), flush=True)
+        print("answer:", _asked(server, setting, asked["prompts"], asked["new"]), flush=True)
 
 
-def _asked(server: Any, prompts: Sequence[Sequence[int]], new: int) -> float:
+def _asked(server: Any, setting: Setting, prompts: Sequence[Sequence[int]], new: int) -> float:
     """Of a request for some tokens more than one, less a request for one: the prompts are in its cache."""
 
     def seconds(tokens: int) -> float:
         request = {"prompt": prompts if len(prompts) > 1 else prompts[0], "n_predict": tokens}
+        request |= {"temperature": 0.0, "cache_prompt": not setting.reading, "ignore_eos": True}
         begun = time.perf_counter()
-        server.handle_completions(request | {"temperature": 0.0, "cache_prompt": True, "ignore_eos": True})
+        server.handle_completions(request)
         return time.perf_counter() - begun
 
+    if setting.reading:
+        return setting.batch * setting.context / seconds(1)
     return new * len(prompts) / (seconds(new + 1) - seconds(1))
 
 
@@ -228,12 +253,18 @@ def measure(setting: Setting, turns: int, new: int, work: Path) -> Iterator[Figu
     yield once("read", "GB/s", max(rates) / 1e9)
     active = parameters(setting.model).active_without_input_embedding
     for name, values in speeds.items():
-        rival = f"llama.cpp {name.split()[-1]}"
-        against = rival if name.startswith("consilium") and rival in speeds else None
+        against = _fastest_rival(name, speeds) if name.startswith("consilium") else None
         yield _figure(name, values, against, speeds)
-        if name.startswith("consilium") and setting.batch == 1:
+        if name.startswith("consilium") and setting.batch == 1 and not setting.reading:
             limit = max(rates) / (active * BITS[name.split()[-1]] / 8)
             yield once(f"{name}, share of what reading allows", "share", statistics.median(values) / limit)
+
+
+def _fastest_rival(name: str, speeds: Mapping[str, Sequence[float]]) -> str | None:
+    """Of those with weights in the same format."""
+    kind = name.split()[-1]
+    rivals = [other for other in speeds if other.endswith(kind) and not other.startswith("consilium")]
+    return max(rivals, key=lambda other: statistics.median(speeds[other]), default=None)
 
 
 def _figure(
@@ -261,24 +292,26 @@ def main() -> int:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="keep the files of all contestants here; default: nowhere")
+    parser.add_argument("--prompts", action="store_true", help="measure reading of prompts")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve(options.serve, options.batch, options.context)
-        return 0
     torch.set_num_threads(threads())
     name, _, size = options.model.partition(":")
     longest = options.context + 2048
     model = dataclasses.replace(catalogue.recipe(name, size or None), mtp=MTP(), max_length=longest)
-    words = f"--model {options.model} --batch {options.batch} --context {options.context}"
-    setting = Setting(model, options.batch, options.context)
+    setting = Setting(model, options.batch, options.context, options.prompts)
+    if options.serve:
+        serve(options.serve, setting)
+        return 0
+    reading = " --prompts" if options.prompts else ""
+    words = f"--model {options.model} --batch {options.batch} --context {options.context}{reading}"
     with tempfile.TemporaryDirectory(prefix="consilium-decode-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         prepare(model, work)
         figures = tuple(measure(setting, options.turns, options.new, work))
     made = record(
-        f"decode-{options.batch}-{options.context}",
+        f"{'prompts' if options.prompts else 'decode'}-{options.batch}-{options.context}",
         f"python bench/decode.py {words} --turns {options.turns} --new {options.new}",
         figures,
     )

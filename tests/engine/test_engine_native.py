@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +12,12 @@ from hypothesis import strategies as st
 
 from consilium.config.model import Model
 from consilium.engine.engine import Engine
-from consilium.engine.request import Sampling
+from consilium.engine.request import Request, Sampling
 from consilium.model import native
+from consilium.model.packing import pack
 from consilium.moe.types import Activations, Mode, Routing, Tokens
 from consilium.ops.rows import Rows
+from consilium.ops.weights import Packing
 from kernels import HERE, kernels_of
 from small import DEEPSEEK, KINDS, lively
 
@@ -44,6 +49,59 @@ def test_tokens_are_those_of_modules(
     found = Engine(model).complete(given_, **asked)
     assert found == on_modules(model).complete(given_, **asked)
     assert found == [Engine(model).complete([prompt], **asked)[0] for prompt in given_]
+
+
+def together(
+    model: native.Decoder, asked: list[tuple[tuple[int, ...], int]], seed: int
+) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+    """All answers to each prompt of requests that come and go at random."""
+    engine, random = Engine(model), Random(seed)
+    waiting, running = list(asked), dict[int, tuple[tuple[int, ...], list[int]]]()
+    random.shuffle(waiting)
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    while waiting or running:
+        while waiting and (not running or random.random() < 0.4):
+            prompt, most = waiting.pop()
+            number = engine.submit(Request(prompt=prompt, max_tokens=most, stop_ids=()))
+            running[number] = prompt, []
+        for piece in engine.step():
+            prompt, tokens = running[piece.request]
+            tokens.append(piece.token)
+            if piece.finished is not None:
+                del running[piece.request]
+                found.setdefault(prompt, set()).add(tuple(tokens))
+        if running and random.random() < 0.05:
+            engine.cancel(gone := random.choice(sorted(running)))
+            waiting.append((running.pop(gone)[0], asked[0][1]))
+    return found
+
+
+def one_answer_each(model: native.Decoder, requests: int, tokens: int) -> None:
+    random = Random(0)
+    prompts = [
+        tuple(random.randrange(300) for _ in range(random.choice((1, 3, 17, 40, 90)))) for _ in range(10)
+    ]
+    found = together(model, [(prompts[i % 10], tokens) for i in range(requests)], seed=requests)
+    alone = [together(model, [(prompt, tokens)], seed=0) for prompt in prompts]
+    assert found == {prompt: answers for one in alone for prompt, answers in one.items()}
+    assert all(len(answers) == 1 for answers in found.values())
+
+
+@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+def test_fifty_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) -> None:
+    model = lively(DEEPSEEK).bfloat16()
+    if packing is not None:
+        pack(model, packing)
+    one_answer_each(model, 50, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+def test_a_thousand_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) -> None:
+    model = lively(dataclasses.replace(DEEPSEEK, max_length=512)).bfloat16()
+    if packing is not None:
+        pack(model, packing)
+    one_answer_each(model, 1000, 24)
 
 
 def test_loads_are_counted_as_by_modules() -> None:

@@ -30,7 +30,9 @@ CHECKS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-
 def decode(config: Model, packing: str | None) -> None:
     """Rows of several lengths, a cache that is just long enough."""
     model = lively(dataclasses.replace(config, hidden_size=36)).eval()
-    if packing is not None:
+    if packing == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif packing is not None:
         pack(model, "int8" if packing == "int8" else "int4")
     prepared = NativeDecoder.of(model)
     assert prepared is not None
@@ -38,6 +40,11 @@ def decode(config: Model, packing: str | None) -> None:
     for step in range(9):
         inputs = Inputs(torch.arange(5)[:, None], position_BS=torch.full((5, 1), step))
         logits = prepared.step(inputs, cache, Options(mode=Mode(counts_only=True))).logits
+    assert torch.isfinite(logits).all()
+    cache = build_cache(model.config, batch=1, capacity=50, dtype=torch.float32)
+    for first, length in ((0, 3), (3, 33), (36, 14)):
+        inputs = Inputs(torch.arange(length)[None], position_BS=torch.arange(first, first + length)[None])
+        logits = prepared.read(inputs, cache, Options(mode=Mode(counts_only=True))).logits
     assert torch.isfinite(logits).all()
 
 
@@ -50,7 +57,7 @@ def main(folder: str) -> int:
     native.kernels = lambda: kernels
     torch.set_num_threads(2)
     for config in KINDS.values():
-        for packing in (None, "int8", "int4"):
+        for packing in (None, "bfloat16", "int8", "int4"):
             decode(config, packing)
     print("clean")
     return 0

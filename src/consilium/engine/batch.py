@@ -26,6 +26,8 @@ from consilium.model.native import NativeDecoder
 from consilium.model.types import Inputs, Options, Output
 
 FEWEST_SLOTS: Final = 256
+PROMPT_PART: Final = 512
+"""Tokens of a prompt that are computed at once, at fixed places: experts are read once for all of them."""
 
 
 class TextStream(Protocol):
@@ -71,6 +73,8 @@ class Batch:
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> Tensor:
         """[B, V] logits after the last token of each new row: the head reads no other state."""
+        if self._native is not None and self._native.reads_prompts:
+            return torch.cat([self._read(self._native, row) for row in rows])
         longest = max(len(row.tokens) for row in rows)
         ids_BS = self._tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
         lengths_B = self._tensor([len(row.tokens) for row in rows])
@@ -83,6 +87,20 @@ class Batch:
         return self._model.logits(
             hidden.final_BSD[torch.arange(len(rows), device=self._device), lengths_B - 1]
         )
+
+    def _read(self, native: NativeDecoder, row: Row) -> Tensor:
+        """[1, V] logits after the last token of a row that joins, whose prompt is read part by part."""
+        tokens, place = row.tokens, len(self.rows)
+        cache = self._part(place, 1, len(tokens))
+        logits_1V = torch.empty(0)
+        for first in range(0, len(tokens), PROMPT_PART):
+            ids_1S = self._tensor([tokens[first : first + PROMPT_PART]])
+            position_1S = torch.arange(first, first + ids_1S.shape[1])[None]
+            output = native.read(Inputs(ids_1S, position_BS=position_1S), cache, self._options)
+            self.loads.add(output.reports.values())
+            logits_1V = output.logits[:, 0]
+        self.rows.append(row)
+        return logits_1V
 
     @torch.inference_mode()
     def decode(self) -> Tensor:

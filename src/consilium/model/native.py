@@ -1,4 +1,4 @@
-"""Steps of decoding by the native kernels: one call for all layers whose router they know.
+"""Passes over a cache by the native kernels: one call for all layers whose router they know.
 
 Legend: B sequences, D hidden size, K choices a token, E experts, M MoE layers.
 """
@@ -53,11 +53,12 @@ class _Unknown(Exception):
 @final
 @dataclass(frozen=True, slots=True)
 class NativeDecoder:
-    """The values of ``Decoder.forward`` for one new token of each sequence, within rounding.
+    """The values of ``Decoder.forward`` with a cache, within rounding.
 
-    States are float32 from the first layer to the last, whatever the dtype of the weights, and every value is
-    summed in one order: what other sequences are in the batch changes no bit. Prepared for weights that stay
-    where they are; what is written into them counts.
+    They are of one new token of each sequence, or of a part of a prompt. States are float32 from the first
+    layer to the last, whatever the dtype of the weights, and every value is summed in one order: what other
+    sequences are in the batch changes no bit. Prepared for weights that stay where they are; what is written
+    into them counts.
     """
 
     model: Decoder
@@ -85,6 +86,16 @@ class NativeDecoder:
         return NativeDecoder(model, found, layers, head, choices, max(layer.feed.experts for layer in layers))
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether ``read`` is for this model, and the faster way: MKL is best at products of float32.
+
+        Where all tokens decide together who goes where, parts are another answer than the whole.
+        """
+        moe = self.model.config.moe
+        narrow = self.layers[0].attend.output.type != TYPES[torch.float32]
+        return narrow and (moe is None or moe.causal)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks with experts."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.feed.experts)
@@ -95,18 +106,32 @@ class NativeDecoder:
 
         ``options`` ask for nothing that training or an observer needs.
         """
-        model = self.model
-        context = build_context(model.config.attention, inputs.positions().contiguous(), cached=True)
-        x_BD = model.embedded(inputs.ids_BS, options)[:, 0].float()
+        x_BD, reports = self._pass(inputs, cache, options, many=False)
+        return Output(self._logits(x_BD)[:, None], reports, {})
+
+    @torch.inference_mode()
+    def read(self, inputs: Inputs, cache: Cache, options: Options) -> Output:
+        """Logits [1, 1, V] and reports after a part of a prompt, [1, S] tokens behind those that are cached.
+
+        A token's values depend on what came before it and on the tokens of its part, on nothing else.
+        """
+        x_SD, reports = self._pass(inputs, cache, options, many=True)
+        return Output(self._logits(x_SD[-1:])[:, None], reports, {})
+
+    def _pass(
+        self, inputs: Inputs, cache: Cache, options: Options, *, many: bool
+    ) -> tuple[Tensor, Mapping[int, Report]]:
+        """States after all layers [B, D], or [S, D] of a part of a prompt."""
+        context = build_context(self.model.config.attention, inputs.positions().contiguous(), cached=True)
+        x_BD = self.model.embedded(inputs.ids_BS, options).flatten(0, 1).float()
         buffers = _Buffers.of(x_BD, self.choices, len(self.moe_layers), self.experts)
-        shared = _pass(buffers, context, many=False)
+        shared = _shared(buffers, context, many=many)
         layers = (Layer * len(self.layers))(*self.layers)
         views = [cache.layer(index).view(context.keys) for index in range(len(layers))]
         for layer, view in zip(layers, views, strict=True):
             _fill(layer.attend, view)
             layer.routed = layer.routed and options.mode.override is None
-        reports = self._run(shared, layers, buffers, inputs.tokens(), options)
-        return Output(self._logits(buffers.x_BD)[:, None], reports, {})
+        return buffers.x_BD, self._run(shared, layers, buffers, inputs.tokens(), options)
 
     def _run(
         self, shared: Pass, layers: ctypes.Array[Layer], buffers: _Buffers, tokens: Tokens, options: Options
@@ -170,7 +195,7 @@ def _counted(index: int, counts_E: Tensor, tokens: Tokens) -> Report:
     return Report(index, {}, counts_E, counts_E, tokens.valid_T.sum(), None)
 
 
-def _pass(buffers: _Buffers, context: Context, *, many: bool) -> Pass:
+def _shared(buffers: _Buffers, context: Context, *, many: bool) -> Pass:
     return Pass(
         torch.get_num_threads(),
         *buffers.x_BD.shape,

@@ -34,6 +34,9 @@ class Active {
         if (way == PANELS) panels.resize(panel_values(tokens(), width));
     }
 
+    // Whether integers are there, which others packed.
+    bool holds(Way way) const { return way == INTEGERS8 ? eight.size() : way == INTEGERS4 ? four.size() : false; }
+
     // How many parts ``pack`` has, which threads may share.
     static constexpr int64_t PART = 32;
     int64_t parts() const { return (tokens() + PART - 1) / PART; }
@@ -69,4 +72,10 @@ template <class Member> static inline void pack(Member &member, Way way, Active 
     if (way == FLOATS) return;
     member.loop(1, 1, [&](int64_t, int64_t) { x.want(way); });
     member.loop(x.parts(), 1, [&](int64_t part, int64_t) { x.pack(way, part); });
+}
+
+// The same by one thread.
+static inline void pack_alone(Way way, Active &x) {
+    x.want(way);
+    for (int64_t part = 0; part < x.parts(); ++part) x.pack(way, part);
 }

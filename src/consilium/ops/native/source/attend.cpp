@@ -3,16 +3,11 @@
 //
 // Legend: B tokens, D hidden, H heads, G heads of keys, K width of a head, N its part without position, R
 // rotated pairs, V width of a value, Z rank of the latent, C values of a cached row.
-#include <utility>
 #include <vector>
 
-#include "attention.h"
-#include "pool.h"
-#include "layers.h"
+#include "rows.h"
 
 namespace {
-
-constexpr int64_t PIECE = 64;  // rows of a matrix that a thread takes at once
 
 // Pairs (2i, 2i + 1), or (i, i + R).
 void rotate(float *x, const float *cos, const float *sin, int64_t pairs, bool interleaved) {
@@ -24,61 +19,10 @@ void rotate(float *x, const float *cos, const float *sin, int64_t pairs, bool in
     }
 }
 
-// Values of every token, one row after the other.
-struct Rows {
-    std::vector<float> data;
-    Active active;
-    std::vector<float *> at;
-
-    Rows(const Pass &p, int64_t width) : data(p.tokens * width), active(data.data(), p.tokens, width, p.many) {
-        for (int64_t b = 0; b < p.tokens; ++b) at.push_back(data.data() + b * width);
-    }
-    float *operator[](int64_t b) { return at[b]; }
-    int64_t width() const { return active.width; }
-};
-
-using Product = std::pair<const Matrix *, Rows *>;
-
-// Products of the same activations with several matrices, shared among the threads.
-void multiply_all(Team::Member &member, std::initializer_list<Product> products, Rows &x) {
-    int64_t pieces = 0;
-    bool packed[WAYS] = {};
-    for (auto &[matrix, out] : products) {
-        const Way way = way_of(matrix->type, x.active);
-        if (!std::exchange(packed[way], true)) pack(member, way, x.active);
-    }
-    for (auto &[matrix, out] : products) pieces += (matrix->rows + PIECE - 1) / PIECE;
-    member.loop(pieces, 1, [&](int64_t piece, int64_t) {
-        for (auto &[matrix, out] : products) {
-            const int64_t own = (matrix->rows + PIECE - 1) / PIECE;
-            if (piece < own) {
-                const int64_t begin = piece * PIECE, end = std::min(begin + PIECE, matrix->rows);
-                std::vector<float *> to(out->at);
-                for (float *&at : to) at += begin;
-                return multiply(*matrix, begin, end, way_of(matrix->type, x.active), x.active, to.data());
-            }
-            piece -= own;
-        }
-    });
-}
-
-template <class T> Slots<T> slots_of(const Attend &a, int64_t b) {
-    auto *storage = static_cast<const T *>(a.storage);
-    if (a.table) return {storage, a.table + b * a.table_width, a.page, a.row, a.slots};
-    return {storage + b * a.page, nullptr, a.page, a.row, a.slots};
-}
-
-// Where the row of a new token is to be written, as an index of the storage.
-int64_t place(const Pass &p, const Attend &a, int64_t b) {
-    const int64_t slot = p.position[b];
-    if (!a.table) return b * a.page + slot * a.row;
-    return a.table[b * a.table_width + slot / a.slots] * a.page + slot % a.slots * a.row;
-}
-
 void attend_cached(const Pass &p, const Attend &a, int64_t b, const Heads &heads, int64_t count) {
     typed(static_cast<const void *>(a.storage), a.cache_type, [&](auto *data) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-        attend_heads(heads, count, slots_of<T>(a, b), p.position[b] + 1);
+        attend_heads(heads, count, slots_of<T>(p, a, b), p.position[b] + 1);
     });
 }
 
@@ -112,14 +56,32 @@ void keep_grouped(const Pass &p, const Attend &a, Rows &q, Rows &k, Rows &v, int
     write(v[b], v.width(), a.storage, a.cache_type, place(p, a, b) + k.width());
 }
 
+// What comes before attention, attention of few tokens or of a part of a prompt, and what comes behind it.
+template <class Before, class Between>
+void run(const Pass &p, const Attend &a, bool latent, Before &&before, Between &&between, Rows &q, Rows &mixed,
+         Rows &out) {
+    auto behind = [&](Team::Member &member) {
+        multiply_all(member, {{&a.output, &out}}, mixed);
+        member.loop(p.tokens, 1, [&](int64_t b, int64_t) { finish(p, a, out, b); });
+    };
+    const int threads = static_cast<int>(p.threads);
+    if (!p.many)
+        return team().run(threads, [&](Team::Member &member) { before(member), between(member), behind(member); });
+    team().run(threads, before);
+    attend_prompt(p, a, latent, q, mixed);
+    team().run(threads, behind);
+}
+
 void grouped(const Pass &p, const Attend &a) {
     const int64_t each = a.heads / a.kv_heads;
     Rows x(p, p.hidden), q(p, a.heads * a.key), k(p, a.kv_heads * a.key), v(p, a.kv_heads * a.key);
     Rows mixed(p, a.heads * a.key), out(p, p.hidden);
-    team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
+    auto before = [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
         multiply_all(member, {{&a.query, &q}, {&a.keys, &k}, {&a.values, &v}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_grouped(p, a, q, k, v, b); });
+    };
+    auto between = [&](Team::Member &member) {
         member.loop(p.tokens * a.kv_heads, 1, [&](int64_t unit, int64_t) {
             const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads;
             std::vector<const float *> queries(each);
@@ -132,9 +94,8 @@ void grouped(const Pass &p, const Attend &a) {
                               a.key,          a.key,         static_cast<float>(a.softcap)};
             attend_cached(p, a, b, heads, each);
         });
-        multiply_all(member, {{&a.output, &out}}, mixed);
-        member.loop(p.tokens, 1, [&](int64_t b, int64_t) { finish(p, a, out, b); });
-    });
+    };
+    run(p, a, false, before, between, q, mixed, out);
 }
 
 // The latent after its norm, then the shared key, go to the cache.
@@ -143,6 +104,14 @@ void keep_latent(const Pass &p, const Attend &a, Rows &down, Rows &rows, int64_t
     normalise(a.key_norm, rows[b], a.rank, rows[b]);
     rotate(rows[b] + a.rank, p.cos + b * a.pairs, p.sin + b * a.pairs, a.pairs, a.interleaved);
     write(rows[b], rows.width(), a.storage, a.cache_type, place(p, a, b));
+}
+
+// Rotation and scale of every head's query.
+void turn_queries(const Pass &p, const Attend &a, Rows &q, int64_t b) {
+    const int64_t wide = a.nope + 2 * a.pairs;
+    for (int64_t h = 0; h < a.heads; ++h)
+        rotate(q[b] + h * wide + a.nope, p.cos + b * a.pairs, p.sin + b * a.pairs, a.pairs, a.interleaved);
+    for (int64_t i = 0; i < q.width(); ++i) q[b][i] *= static_cast<float>(a.scale);
 }
 
 // (q W_UK) c = q (W_UK c): heads [first, last) of a token's queries move into the latent space, and what they
@@ -158,9 +127,7 @@ void absorbed(const Pass &p, const Attend &a, Rows &q, Rows &mixed, int64_t b, i
             auto *own = up + (first + h) * (a.nope + a.value) * a.rank;
             const float *share = query;
             mix<1>(own, a.rank, a.rank, a.nope, &share, &to);
-            rotate(query + a.nope, p.cos + b * a.pairs, p.sin + b * a.pairs, a.pairs, a.interleaved);
             std::copy_n(query + a.nope, 2 * a.pairs, to + a.rank);
-            for (int64_t i = 0; i < width; ++i) to[i] *= static_cast<float>(a.scale);
             queries[h] = to, values[h] = found.data() + h * a.rank, latents[h] = values[h];
         }
         attend_cached(p, a, b, {queries.data(), values.data(), 0, 0, width, a.rank, 0.0f}, count);
@@ -178,18 +145,20 @@ void latent(const Pass &p, const Attend &a) {
     Rows x(p, p.hidden), down(p, two ? a.query.rows : 0), rows(p, a.keys.rows);
     Rows q(p, a.heads * (a.nope + 2 * a.pairs)), mixed(p, a.heads * a.value), out(p, p.hidden);
     const int64_t groups = (a.heads + HEADS - 1) / HEADS;
-    team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
+    auto before = [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
         multiply_all(member, {{&a.query, two ? &down : &q}, {&a.keys, &rows}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_latent(p, a, down, rows, b); });
         if (two) multiply_all(member, {{&a.query_up, &q}}, down);
+        member.loop(p.tokens, 1, [&](int64_t b, int64_t) { turn_queries(p, a, q, b); });
+    };
+    auto between = [&](Team::Member &member) {
         member.loop(p.tokens * groups, 1, [&](int64_t unit, int64_t) {
             const int64_t first = unit % groups * HEADS;
             absorbed(p, a, q, mixed, unit / groups, first, std::min(first + HEADS, a.heads));
         });
-        multiply_all(member, {{&a.output, &out}}, mixed);
-        member.loop(p.tokens, 1, [&](int64_t b, int64_t) { finish(p, a, out, b); });
-    });
+    };
+    run(p, a, true, before, between, q, mixed, out);
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ template <int B, class T> static inline void attend(const Heads &heads, const Sl
         logits_of<B>(heads, slots, first, count, logits);
         for (int b = 0; b < B; ++b) {
             const float before = largest[b];
-            largest[b] = std::max(before, *std::max_element(logits[b], logits[b] + count));
+            largest[b] = std::max(before, largest_of(logits[b], count));
             const float shrunk = first ? exponential(before - largest[b]) : 0.0f;
             total[b] = total[b] * shrunk + shares_of(logits[b], count, largest[b]);
             if (first && shrunk != 1.0f)

@@ -84,11 +84,6 @@ Way way_between(const Visit &visit) { return way_of(visit.down.type, visit.betwe
 
 bool is_rounded(Way way) { return way == INTEGERS8 || way == INTEGERS4; }
 
-void pack_alone(Way way, Active &x) {
-    x.want(way);
-    for (int64_t part = 0; part < x.parts(); ++part) x.pack(way, part);
-}
-
 // What enters each network. Rounded integers are those of the token, whoever reads them.
 void enter(Team::Member &member, std::vector<Visit> &visits, Active &tokens) {
     bool packed[WAYS] = {};
@@ -98,7 +93,7 @@ void enter(Team::Member &member, std::vector<Visit> &visits, Active &tokens) {
     }
     member.loop(static_cast<int64_t>(visits.size()), 1, [&](int64_t v, int64_t) {
         visits[v].in = Active::some(tokens, visits[v].token);
-        if (!is_rounded(way_in(visits[v]))) pack_alone(way_in(visits[v]), visits[v].in);
+        if (!visits[v].in.holds(way_in(visits[v]))) pack_alone(way_in(visits[v]), visits[v].in);
     });
 }
 

@@ -116,6 +116,17 @@ static inline void narrow(float value, Bfloat16 *to) {
     to->bits = number ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
 }
 
+static inline void narrow_row(const float *from, int64_t count, float *to) { std::memcpy(to, from, count * sizeof *to); }
+
+static inline void narrow_row(const float *from, int64_t count, Bfloat16 *to) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        to[i].bits = static_cast<uint16_t>((bits & 0x7fffffffu) <= 0x7f800000u ? rounded : 0x7fc0u);
+    }
+}
+
 // The first ``count`` values, fewer than LANES, and zeros behind them: nothing beyond is read.
 template <class T> static inline Vector load_part(const T *from, int64_t count) {
     float values[LANES] = {};
@@ -124,6 +135,21 @@ template <class T> static inline Vector load_part(const T *from, int64_t count) 
 }
 
 static inline Vector spread(float value) { return Vector{} + value; }
+
+static inline float largest_of(const float *values, int64_t count) {
+    float largest = values[0];
+    int64_t i = 0;
+    if (count >= LANES) {
+        Vector most = load(values);
+        for (i = LANES; i + LANES <= count; i += LANES) {
+            const Vector next = load(values + i);
+            most = next > most ? next : most;
+        }
+        for (int lane = 0; lane < LANES; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+    }
+    for (; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+    return largest;
+}
 
 static inline float sum(Vector value) {
     float lanes[LANES];

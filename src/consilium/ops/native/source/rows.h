@@ -1,0 +1,68 @@
+// Values of every token of a call, and what is done with all of them.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "layers.h"
+#include "pool.h"
+
+constexpr int64_t PIECE = 64;  // rows of a matrix that a thread takes at once
+
+// Values of every token, one row after the other.
+struct Rows {
+    std::vector<float> data;
+    Active active;
+    std::vector<float *> at;
+
+    Rows(const Pass &p, int64_t width) : data(p.tokens * width), active(data.data(), p.tokens, width, p.many) {
+        for (int64_t b = 0; b < p.tokens; ++b) at.push_back(data.data() + b * width);
+    }
+    float *operator[](int64_t b) { return at[b]; }
+    int64_t width() const { return active.width; }
+};
+
+using Product = std::pair<const Matrix *, Rows *>;
+
+// Products of the same activations with several matrices, shared among the threads.
+static inline void multiply_all(Team::Member &member, std::initializer_list<Product> products, Rows &x) {
+    int64_t pieces = 0;
+    bool packed[WAYS] = {};
+    for (auto &[matrix, out] : products) {
+        const Way way = way_of(matrix->type, x.active);
+        if (!std::exchange(packed[way], true)) pack(member, way, x.active);
+    }
+    for (auto &[matrix, out] : products) pieces += (matrix->rows + PIECE - 1) / PIECE;
+    member.loop(pieces, 1, [&](int64_t piece, int64_t) {
+        for (auto &[matrix, out] : products) {
+            const int64_t own = (matrix->rows + PIECE - 1) / PIECE;
+            if (piece < own) {
+                const int64_t begin = piece * PIECE, end = std::min(begin + PIECE, matrix->rows);
+                std::vector<float *> to(out->at);
+                for (float *&at : to) at += begin;
+                return multiply(*matrix, begin, end, way_of(matrix->type, x.active), x.active, to.data());
+            }
+            piece -= own;
+        }
+    });
+}
+
+// Which sequence a token is of.
+static inline int64_t sequence(const Pass &p, int64_t b) { return p.many ? 0 : b; }
+
+template <class T> static inline Slots<T> slots_of(const Pass &p, const Attend &a, int64_t b) {
+    auto *storage = static_cast<const T *>(a.storage);
+    if (a.table) return {storage, a.table + sequence(p, b) * a.table_width, a.page, a.row, a.slots};
+    return {storage + sequence(p, b) * a.page, nullptr, a.page, a.row, a.slots};
+}
+
+// Where the row of a new token is to be written, as an index of the storage.
+static inline int64_t place(const Pass &p, const Attend &a, int64_t b) {
+    const int64_t slot = p.position[b], own = sequence(p, b);
+    if (!a.table) return own * a.page + slot * a.row;
+    return a.table[own * a.table_width + slot / a.slots] * a.page + slot % a.slots * a.row;
+}
+
+// Attention of a part of a prompt over all cached rows up to each of its tokens: ``q`` into ``mixed``.
+void attend_prompt(const Pass &pass, const Attend &call, bool latent, Rows &q, Rows &mixed);
