@@ -4,11 +4,11 @@ usage: python bench/decode.py [--model deepseek-v3:1b] [--batch 1] [--context 51
        [--prompts] [--work FOLDER] [--out bench/records/decode-1-512.json]
 
 All begin behind a prompt of random tokens and add tokens greedily; figures are tokens a second of the whole
-batch, of the steps alone. With --prompts they are those of the prompts up to the first token behind them. Weights are random, the same in every file of ours. llama.cpp (``pip install
-xllamacpp``) runs in a process of its own for each format, on files that we export, in bfloat16, Q8_0 and
-Q4_0; transformers in bfloat16, with the implementation of experts that it takes by default. What is not
-installed is left out. The limit of decoding is what the bytes of the active weights take to read at the best rate seen
-in the run.
+batch, of the steps alone. With --prompts they are those of the prompts, up to the first token behind them.
+Weights are random, the same in every file of ours. llama.cpp (``pip install xllamacpp``) runs in a process of
+its own for each format, on files that we export, in bfloat16, Q8_0 and Q4_0; transformers in bfloat16, with
+the implementation of experts that it takes by default. What is not installed is left out. The limit of
+decoding is what the bytes of the active weights take to read at the best rate seen in the run.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def measure(setting: Setting, turns: int, new: int, work: Path) -> Iterator[Figu
 
 def _fastest_rival(name: str, speeds: Mapping[str, Sequence[float]]) -> str | None:
     """Of those with weights in the same format."""
-    kind = name.split()[-1]
+    kind = name.rsplit(maxsplit=1)[-1]
     rivals = [other for other in speeds if other.endswith(kind) and not other.startswith("consilium")]
     return max(rivals, key=lambda other: statistics.median(speeds[other]), default=None)
 

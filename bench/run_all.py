@@ -46,12 +46,16 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
         for name in ("processes", "costs")
     }
     decoding = {
-        f"decode-{batch}-{context}": (
+        f"{kind}-{batch}-{context}": (
             *(sys.executable, str(ROOT / "bench" / "decode.py"), "--out"),
-            str(records / f"decode-{batch}-{context}.json"),
+            str(records / f"{kind}-{batch}-{context}.json"),
             *("--batch", str(batch), "--context", str(context)),
+            *(("--prompts",) if kind == "prompts" else ()),
         )
-        for batch, context in ((1, 512), (8, 512), (1, 8192))
+        for kind, batch, context in (
+            *(("decode", 1, 512), ("decode", 8, 512), ("decode", 1, 8192)),
+            *(("prompts", 1, 512), ("prompts", 1, 4096)),
+        )
     }
     return {"filters": sieve, **commands, **scripts, **decoding, "jacobs": study}
 

@@ -30,8 +30,8 @@ class Active {
     void want(Way way) {
         if (way == INTEGERS8 && !eight.size()) eight.reserve(tokens(), width);
         if (way == INTEGERS4 && !four.size()) four.reserve(tokens(), width);
-        if (way == TILES) tiles.resize(tile_values(tokens(), width));
-        if (way == PANELS) panels.resize(panel_values(tokens(), width));
+        if (way == TILES) tiles.want(tile_values(tokens(), width));
+        if (way == PANELS) panels.want(panel_values(tokens(), width));
     }
 
     // Whether integers are there, which others packed.
@@ -63,8 +63,8 @@ class Active {
 
     Quantised<8> eight;
     Quantised<4> four;
-    std::vector<Bfloat16> tiles;
-    std::vector<float> panels;
+    Buffer<Bfloat16> tiles;
+    Buffer<float> panels;
 };
 
 // What products of ``way`` read, packed by the threads of a region.

@@ -100,8 +100,8 @@ void enter(Team::Member &member, std::vector<Visit> &visits, Active &tokens) {
 // Hidden values [begin, end) of every token that visits.
 void widen_visit(const Feed &f, const Visit &visit, int64_t begin, int64_t end, float *hidden, int64_t stride) {
     const int64_t tokens = visit.in.tokens(), count = end - begin;
-    std::vector<float> gate(tokens * count), up(gated(f) ? tokens * count : 0);
-    auto fill = [&](int64_t row, std::vector<float> &values) {
+    const Buffer<float> gate(tokens * count), up(gated(f) ? tokens * count : 0);
+    auto fill = [&](int64_t row, const Buffer<float> &values) {
         std::vector<float *> to(tokens);
         for (int64_t b = 0; b < tokens; ++b) to[b] = values.data() + b * count;
         multiply(visit.up, visit.first_up + row, visit.first_up + row + count, way_in(visit), visit.in, to.data());
@@ -164,7 +164,7 @@ void each_piece(Team::Member &member, const std::vector<Visit> &visits, Count &&
 void networks(const Pass &p, const Feed &f, float *out) {
     std::vector<Visit> visits = visits_of(p, f);
     const int64_t stride = std::max(f.width, f.shared_width), pairs = p.tokens * (f.choices + 1);
-    std::vector<float> hidden(pairs * stride);
+    const Buffer<float> hidden(pairs * stride);
     Active tokens(p.normed, p.tokens, p.hidden, p.many);
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
         enter(member, visits, tokens);
@@ -186,7 +186,7 @@ void networks(const Pass &p, const Feed &f, float *out) {
 }
 
 void feed(const Pass &p, const Feed &f) {
-    std::vector<float> out(p.tokens * (f.choices + 1) * p.hidden);
+    const Buffer<float> out(p.tokens * (f.choices + 1) * p.hidden);
     networks(p, f, out.data());
     team().run(static_cast<int>(p.threads), [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { gather(p, f, out.data(), b); });

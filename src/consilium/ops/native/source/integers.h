@@ -34,8 +34,8 @@ template <int BITS> class Quantised {
     void reserve(int64_t tokens, int64_t n) {
         width = n;
         groups = ((n + GROUP - 1) / GROUP + GROUPS<BITS> - 1) / GROUPS<BITS> * GROUPS<BITS>;
-        values.resize(tokens * groups * GROUP), scales.resize(tokens * groups);
-        offsets.resize(tokens * groups * PARTS<BITS>);
+        values.want(tokens * groups * GROUP), scales.want(tokens * groups);
+        offsets.want(tokens * groups * PARTS<BITS>);
         for (int64_t b = 0; b < tokens; ++b)
             at.push_back({values.data() + b * groups * GROUP, scales.data() + b * groups,
                           offsets.data() + b * groups * PARTS<BITS>});
@@ -48,7 +48,7 @@ template <int BITS> class Quantised {
             const int64_t have = std::min<int64_t>(GROUP, width - g * GROUP);
             if (have > 0) std::memcpy(group, x + g * GROUP, have * sizeof(float));
             int8_t rounded[GROUP];
-            scales[b * groups + g] = round_group(group, rounded);
+            scales.data()[b * groups + g] = round_group(group, rounded);
             place(rounded, b, g);
         }
     }
@@ -97,9 +97,9 @@ template <int BITS> class Quantised {
     }
 
     int64_t width = 0, groups = 0;
-    std::vector<int8_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> offsets;
+    Buffer<int8_t> values;
+    Buffer<float> scales;
+    Buffer<int32_t> offsets;
 };
 
 // The weights of a step, ready to be multiplied, of which ``bytes`` belong to the row.

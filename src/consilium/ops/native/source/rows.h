@@ -12,7 +12,7 @@ constexpr int64_t PIECE = 64;  // rows of a matrix that a thread takes at once
 
 // Values of every token, one row after the other.
 struct Rows {
-    std::vector<float> data;
+    Buffer<float> data;
     Active active;
     std::vector<float *> at;
 

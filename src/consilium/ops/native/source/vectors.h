@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -25,6 +26,21 @@ typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+
+// Memory that is written before it is read, and is therefore not filled with zeros first.
+template <class T> class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(int64_t size) { want(size); }
+    void want(int64_t size) {
+        if (size > held) values.reset(new T[size]), held = size;
+    }
+    T *data() const { return values.get(); }
+
+  private:
+    std::unique_ptr<T[]> values;
+    int64_t held = 0;
+};
 
 // A bfloat16 is the upper half of a float.
 struct Bfloat16 {
