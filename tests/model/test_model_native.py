@@ -233,6 +233,31 @@ def test_bfloat16_weights_give_what_they_give_in_float32(config: Model, tier: Ti
     assert error(torch.cat(steps, dim=1), right) < (1e-2 if tier == "amx" else 1e-5)
 
 
+MANY_HEADS = {
+    "twenty heads": MLA(heads=20, q_rank=None, kv_rank=40, nope_dim=6, rope_dim=24, v_dim=10),
+    "nineteen of one key": GQA(heads=38, kv_heads=2, head_dim=18),
+}
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("attention", (ATTENTION | MANY_HEADS).values(), ids=ATTENTION | MANY_HEADS)
+def test_cached_rows_in_bfloat16_are_read_as_they_are(attention: GQA | MLA, tier: Tier) -> None:
+    """Rows and weights are given, so that only what attention rounds makes a difference."""
+    model = lively(dataclasses.replace(DENSE, attention=attention, max_length=1024)).eval()
+    prepared, lengths = prepare(model, tier), [0, 15, 300, 530]
+    generator = torch.Generator().manual_seed(1)
+    caches = [build_cache(model.config, batch=4, capacity=600, dtype=torch.bfloat16) for _ in range(2)]
+    for layer in range(model.config.layers):
+        rows = torch.randn(4, 600, attention.cache_width, generator=generator)
+        for cache in caches:
+            cache.layer(layer).write(rows, torch.arange(600).expand(4, -1))
+    inputs = Inputs(torch.tensor([[1], [2], [3], [4]]), position_BS=torch.tensor(lengths)[:, None])
+    with torch.inference_mode():
+        found = prepared.step(inputs, caches[0], COUNTS).logits
+        right = model(inputs, cache=caches[1], options=COUNTS).logits
+    assert error(found, right) < (1e-2 if tier == "amx" else 1e-5)
+
+
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=9), threads=st.integers(1, 3))
@@ -268,10 +293,12 @@ def test_no_bit_depends_on_the_company_or_the_threads(
 class Paged:
     """Pages in a shuffled order, with NaN wherever no row was written."""
 
-    def __init__(self, batch: int, capacity: int, page: int, width: int) -> None:
+    def __init__(
+        self, batch: int, capacity: int, page: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         pages = -(-capacity // page)
         order = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(0))
-        self.storage_NPC = torch.full((batch * pages + 2, page, width), torch.nan)
+        self.storage_NPC = torch.full((batch * pages + 2, page, width), torch.nan, dtype=dtype)
         self.table_BM = order[: batch * pages].view(batch, pages)
 
     def layer(self, index: int) -> Paged:
@@ -285,17 +312,18 @@ class Paged:
         return View(self.storage_NPC, self.table_BM, slots)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page", [1, 3, 16, 256, 300])
 @pytest.mark.parametrize("config", [DEEPSEEK, SWITCH], ids=["latent", "grouped"])
-def test_pages_change_no_bit(config: Model, page: int) -> None:
+def test_pages_change_no_bit(config: Model, page: int, dtype: torch.dtype) -> None:
     """Slots beyond a sequence's own are not read: they are NaN here."""
     config = dataclasses.replace(config, layers=1, max_length=1024)
     prepared = prepare(lively(config), HERE[-1])
     lengths, generator = [0, 5, 700], torch.Generator().manual_seed(2)
-    dense = build_cache(config, batch=3, capacity=701, dtype=torch.float32)
-    paged = Paged(3, 701, page, config.attention.cache_width)
+    dense = build_cache(config, batch=3, capacity=701, dtype=dtype)
+    paged = Paged(3, 701, page, config.attention.cache_width, dtype)
     for place, length in enumerate(lengths):
-        rows = torch.randn(1, length, config.attention.cache_width, generator=generator)
+        rows = torch.randn(1, length, config.attention.cache_width, generator=generator).to(dtype)
         dense.layer(0, slice(place, place + 1)).write(rows, torch.arange(length)[None])
         paged.storage_NPC[
             paged.table_BM[place, torch.arange(length) // page], torch.arange(length) % page

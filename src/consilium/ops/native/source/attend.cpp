@@ -19,10 +19,47 @@ void rotate(float *x, const float *cos, const float *sin, int64_t pairs, bool in
     }
 }
 
-void attend_cached(const Pass &p, const Attend &a, int64_t b, const Heads &heads, int64_t count) {
-    typed(static_cast<const void *>(a.storage), a.cache_type, [&](auto *data) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-        attend_heads(heads, count, slots_of<T>(p, a, b), p.position[b] + 1);
+// Heads of every token and the cached rows that they read.
+struct Reading {
+    const float *queries;         // [B][H][K]
+    int64_t heads, each;          // H, and how many read the same keys
+    int64_t key_step;             // from the keys of some heads to those of the next
+    int64_t value, value_step;    // where values begin, and the same of them
+    int64_t key_width, value_width;
+    float softcap;
+    int64_t spans;                // of the longest sequence
+    Buffer<float> found;          // [B][H][spans][V + 2]
+
+    int64_t stride() const { return value_width + 2; }
+    float *at(int64_t b, int64_t h) const { return found.data() + (b * heads + h) * spans * stride(); }
+};
+
+int64_t spans_of(const Pass &p, int64_t b) { return p.position[b] / SPAN + 1; }
+
+Reading reading(const Pass &p, const float *queries, int64_t heads, int64_t each, int64_t key, int64_t value) {
+    Reading r{queries, heads, each, 0, 0, 0, key, value, 0.0f, 0, {}};
+    for (int64_t b = 0; b < p.tokens && !p.many; ++b) r.spans = std::max(r.spans, spans_of(p, b));
+    r.found.want(p.tokens * heads * r.spans * r.stride());
+    return r;
+}
+
+// Every head in every span of its sequence, a few heads and one span at a time.
+void find(Team::Member &member, const Pass &p, const Attend &a, const Reading &r) {
+    const int64_t parts = (r.each + TOGETHER - 1) / TOGETHER, units = r.heads / r.each * parts;
+    member.loop(p.tokens * r.spans * units, 1, [&](int64_t unit, int64_t) {
+        const int64_t b = unit / (r.spans * units), span = unit / units % r.spans, group = unit % units / parts;
+        const int64_t inside = unit % parts * TOGETHER, h = group * r.each + inside;
+        const int64_t first = span * SPAN, count = std::min(SPAN, p.position[b] + 1 - first);
+        if (count <= 0) return;
+        const Heads heads{r.queries + (b * r.heads + h) * r.key_width, std::min(TOGETHER, r.each - inside),
+                          group * r.key_step, r.value + group * r.value_step, r.key_width, r.value_width, r.softcap};
+        Buffer<float> found(heads.count * r.stride());
+        typed(static_cast<const void *>(a.storage), a.cache_type, [&](auto *data) {
+            using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+            attend_span(heads, slots_of<T>(p, a, b), first, count, found.data());
+        });
+        for (int64_t i = 0; i < heads.count; ++i)
+            std::copy_n(found.data() + i * r.stride(), r.stride(), r.at(b, h + i) + span * r.stride());
     });
 }
 
@@ -73,7 +110,6 @@ void run(const Pass &p, const Attend &a, bool latent, Before &&before, Between &
 }
 
 void grouped(const Pass &p, const Attend &a) {
-    const int64_t each = a.heads / a.kv_heads;
     Rows x(p, p.hidden), q(p, a.heads * a.key), k(p, a.kv_heads * a.key), v(p, a.kv_heads * a.key);
     Rows mixed(p, a.heads * a.key), out(p, p.hidden);
     auto before = [&](Team::Member &member) {
@@ -81,18 +117,14 @@ void grouped(const Pass &p, const Attend &a) {
         multiply_all(member, {{&a.query, &q}, {&a.keys, &k}, {&a.values, &v}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_grouped(p, a, q, k, v, b); });
     };
+    Reading r = reading(p, q[0], a.heads, a.heads / a.kv_heads, a.key, a.key);
+    r.softcap = static_cast<float>(a.softcap);
+    r.key_step = r.value_step = a.key, r.value = a.kv_heads * a.key;
     auto between = [&](Team::Member &member) {
-        member.loop(p.tokens * a.kv_heads, 1, [&](int64_t unit, int64_t) {
-            const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads;
-            std::vector<const float *> queries(each);
-            std::vector<float *> values(each);
-            for (int64_t h = 0; h < each; ++h) {
-                queries[h] = q[b] + (g * each + h) * a.key;
-                values[h] = mixed[b] + (g * each + h) * a.key;
-            }
-            const Heads heads{queries.data(), values.data(), g * a.key, (a.kv_heads + g) * a.key,
-                              a.key,          a.key,         static_cast<float>(a.softcap)};
-            attend_cached(p, a, b, heads, each);
+        find(member, p, a, r);
+        member.loop(p.tokens * a.heads, 1, [&](int64_t unit, int64_t) {
+            const int64_t b = unit / a.heads, h = unit % a.heads;
+            merge_spans(r.at(b, h), r.stride(), spans_of(p, b), a.key, mixed[b] + h * a.key);
         });
     };
     run(p, a, false, before, between, q, mixed, out);
@@ -114,29 +146,21 @@ void turn_queries(const Pass &p, const Attend &a, Rows &q, int64_t b) {
     for (int64_t i = 0; i < q.width(); ++i) q[b][i] *= static_cast<float>(a.scale);
 }
 
-// (q W_UK) c = q (W_UK c): heads [first, last) of a token's queries move into the latent space, and what they
-// find moves out of it.
-void absorbed(const Pass &p, const Attend &a, Rows &q, Rows &mixed, int64_t b, int64_t first, int64_t last) {
-    const int64_t width = a.rank + 2 * a.pairs, wide = a.nope + 2 * a.pairs, count = last - first;
-    std::vector<float> moved(count * width, 0.0f), found(count * a.rank);
-    std::vector<const float *> queries(count), latents(count);
-    std::vector<float *> values(count);
+// (q W_UK) c = q (W_UK c): a head's query moves into the latent space.
+void absorb(const Attend &a, const float *query, int64_t h, float *to) {
+    std::fill_n(to, a.rank, 0.0f);
     typed(a.latent_up.data, a.latent_up.type, [&](auto *up) {
-        for (int64_t h = 0; h < count; ++h) {
-            float *query = q[b] + (first + h) * wide, *to = moved.data() + h * width;
-            auto *own = up + (first + h) * (a.nope + a.value) * a.rank;
-            const float *share = query;
-            mix<1>(own, a.rank, a.rank, a.nope, &share, &to);
-            std::copy_n(query + a.nope, 2 * a.pairs, to + a.rank);
-            queries[h] = to, values[h] = found.data() + h * a.rank, latents[h] = values[h];
-        }
-        attend_cached(p, a, b, {queries.data(), values.data(), 0, 0, width, a.rank, 0.0f}, count);
-        for (int64_t h = 0; h < count; ++h) {
-            float *to = mixed[b] + (first + h) * a.value;
-            auto *own = up + ((first + h) * (a.nope + a.value) + a.nope) * a.rank;
-            using T = std::remove_const_t<std::remove_pointer_t<decltype(own)>>;
-            products(Dense<T>{own, a.rank}, a.rank, a.value, &latents[h], 1, &to);
-        }
+        mix<1>(up + h * (a.nope + a.value) * a.rank, a.rank, a.rank, a.nope, &query, &to);
+    });
+    std::copy_n(query + a.nope, 2 * a.pairs, to + a.rank);
+}
+
+// What a head found moves out of it.
+void release(const Attend &a, const float *found, int64_t h, float *to) {
+    typed(a.latent_up.data, a.latent_up.type, [&](auto *up) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(up)>>;
+        const Dense<T> rows{up + (h * (a.nope + a.value) + a.nope) * a.rank, a.rank};
+        products(rows, a.rank, a.value, &found, 1, &to);
     });
 }
 
@@ -144,7 +168,9 @@ void latent(const Pass &p, const Attend &a) {
     const bool two = a.query_up.data;
     Rows x(p, p.hidden), down(p, two ? a.query.rows : 0), rows(p, a.keys.rows);
     Rows q(p, a.heads * (a.nope + 2 * a.pairs)), mixed(p, a.heads * a.value), out(p, p.hidden);
-    const int64_t groups = (a.heads + HEADS - 1) / HEADS;
+    const int64_t wide = a.nope + 2 * a.pairs, width = a.rank + 2 * a.pairs;
+    const Buffer<float> moved(p.many ? 0 : p.tokens * a.heads * width);
+    const Reading r = reading(p, moved.data(), a.heads, a.heads, width, a.rank);
     auto before = [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
         multiply_all(member, {{&a.query, two ? &down : &q}, {&a.keys, &rows}}, x);
@@ -153,9 +179,16 @@ void latent(const Pass &p, const Attend &a) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { turn_queries(p, a, q, b); });
     };
     auto between = [&](Team::Member &member) {
-        member.loop(p.tokens * groups, 1, [&](int64_t unit, int64_t) {
-            const int64_t first = unit % groups * HEADS;
-            absorbed(p, a, q, mixed, unit / groups, first, std::min(first + HEADS, a.heads));
+        member.loop(p.tokens * a.heads, 1, [&](int64_t unit, int64_t) {
+            const int64_t b = unit / a.heads, h = unit % a.heads;
+            absorb(a, q[b] + h * wide, h, moved.data() + unit * width);
+        });
+        find(member, p, a, r);
+        member.loop(p.tokens * a.heads, 1, [&](int64_t unit, int64_t) {
+            const int64_t b = unit / a.heads, h = unit % a.heads;
+            const Buffer<float> found(a.rank);
+            merge_spans(r.at(b, h), r.stride(), spans_of(p, b), a.rank, found.data());
+            release(a, found.data(), h, mixed[b] + h * a.value);
         });
     };
     run(p, a, true, before, between, q, mixed, out);

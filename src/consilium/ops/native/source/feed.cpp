@@ -100,7 +100,8 @@ void enter(Team::Member &member, std::vector<Visit> &visits, Active &tokens) {
 // Hidden values [begin, end) of every token that visits.
 void widen_visit(const Feed &f, const Visit &visit, int64_t begin, int64_t end, float *hidden, int64_t stride) {
     const int64_t tokens = visit.in.tokens(), count = end - begin;
-    const Buffer<float> gate(tokens * count), up(gated(f) ? tokens * count : 0);
+    thread_local Buffer<float> gate, up;
+    gate.want(tokens * count), up.want(tokens * count);
     auto fill = [&](int64_t row, const Buffer<float> &values) {
         std::vector<float *> to(tokens);
         for (int64_t b = 0; b < tokens; ++b) to[b] = values.data() + b * count;

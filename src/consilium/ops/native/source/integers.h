@@ -125,16 +125,16 @@ template <int BITS> struct Step {
         return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(total));
     }
 
-    static Vector spread_scales(const float *weights, const float *x) {
+    // A scale for each lane.
+    static Vector spread_scales(const float *scales) {
         if constexpr (BITS == 8) {
             const __m512i pick = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            const __m128 a = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(weights)));
-            const __m128 b = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(x)));
-            return reinterpret_cast<Vector>(_mm512_permutexvar_ps(pick, _mm512_castps128_ps512(_mm_mul_ps(a, b))));
+            const __m128 two = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(scales)));
+            return reinterpret_cast<Vector>(_mm512_permutexvar_ps(pick, _mm512_castps128_ps512(two)));
         } else {
             const __m512i pick = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-            const __m128 both = _mm_mul_ps(_mm_loadu_ps(weights), _mm_loadu_ps(x));
-            return reinterpret_cast<Vector>(_mm512_permutexvar_ps(pick, _mm512_castps128_ps512(both)));
+            const __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(scales));
+            return reinterpret_cast<Vector>(_mm512_permutexvar_ps(pick, four));
         }
     }
 #elif defined(__AVX2__)
@@ -170,11 +170,9 @@ template <int BITS> struct Step {
         }
     }
 
-    static Vector spread_scales(const float *weights, const float *x) {
-        const float low = weights[0] * x[0];
-        if constexpr (BITS == 8) return spread(low);
-        const float high = weights[1] * x[1];
-        return reinterpret_cast<Vector>(_mm256_setr_m128(_mm_set1_ps(low), _mm_set1_ps(high)));
+    static Vector spread_scales(const float *scales) {
+        if constexpr (BITS == 8) return spread(scales[0]);
+        return reinterpret_cast<Vector>(_mm256_setr_m128(_mm_set1_ps(scales[0]), _mm_set1_ps(scales[1])));
     }
 #else
     const uint8_t *from;
@@ -193,7 +191,7 @@ template <int BITS> struct Step {
         return __builtin_convertvector(found, Vector);
     }
 
-    static Vector spread_scales(const float *weights, const float *x) { return spread(weights[0] * x[0]); }
+    static Vector spread_scales(const float *scales) { return spread(scales[0]); }
 #endif
 };
 
@@ -209,17 +207,19 @@ static inline void dots(Packed<BITS> rows, int64_t, const Rounded *x, float (*ou
             widen_halves(rows.scales + r * rows.groups + first, count, scales[r]);
             std::fill_n(scales[r] + count, EACH, 0.0f);
         }
-        for (int64_t g = 0; g < count; g += EACH)
+        for (int64_t g = 0; g < count; g += EACH) {
+            const int64_t at = first + g;
+            Vector active[B];
+            for (int b = 0; b < B; ++b) active[b] = Step<BITS>::spread_scales(x[b].scales + at);
             for (int r = 0; r < R; ++r) {
-                const uint8_t *weights = rows.data + (r * rows.groups + first + g) * BYTES;
+                const uint8_t *weights = rows.data + (r * rows.groups + at) * BYTES;
                 if (g % (64 / BYTES) == 0) __builtin_prefetch(weights + R * rows.groups * BYTES);
-                const Step<BITS> step(weights, (rows.groups - first - g) * BYTES);
-                for (int b = 0; b < B; ++b) {
-                    const int64_t at = first + g;
-                    sums[r][b] += step.sums(x[b].values + at * GROUP, x[b].offsets + at * PARTS<BITS>) *
-                                  Step<BITS>::spread_scales(scales[r] + g, x[b].scales + at);
-                }
+                const Step<BITS> step(weights, (rows.groups - at) * BYTES);
+                const Vector scale = Step<BITS>::spread_scales(scales[r] + g);
+                for (int b = 0; b < B; ++b)
+                    sums[r][b] += step.sums(x[b].values + at * GROUP, x[b].offsets + at * PARTS<BITS>) * scale * active[b];
             }
+        }
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);

@@ -87,7 +87,8 @@ void spread_latent(Team::Member &member, const Pass &p, const Attend &a, int64_t
     const Way way = way_of(a.latent_up.type, latents);
     pack(member, way, latents);
     member.loop(a.heads, 1, [&](int64_t h, int64_t) {
-        const Buffer<float> found(count * each);
+        thread_local Buffer<float> found;
+        found.want(count * each);
         std::vector<float *> to(count);
         for (int64_t slot = 0; slot < count; ++slot) to[slot] = found.data() + slot * each;
         multiply(a.latent_up, h * each, (h + 1) * each, way, latents, to.data());
@@ -118,7 +119,8 @@ void visit(const Pass &p, const Attend &a, const Spread<Cell> &span, int64_t fir
            Rows &mixed) {
     if (p.position[unit.begin + unit.count - 1] < first) return;
     const int64_t g = unit.head / (a.heads / span.heads);
-    const Buffer<float> logits(unit.count * count), found(unit.count * span.value);
+    thread_local Buffer<float> logits, found;
+    logits.want(unit.count * count), found.want(unit.count * span.value);
     std::vector<float *> to(unit.count);
     for (int64_t b = 0; b < unit.count; ++b) to[b] = logits.data() + b * count;
     const Matrix keys = span.keys_of(g, count), values = span.values_of(g);
