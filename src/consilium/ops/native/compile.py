@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from consilium.disk.files import cache_folder
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError, nearest
 from consilium.machine.amx import permitted
+from consilium.machine.processors import threads
 
 Tier = Literal["portable", "avx2", "avx512", "amx"]
 
@@ -174,16 +176,22 @@ def _key(command: tuple[str, ...]) -> str:
 
 
 def _compile(command: tuple[str, ...], made: Path) -> str | None:
-    """Compile all sources; why it failed, or None."""
-    sources = sorted(str(source) for source in _SOURCES.glob("*.cpp"))
+    """Compile all sources beside each other, and link them into ``made``; why it failed, or None."""
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    objects = [str(made.with_name(f"{source.stem}.o")) for source in sources]
+    commands = [
+        (*command, "-c", str(source), "-o", compiled)
+        for source, compiled in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(threads()) as pool:
+        reasons = [reason for reason in pool.map(_run, commands) if reason is not None]
+    return reasons[0] if reasons else _run((*command, *objects, "-o", str(made)))
+
+
+def _run(command: tuple[str, ...]) -> str | None:
     try:
         done = subprocess.run(  # noqa: S603 - the same
-            [*command, *sources, "-o", str(made)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_SECONDS,
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command[0]} did not run to its end ({type(error).__name__})"

