@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels import HERE, kernels_of
+
 
 @pytest.mark.slow
 def test_kernels_touch_no_memory_but_their_own(tmp_path: Path) -> None:
