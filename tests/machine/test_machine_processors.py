@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.machine import processors
-from consilium.machine.processors import threads
+from consilium.machine.processors import instructions, threads
 
 OWN = "proc/self/cgroup"
 V1 = "sys/fs/cgroup/cpu"
@@ -93,3 +93,18 @@ def test_threads_never_exceed_the_quota_nor_fall_to_none(
 ) -> None:
     found = threads(write(tmp_path_factory.mktemp("root"), {f"{V2}/cpu.max": f"{quota} {period}"}))
     assert found == max(1, min(8, quota // period))
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("model name : A\nflags\t\t: fpu avx2 amx_tile\n", {"fpu", "avx2", "amx_tile"}),
+        ("Features\t: fp asimd\n", set()),
+        (None, set()),
+    ],
+)
+def test_instructions_are_those_that_linux_names(told: str | None, found: set[str], tmp_path: Path) -> None:
+    if told is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(told)
+    assert instructions(tmp_path) == found

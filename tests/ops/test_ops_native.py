@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from consilium.errors import ConsiliumError
+from consilium.machine import amx
 from consilium.machine.amx import permitted
 from consilium.ops.native import compile as native
 from consilium.ops.native.compile import VARIABLE, Built, Missing, Planned, Tier, built, planned, tiers
@@ -236,18 +237,19 @@ def test_a_tier_that_the_processor_lacks_is_refused(wanted: None, monkeypatch: p
 @pytest.mark.parametrize(
     ("capability", "found", "fastest"),
     [
-        ("DEFAULT", {}, "portable"),
-        ("AVX2", {"avx512_vnni": True}, "avx2"),
-        ("AVX512", {}, "avx2"),
-        ("AVX512", {"avx512_vnni": True}, "avx512"),
-        ("AVX512", {"avx512_vnni": True, "amx_tile": True}, "avx512"),
+        ("DEFAULT", set(), "portable"),
+        ("AVX2", {"avx512_vnni"}, "avx2"),
+        ("AVX512", set(), "avx2"),
+        ("AVX512", {"avx512_vnni"}, "avx512"),
+        ("AVX512", {"avx512_vnni", "amx_tile"}, "avx512"),
     ],
 )
 def test_the_fastest_tier_is_one_whose_every_instruction_is_here(
-    monkeypatch: pytest.MonkeyPatch, capability: str, found: dict[str, bool], fastest: str
+    monkeypatch: pytest.MonkeyPatch, capability: str, found: set[str], fastest: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(native, "instructions", lambda: found)
+    monkeypatch.setattr(amx, "instructions", lambda: found)
     permitted.cache_clear()
     try:
         assert tiers()[-1] == fastest

@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import Any, Final
 
-import torch
+from consilium.machine.processors import instructions
 
 _ARCH_PRCTL: Final = 158
 _ASK_FOR_PART: Final = 0x1023
@@ -19,8 +19,7 @@ _TILES: Final = 18
 @functools.cache
 def permitted() -> bool:
     """Whether this process may multiply bfloat16 tiles, from now on in all of its threads."""
-    found = torch.cpu.get_capabilities()
-    here = found.get("amx_bf16", False) and found.get("amx_tile", False)
+    here = {"amx_bf16", "amx_tile", "avx512_bf16"} <= instructions()
     if not here or sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     library: Any = ctypes.CDLL(None)

@@ -13,10 +13,19 @@ from consilium.machine.groups import ROOT, read
 
 def cpu_name() -> str:
     """The processor's name, as the system tells it."""
-    for line in read(ROOT / "proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
+    return _told("model name", ROOT) or platform.processor() or platform.machine()
+
+
+def instructions(root: Path = ROOT) -> frozenset[str]:
+    """Sets of instructions that the processor and the system have, by Linux's names; none elsewhere."""
+    return frozenset(_told("flags", root).split())
+
+
+def _told(key: str, root: Path) -> str:
+    for line in read(root / "proc/cpuinfo").splitlines():
+        if line.startswith(key):
             return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def threads(root: Path = ROOT) -> int:

@@ -26,7 +26,7 @@ from consilium.disk.files import cache_folder
 from consilium.disk.lock import held
 from consilium.errors import ConsiliumError, nearest
 from consilium.machine.amx import permitted
-from consilium.machine.processors import threads
+from consilium.machine.processors import instructions, threads
 
 Tier = Literal["portable", "avx2", "avx512", "amx"]
 
@@ -89,7 +89,7 @@ def tiers() -> tuple[Tier, ...]:
 
 def _fastest() -> Tier:
     match torch.backends.cpu.get_cpu_capability():
-        case "AVX512" if torch.cpu.get_capabilities().get("avx512_vnni", False):
+        case "AVX512" if "avx512_vnni" in instructions():
             return "amx" if permitted() else "avx512"
         case "AVX512" | "AVX2":
             return "avx2"
