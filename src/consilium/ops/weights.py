@@ -22,6 +22,8 @@ from consilium.ops.native.library import MANY, NativeMatrix, kernels, native
 Packing = Literal["int8", "int4"]
 GROUP: Final = 32
 """Integers that share a scale."""
+_AT_ONCE: Final = 2**20
+"""Values that are packed at once."""
 
 
 class Matrix(Protocol):
@@ -206,7 +208,15 @@ def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
     int8: the scale takes the largest to 127 (GGUF's Q8_0). int4: it takes the value that is largest, with its
     sign, to -8, since there is one more integer below zero than above (Q4_0). Both round the scale first.
+    Some rows at a time: beside the result memory holds a few megabytes.
     """
+    rows = weight.flatten(0, -2)
+    pieces = [_packed(piece, packing) for piece in rows.split(max(1, _AT_ONCE // max(rows.shape[1], 1)))]
+    integers, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return integers.unflatten(0, weight.shape[:-1]), scales.unflatten(0, weight.shape[:-1])
+
+
+def _packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (largest.abs() / 127 if packing == "int8" else largest / -8).half()
