@@ -216,6 +216,27 @@ def test_a_compiler_that_fails_is_told(quick: Path, tmp_path: Path, script: str,
     assert "\n" not in found.reason
 
 
+def test_a_compiler_older_than_the_processor_makes_a_lower_tier(quick: Path, tmp_path: Path) -> None:
+    quick.write_text(
+        quick.read_text().replace(
+            "pathlib.Path(", "if '-mavx2' in sys.argv: sys.exit('unknown -mavx2')\npathlib.Path(", 1
+        )
+    )
+    found = built(tmp_path)
+    assert isinstance(found, Built)
+    assert found.tier == "portable"
+
+
+def test_a_tier_that_was_asked_for_is_no_other(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, HERE[-1])
+    quick.write_text("#!/bin/sh\necho 'unknown flag' >&2\nexit 1\n")
+    found = built(tmp_path)
+    assert isinstance(found, Missing)
+    assert "unknown flag" in found.reason
+
+
 def test_they_can_be_switched_off(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     assert built() == Missing(f"{VARIABLE} is off", f"unset {VARIABLE}")

@@ -71,7 +71,7 @@ def test_every_activation(activation: Activation, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_kernels_are_not_for_is_computed_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autograd, by a backend that was asked for, of float32 matrices, on another device, of no rows."""
+    """Under autograd, by a backend that was asked for, of no rows, of float32 masters and any rows."""
 
     def asked() -> None:
         raise AssertionError("kernels were asked for")
@@ -86,3 +86,4 @@ def test_what_kernels_are_not_for_is_computed_without(monkeypatch: pytest.Monkey
         stacked_feed_forward(x_RD[:0], [0] * 4, up, down, "swiglu")
         wide = DenseStack(torch.ones(4, 2 * F, D)), DenseStack(torch.ones(4, D, F))
         stacked_feed_forward(x_RD.float(), counts_E, *wide, "swiglu")
+        stacked_feed_forward(x_RD, counts_E, *wide, "swiglu")

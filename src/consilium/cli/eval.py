@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from consilium.cli.arguments import count, json_flag, path
+from consilium.cli.generation import tell_kernels
 from consilium.cli.progress import QUIET_SECONDS, Lines, note
 from consilium.cli.running import Place, running_arguments, settle, weights_argument
 from consilium.errors import ConsiliumError
@@ -97,9 +98,13 @@ def run(options: Namespace) -> int:
 
 
 def _loaded(checkpoint: Path, options: Namespace, place: Place) -> Decoder:
+    import torch
+
     from consilium.checkpoint import store
 
     model = store.load(checkpoint, dtype=place.dtype, weights=options.weights, check_finite=True)
+    if place.device == "cpu" and (options.weights is not None or model.embed.weight.dtype == torch.bfloat16):
+        tell_kernels()
     return model.to(place.device).eval()
 
 

@@ -72,9 +72,13 @@ def stacked_feed_forward(
 def _by_kernels(
     x_RD: Tensor, counts_E: Counts, up: Stack, down: Stack, activation: Activation
 ) -> Tensor | None:
-    """The outputs, summed in float32, in the dtype of ``x_RD``; None under autograd and without kernels."""
-    wide = x_RD.dtype == torch.float32 and isinstance(up, DenseStack)
-    if wide or x_RD.device.type != "cpu" or torch.is_grad_enabled() or x_RD.numel() == 0:
+    """The outputs, summed in float32, in the dtype of ``x_RD``; None under autograd and without kernels.
+
+    None for dense matrices that are not in bfloat16 themselves: float32 masters are for training, which casts
+    them, and MKL is best at products of float32.
+    """
+    narrow = not isinstance(up, DenseStack) or up.weight_EOI.dtype == x_RD.dtype == torch.bfloat16
+    if not narrow or x_RD.device.type != "cpu" or torch.is_grad_enabled() or x_RD.numel() == 0:
         return None
     found, matrices = kernels(), (up.native(), down.native())
     if found is None or matrices[0] is None or matrices[1] is None:

@@ -29,19 +29,14 @@ class Rounded:
     A folder may hold tensors in more bits than the result will, and be read in more.
     """
 
+    config: Model
+    generation: GenerationDefaults
+    state: Mapping[str, Tensor]
     base: Source
 
-    @property
-    def config(self) -> Model:
-        return self.base.config
-
-    @property
-    def generation(self) -> GenerationDefaults:
-        return self.base.generation
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return self.base.state
+    @staticmethod
+    def of(base: Source) -> Rounded:
+        return Rounded(base.config, base.generation, base.state, base)
 
     def fill(self, name: str, target: Tensor) -> None:
         """Write our tensor ``name`` into ``target``, in its dtype."""

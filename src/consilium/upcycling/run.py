@@ -124,7 +124,7 @@ def run(
         raise ConsiliumError(f"upcycle: {out} holds a model that no upcycling made; give a new folder.")
     _check_sources(asked, sources)
     stored = open_folder(folder)
-    source = Rounded(open_folder(folder, dtype=how.dtype, check_finite=True))
+    source = Rounded.of(open_folder(folder, dtype=how.dtype, check_finite=True))
     config = upcycled(source.config, asked)
     corpus = _calibration(folder, source.config, how.data)
     text = tuple(passage.to(how.device) for passage in _passages(corpus, asked, config))

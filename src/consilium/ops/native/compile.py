@@ -105,9 +105,10 @@ def planned(folder: Path | None = None) -> Planned | Missing:
     asked = os.environ.get(VARIABLE, "")
     if asked == "off":
         return Missing(f"{VARIABLE} is off", f"unset {VARIABLE}")
-    tier, compiler = _tier(asked), _compiler()
+    wanted, compiler = _tiers(asked), _compiler()
     if compiler is None or os.name != "posix":
         return Missing("there is no C++ compiler", "install g++ or clang++")
+    tier = next((tier for tier in wanted if _takes(compiler, FLAGS[tier])), wanted[-1])
     command = (compiler, *_COMMON, *FLAGS[tier])
     return Planned((folder or cache_folder() / "native") / f"{_key(command)}.so", tier, command)
 
@@ -147,13 +148,12 @@ def _made(plan: Planned, *, keep: bool) -> Built | Missing:
     return Built(Path(name), plan.tier, kept=False)
 
 
-def _tier(asked: str) -> Tier:
-    if not asked:
-        return tiers()[-1]
-    for tier in tiers():
-        if tier == asked:
-            return tier
-    known = ("off", *tiers())
+def _tiers(asked: str) -> tuple[Tier, ...]:
+    """The one that is asked for, or all that run here, the fastest first."""
+    here = tiers()[::-1]
+    if wanted := tuple(tier for tier in here if asked in ("", tier)):
+        return wanted
+    known = ("off", *here[::-1])
     raise ConsiliumError(
         f"{VARIABLE}={asked}: no such kernels run on this processor; write one of {', '.join(known)}."
         f"{nearest(asked, known)}"
@@ -164,6 +164,11 @@ def _compiler() -> str | None:
     chosen = os.environ.get("CXX", "").split(" ")[0]
     found = (shutil.which(name) for name in (chosen, *_COMPILERS) if name)
     return next((path for path in found if path is not None), None)
+
+
+def _takes(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether the compiler knows the flags: one that is older than the processor makes a lower tier."""
+    return _run((compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull)) is None
 
 
 def _key(command: tuple[str, ...]) -> str:
