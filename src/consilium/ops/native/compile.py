@@ -6,6 +6,7 @@ compiled file is a hash of the sources, the compiler and its flags; who finds it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -108,7 +109,7 @@ def planned(folder: Path | None = None) -> Planned | Missing:
     wanted, compiler = _tiers(asked), _compiler()
     if compiler is None or os.name != "posix":
         return Missing("there is no C++ compiler", "install g++ or clang++")
-    tier = next((tier for tier in wanted if _takes(compiler, FLAGS[tier])), wanted[-1])
+    tier: Tier = next((tier for tier in wanted if _takes(compiler, FLAGS[tier])), wanted[-1])
     command = (compiler, *_COMMON, *FLAGS[tier])
     return Planned((folder or cache_folder() / "native") / f"{_key(command)}.so", tier, command)
 
@@ -151,7 +152,8 @@ def _made(plan: Planned, *, keep: bool) -> Built | Missing:
 def _tiers(asked: str) -> tuple[Tier, ...]:
     """The one that is asked for, or all that run here, the fastest first."""
     here = tiers()[::-1]
-    if wanted := tuple(tier for tier in here if asked in ("", tier)):
+    wanted: tuple[Tier, ...] = tuple(tier for tier in here if asked in ("", tier))
+    if wanted:
         return wanted
     known = ("off", *here[::-1])
     raise ConsiliumError(
@@ -166,6 +168,7 @@ def _compiler() -> str | None:
     return next((path for path in found if path is not None), None)
 
 
+@functools.cache
 def _takes(compiler: str, flags: tuple[str, ...]) -> bool:
     """Whether the compiler knows the flags: one that is older than the processor makes a lower tier."""
     return _run((compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull)) is None
