@@ -109,7 +109,7 @@ def planned(folder: Path | None = None) -> Planned | Missing:
     wanted, compiler = _tiers(asked), _compiler()
     if compiler is None or os.name != "posix":
         return Missing("there is no C++ compiler", "install g++ or clang++")
-    tier: Tier = next((tier for tier in wanted if _takes(compiler, FLAGS[tier])), wanted[-1])
+    tier = _taken(compiler, wanted)
     command = (compiler, *_COMMON, *FLAGS[tier])
     return Planned((folder or cache_folder() / "native") / f"{_key(command)}.so", tier, command)
 
@@ -166,6 +166,13 @@ def _compiler() -> str | None:
     chosen = os.environ.get("CXX", "").split(" ")[0]
     found = (shutil.which(name) for name in (chosen, *_COMPILERS) if name)
     return next((path for path in found if path is not None), None)
+
+
+def _taken(compiler: str, wanted: tuple[Tier, ...]) -> Tier:
+    for tier in wanted:
+        if _takes(compiler, FLAGS[tier]):
+            return tier
+    return wanted[-1]
 
 
 @functools.cache
