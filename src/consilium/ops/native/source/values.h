@@ -52,14 +52,6 @@ static inline void normalise(const Norm &norm, const float *x, int64_t n, float 
     });
 }
 
-static inline void read(const void *from, int64_t type, int64_t begin, int64_t n, float *to) {
-    typed(from, type, [&](auto *data) {
-        for (int64_t i = 0; i < n; ++i) to[i] = widen(data[begin + i]);
-    });
-}
-
 static inline void write(const float *from, int64_t n, void *to, int64_t type, int64_t begin) {
-    typed(to, type, [&](auto *data) {
-        for (int64_t i = 0; i < n; ++i) narrow(from[i], data + begin + i);
-    });
+    typed(to, type, [&](auto *data) { narrow_row(from, n, data + begin); });
 }

@@ -124,23 +124,17 @@ static inline float widen(Bfloat16 value) {
 
 static inline void narrow(float value, float *to) { *to = value; }
 
-// To the nearest, ties to even, as torch rounds; what is not a number stays none.
+// To the nearest, ties to even, as torch rounds; what is not a number stays none. Without a branch, so that loops of
+// it become vectors.
 static inline void narrow(float value, Bfloat16 *to) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
-    to->bits = number ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) <= 0x7f800000u ? rounded : 0x7fc0u);
 }
 
-static inline void narrow_row(const float *from, int64_t count, float *to) { std::memcpy(to, from, count * sizeof *to); }
-
-static inline void narrow_row(const float *from, int64_t count, Bfloat16 *to) {
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, sizeof bits);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        to[i].bits = static_cast<uint16_t>((bits & 0x7fffffffu) <= 0x7f800000u ? rounded : 0x7fc0u);
-    }
+template <class T> static inline void narrow_row(const float *from, int64_t count, T *to) {
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
 }
 
 // The first ``count`` values, fewer than LANES, and zeros behind them: nothing beyond is read.
