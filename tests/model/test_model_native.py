@@ -65,7 +65,7 @@ def both(
     found = []
     for step_of in (lambda i, c: model(i, cache=c, options=COUNTS), lambda i, c: prepared.step(i, c, COUNTS)):
         cache = build_cache(
-            model.config, batch=len(lengths), capacity=max(lengths) + steps, dtype=model.embed.weight.dtype
+            model.config, batch=len(lengths), capacity=max(lengths) + steps, dtype=model.dtype
         )
         model(Inputs(ids_BS[:, : max(lengths)]), cache=cache, options=COUNTS)
         position_B1 = torch.tensor(lengths)[:, None]
@@ -82,9 +82,9 @@ def error(found: Tensor, right: Tensor) -> float:
     return ((found.double() - right.double()).norm() / right.double().norm()).item()
 
 
-def agree(model: Decoder, prepared: NativeDecoder, lengths: list[int]) -> None:
+def agree(model: Decoder, prepared: NativeDecoder, lengths: list[int], within: float = 1e-5) -> None:
     for right, found in both(model, prepared, lengths):
-        assert error(found.logits, right.logits) < 1e-5
+        assert error(found.logits, right.logits) < within
         assert found.reports.keys() == right.reports.keys()
         for layer, report in right.reports.items():
             assert torch.equal(found.reports[layer].load_E, report.load_E)

@@ -11,7 +11,8 @@ from consilium.checkpoint import store
 from consilium.config.model import Model
 from consilium.errors import ConsiliumError
 from consilium.model.build import build
-from consilium.model.packing import pack, packable
+from consilium.model.packing import pack, packings
+from consilium.model.types import Options
 from consilium.ops.native.compile import Tier
 from consilium.ops.weights import Packed, Packing, packed, unpacked
 from kernels import HERE, rounded
@@ -27,12 +28,14 @@ PACKINGS: tuple[Packing, ...] = ("int8", "int4")
 def test_kernels_and_modules_agree(
     config: Model, packing: Packing, tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The modules round activations as the kernels do."""
+    """The modules round activations as kernels do. One that differs in its last place may go the other way:
+    1/127 of the largest of its 32, which are all that a layer of these models has.
+    """
     model = lively(config).eval()
     pack(model, packing)
     times = Packed.times
     monkeypatch.setattr(Packed, "times", lambda self, x, bias_O=None: times(self, rounded(x), bias_O))
-    agree(model, prepare(model, tier), [3, 9, 1])
+    agree(model, prepare(model, tier), [3, 9, 1], within=5e-3)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -40,9 +43,9 @@ def test_values_are_those_of_the_packed_matrices(packing: Packing) -> None:
     model, wide = lively(DEEPSEEK).eval(), lively(DEEPSEEK).eval()
     pack(model, packing)
     with torch.no_grad():
-        for name, weight in wide.named_parameters():
-            if name in packable(wide):
-                weight.copy_(unpacked(*packed(weight, packing), weight.shape[-1]))
+        for name, kind in packings(wide, packing).items():
+            weight = wide.get_parameter(name)
+            weight.copy_(unpacked(*packed(weight, kind), weight.shape[-1]))
     ids_BS = torch.arange(24).view(2, 12)
     with torch.inference_mode():
         found, right = model(ids_BS).logits, wide(ids_BS).logits
@@ -50,10 +53,23 @@ def test_values_are_those_of_the_packed_matrices(packing: Packing) -> None:
 
 
 def test_gates_norms_and_the_embedding_stay_as_they_are() -> None:
-    names = packable(build(DEEPSEEK))
+    names = packings(build(DEEPSEEK), "int4").keys()
     assert {"head.weight", "layers.1.moe.experts.up", "layers.1.moe.shared.down.weight"} <= names
     assert not any("norm" in name or "router" in name or "embed" in name for name in names)
-    assert "embed.weight" not in packable(build(SWITCH)), "a tied head is the embedding"
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_head_that_is_the_embedding_takes_eight_bits_at_both_ends(packing: Packing) -> None:
+    model, wide = lively(SWITCH).eval(), lively(SWITCH).eval()
+    pack(model, packing)
+    assert packings(wide, packing)["embed.weight"] == "int8"
+    ids_BS = torch.arange(8).view(2, 4)
+    right = unpacked(*packed(wide.embed.weight.detach(), "int8"), wide.config.hidden_size)
+    assert torch.equal(model.embedded(ids_BS, Options()), right[ids_BS] * wide.config.embedding_scale)
+    with torch.inference_mode():
+        logits = right[:5] @ right.T * wide.config.logit_scale
+        assert (model.logits(right[:5]) - logits).norm() < 1e-5 * logits.norm()
+    assert (model.dtype, model.to(torch.bfloat16).dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

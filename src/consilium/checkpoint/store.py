@@ -34,7 +34,7 @@ from consilium.machine.allocator import huge
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts
-from consilium.model.packing import hold, packable
+from consilium.model.packing import hold, packings
 from consilium.ops.weights import Packing, packed
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.records.run import newest_of_run
@@ -182,11 +182,12 @@ def _load_packed(source: Source, dtype: torch.dtype, packing: Packing) -> Decode
     """Read a part of one matrix at a time: no more than that is ever there unpacked."""
     share = {"int8": 8.5, "int4": 4.5}[packing] / (8 * dtype.itemsize)
     model = allocate(source.config, source.generation, dtype=dtype, share=share)
-    small = {name: t for name, t in model.state_dict().items() if name not in packable(model)}
+    kinds = packings(model, packing)
+    small = {name: t for name, t in model.state_dict().items() if name not in kinds}
     fill(Content(source.config, source.generation, small), source)
-    for name in sorted(packable(model)):
+    for name, kind in kinds.items():
         like = model.get_parameter(name)
-        hold(model, name, *_packed(_parts(source, name, like), like, packing))
+        hold(model, name, *_packed(_parts(source, name, like), like, kind))
     return model
 
 

@@ -103,7 +103,7 @@ def _loaded(checkpoint: Path, options: Namespace, place: Place) -> Decoder:
     from consilium.checkpoint import store
 
     model = store.load(checkpoint, dtype=place.dtype, weights=options.weights, check_finite=True)
-    if place.device == "cpu" and (options.weights is not None or model.embed.weight.dtype == torch.bfloat16):
+    if place.device == "cpu" and (options.weights is not None or model.dtype == torch.bfloat16):
         tell_kernels()
     return model.to(place.device).eval()
 

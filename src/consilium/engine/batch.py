@@ -64,7 +64,7 @@ class Batch:
         self._model = model
         self._options = options
         self._native = NativeDecoder.of(model) if options.mode.observer is None else None
-        self._device = model.embed.weight.device
+        self._device = model.device
         self._cache: DenseCache | None = None
         self.rows: list[Row] = []
         self.loads = LoadCounter()
@@ -144,7 +144,7 @@ class Batch:
                 config,
                 batch=batch if cache is None else max(batch, cache.batch),
                 capacity=slots if cache is None or cache.capacity < keys else cache.capacity,
-                dtype=self._model.embed.weight.dtype,
+                dtype=self._model.dtype,
                 device=self._device,
             )
             if cache is not None:

@@ -283,7 +283,7 @@ def _piece(row: Row, token: int, logprob: float) -> Piece:
 
 def _check(model: Decoder) -> None:
     moe = model.config.moe
-    if model.embed.weight.is_meta:
+    if model.device.type == "meta":
         raise ConsiliumError("a model on the meta device has no weights to generate from; load or build one.")
     if moe is not None and not moe.independent:
         raise ConsiliumError(

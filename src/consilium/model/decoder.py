@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final, overload
 
+import torch
 from torch import Tensor, nn
 
 from consilium.attention.context import build_context
@@ -50,6 +51,15 @@ class Decoder(nn.Module):
         if not config.tied:
             self.head = Vocabulary(config.vocab_size, config.hidden_size)
         self.mtp = nn.ModuleList(MTPModule(config, k, blocks) for k in range(config.mtp.depth))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What states are in, and weights that are not packed."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
     @overload
     def forward(
@@ -142,8 +152,7 @@ class Decoder(nn.Module):
 
     def embedded(self, ids_BS: Tensor, options: Options) -> Tensor:
         """What enters the first block: [B, S, D]."""
-        x_BSD: Tensor = self.embed(Embed(ids_BS))
-        x_BSD = x_BSD if options.dtype is None else x_BSD.to(options.dtype)
+        x_BSD: Tensor = self.embed(Embed(ids_BS, options.dtype or self.dtype))
         # A factor in the dtype of the states, as Grok-1 rounds it: 78.38 is 78.5 in bfloat16.
         return x_BSD * x_BSD.new_tensor(self.config.embedding_scale)
 

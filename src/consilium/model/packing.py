@@ -1,12 +1,13 @@
 """Weights of a model in fewer bits: those of its projections, networks, experts and head.
 
-Norms, gates, biases, the embedding and the latents' up-projection stay as they are: they are small, or read
-value by value.
+Norms, gates, biases, the latents' up-projection and an embedding that is no head stay as they are: they are
+small, or read value by value. A head that is the embedding too takes no fewer than 8 bits: tokens that are
+rare have nothing but their row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -18,12 +19,14 @@ from consilium.ops.linear import Linear
 from consilium.ops.weights import Packing, packed
 
 
-def packable(model: Decoder) -> frozenset[str]:
-    """State names of the weights that can be packed."""
+def packings(model: Decoder, packing: Packing) -> Mapping[str, Packing]:
+    """State names of the weights that can be packed, in order, and what each is packed into."""
     gates = {m.gate for m in model.modules() if isinstance(m, GatedNetwork)}
-    return frozenset(
-        f"{name}.{leaf}" for name, module in model.named_modules() for leaf in _leaves(model, module, gates)
-    )
+    return {
+        f"{name}.{leaf}": "int8" if module is model.embed else packing
+        for name, module in sorted(model.named_modules())
+        for leaf in _leaves(model, module, gates)
+    }
 
 
 def _leaves(model: Decoder, module: nn.Module, gates: set[Linear]) -> Iterator[str]:
@@ -32,7 +35,7 @@ def _leaves(model: Decoder, module: nn.Module, gates: set[Linear]) -> Iterator[s
             yield from ("up", "down")
         case Linear() if module not in gates:
             yield "weight"
-        case Vocabulary() if module is not model.embed:
+        case Vocabulary() if module is not model.embed or model.config.tied:
             yield "weight"
         case _:
             pass
@@ -49,5 +52,5 @@ def hold(model: Decoder, name: str, integers: Tensor, scales: Tensor) -> None:
 def pack(model: Decoder, packing: Packing) -> None:
     """Pack all weights that can be, in place: what is trained on is no longer there."""
     weights = dict(model.named_parameters())
-    for name in sorted(packable(model)):
-        hold(model, name, *packed(weights.pop(name).detach(), packing))
+    for name, kind in packings(model, packing).items():
+        hold(model, name, *packed(weights.pop(name).detach(), kind))

@@ -10,7 +10,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from consilium.ops.loss import linear_cross_entropy
 from consilium.ops.weights import Matrix, matrix_of
@@ -18,9 +17,10 @@ from consilium.ops.weights import Matrix, matrix_of
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """The row of each token: [B, S, D] in the dtype of the matrix."""
+    """The row of each token: [B, S, D]."""
 
     ids_BS: Tensor
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Vocabulary(nn.Module):
 
     def forward(self, question: Question) -> Tensor:
         match question:
-            case Embed(ids_BS=ids_BS):
-                return F.embedding(ids_BS, self.weight)
+            case Embed(ids_BS=ids_BS, dtype=dtype):
+                return self.matrix.rows(ids_BS, dtype)
             case Logits(hidden=hidden):
                 return self.matrix.times(hidden).float()
             case NegativeLogLikelihood(hidden_BSD=hidden_BSD, targets_BS=targets_BS):

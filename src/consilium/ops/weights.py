@@ -45,6 +45,10 @@ class Matrix(Protocol):
         """The values [O, I]."""
         ...
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values [..., I] of the rows ``ids`` [...]."""
+        ...
+
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         """The product as native kernels read it; None where they do not. Tensors have to stay alive."""
         ...
@@ -93,6 +97,9 @@ class Dense:
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return self.weight_OI.to(dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight_OI).to(dtype)
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         return native(self.weight_OI, self.shape, bias_O=bias_O)
@@ -153,6 +160,9 @@ class Packed:
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return unpacked(self.integers_OC, self.scales_OG, self.columns).to(dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return unpacked(self.integers_OC[ids], self.scales_OG[ids], self.columns).to(dtype)
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         return native(self.integers_OC, self.shape, scales=self.scales_OG, bias_O=bias_O)

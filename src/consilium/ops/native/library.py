@@ -174,6 +174,7 @@ def native(
     kind = (TYPES if scales is None else INTEGERS).get(values.dtype)
     tensors = [tensor for tensor in (values, scales, bias_O) if tensor is not None]
     known = kind is not None and (bias_O is None or bias_O.dtype in TYPES)
+    known = known and (scales is None or scales.dtype == torch.float16)
     if not known or not all(_is_here(tensor) for tensor in tensors):
         return None
     places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
