@@ -167,3 +167,24 @@ def test_a_run_that_has_saved_nothing_is_called_that(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
     assert "run that has saved no checkpoint yet" in complaint(capsys, tmp_path / "run", tmp_path / "out")
+
+
+def test_a_packed_folder_generates_and_is_measured(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, source, tmp_path / "packed", "--weights", "int8")
+    text = tmp_path / "text.txt"
+    text.write_text("Words of a text, some more of them. " * 20)
+    assert main(["eval", str(tmp_path / "packed"), "--data", str(text)]) == 0
+    answers = []
+    for folder, how in ((source, ["--weights", "int8"]), (tmp_path / "packed", [])):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt", "a", "--json", *how]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["completions"])
+    assert answers[0] == answers[1]
+
+
+def test_bits_are_for_folders(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = complaint(capsys, source, tmp_path / "x.gguf", "--to", "gguf", "--weights", "int8")
+    assert answer.endswith("for a GGUF file give --dtype q8_0 or q4_0.")
+    assert not (tmp_path / "x.gguf").exists()

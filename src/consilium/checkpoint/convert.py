@@ -18,12 +18,14 @@ from consilium.checkpoint.hf.generation import NAME as GENERATION
 from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_bytes, read_object
+from consilium.checkpoint.packed import load_packed
 from consilium.checkpoint.source import FolderSource, Source
-from consilium.checkpoint.store import SCALARS, open_folder
+from consilium.checkpoint.store import SCALARS, Content, open_folder, write_content
 from consilium.data.gguf import has_tokenizer, tokenizer_files
 from consilium.data.tokenizer import TEMPLATE_FILE
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
+from consilium.ops.weights import Packing
 from consilium.records.run import newest_of_run
 
 Progress = Callable[[int, int], None]
@@ -66,6 +68,33 @@ def convert(
         unless=(SCALARS,),
         files=files,
     )
+
+
+def pack(
+    folder: Path | str,
+    destination: Path | str,
+    packing: Packing,
+    *,
+    dtype: str | None = None,
+    progress: Progress = lambda done, total: None,
+    files: Filesystem = DISK,
+) -> None:
+    """Write the model in ``folder`` with its matrices packed, to be generated from.
+
+    ``dtype`` is that of the other tensors, by default bfloat16. The packed model is in memory. Progress and
+    errors are those of ``convert``.
+    """
+    folder, destination = Path(newest_of_run(folder, CONFIG)), Path(destination)
+    refuse_inside("convert", folder, destination)
+    source, beside = open_folder(folder, dtype=dtype or "bfloat16", check_finite=True), companions(folder)
+    content = Content.of(load_packed(source, packing, progress))
+
+    def write(staged: Path) -> None:
+        write_content(staged, content, None, files)
+        for name, held in beside.items():
+            files.write(staged / name, [held])
+
+    commit_folder(destination, write, unless=(SCALARS,), files=files)
 
 
 def fill_folder(

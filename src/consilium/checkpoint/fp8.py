@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import safetensors_io
+from consilium.checkpoint.hf.config import OWN
 from consilium.checkpoint.safetensors_io import Entry
 from consilium.errors import ConsiliumError
 
@@ -68,13 +69,15 @@ Stored = Entry | Scaled
 
 
 def block_size(keys: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Return rows and columns of a block by ``quantization_config``; ConsiliumError for other kinds."""
+    """Return rows and columns of a block by ``quantization_config``; ConsiliumError for others' kinds."""
     found = keys.get(KEY)
     if found is None:
         return 128, 128
     if not isinstance(found, dict):
         raise _unread(path, "", found)
-    if (method := _method(found)) not in {"fp8", "None"}:
+    if (method := _method(found)) == OWN:
+        return 128, 128
+    if method not in {"fp8", "None"}:
         raise _unread(path, ".quant_method", method)
     for key, known in _READ.items():
         if found.get(key) not in known:

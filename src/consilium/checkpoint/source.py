@@ -194,14 +194,19 @@ def _head_repeats(found: Mapping[str, Stored]) -> bool:
 
 
 def stored_dtype(folder: Path, config: Model, found: Mapping[str, Stored]) -> str:
-    """Return the name of the dtype that the embedding is stored in, float32 where we do not compute in it."""
+    """Return the name of the dtype of the embedding, or of the last norm where that is packed.
+
+    float32 where we compute in neither.
+    """
     table = table_of(layout_of(folder), found)
-    name, _ = next(named(config, {"embed.weight": torch.empty(1)}, table))
-    match found.get(name):
-        case Entry(dtype=dtype) if (word := str(dtype).removeprefix("torch.")) in DTYPES:
-            return word
-        case Entry() | Scaled() | None:
-            return "float32"
+    ends = {"embed.weight": torch.empty(1), "norm.weight": torch.empty(1)}
+    for name, _ in named(config, ends, table):
+        match found.get(name):
+            case Entry(dtype=dtype) if (word := str(dtype).removeprefix("torch.")) in DTYPES:
+                return word
+            case Entry() | Scaled() | None:
+                continue
+    return "float32"
 
 
 def _values(config: Model) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol
 
-import torch
 from torch import Tensor
 
 from consilium.checkpoint import parts, safetensors_io, together
@@ -23,6 +22,7 @@ from consilium.checkpoint.hf.generation import NAME as GENERATION
 from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_object
+from consilium.checkpoint.packed import description, load_packed, packed_state, packing_of, refuse_packed
 from consilium.checkpoint.source import Source, as_stored, find, fitted, stored_dtype
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
@@ -30,12 +30,11 @@ from consilium.disk import manifest
 from consilium.disk.atomic import commit_folder
 from consilium.disk.files import DISK, Filesystem
 from consilium.errors import ConsiliumError
-from consilium.machine.allocator import huge
 from consilium.model.build import allocate, build
 from consilium.model.decoder import Decoder
 from consilium.model.init import first_experts
-from consilium.model.packing import hold, packings
-from consilium.ops.weights import Packing, packed
+from consilium.model.packing import packing_in
+from consilium.ops.weights import Packing
 from consilium.parallel.mesh import ALONE, Mesh
 from consilium.records.run import newest_of_run
 
@@ -72,10 +71,6 @@ class TrainingState:
         return TrainingState(_copied(self.tensors), dict(self.scalars))
 
 
-PART_BYTES: Final = 64 << 20
-"""Of a stack that is read at once to be packed."""
-
-
 @dataclass(frozen=True, slots=True)
 class Content:
     """What ``save`` writes of a model."""
@@ -89,12 +84,12 @@ class Content:
 
     @staticmethod
     def of(model: Decoder) -> Content:
-        """Views: what trains on changes them. Raises ConsiliumError where weights are packed."""
-        if any(name.endswith("_scales") for name in model.state_dict()):
-            raise ConsiliumError(
-                "a model with packed weights is for generating; save or train the one it was loaded from."
-            )
+        """Views: what trains on changes them."""
         return Content(model.config, model.generation, model.state_dict(), first_experts(model))
+
+    @property
+    def packing(self) -> Packing | None:
+        return packing_in(self.weights)
 
     def copied(self) -> Content:
         """In the memory of the host, so that nothing changes it."""
@@ -133,7 +128,7 @@ def save(  # noqa: PLR0913 - by keyword
         for name, content in models.items():
             if name:
                 files.make_folder(staged / name)
-            _write(staged / name, content, tokenizer, files)
+            write_content(staged / name, content, tokenizer, files)
         if training_state is not None:
             files.make_folder(staged / STATE)
             files.write(staged / SCALARS, [_json(training_state.scalars)])
@@ -146,10 +141,12 @@ def _content(model: Decoder | Content) -> Content:
     return model if isinstance(model, Content) else Content.of(model)
 
 
-def _write(folder: Path, model: Content, tokenizer: Savable | None, files: Filesystem) -> None:
+def write_content(folder: Path, model: Content, tokenizer: Savable | None, files: Filesystem) -> None:
+    """Write weights and what describes them into a folder that is being made."""
     for name, content in _descriptions(model, tokenizer).items():
         files.write(folder / name, [content])
-    tensors = dict(named(model.config, model.weights, published(model.config)))
+    table = published(model.config) if model.packing is None else None
+    tensors = dict(named(model.config, model.weights, table))
     safetensors_io.write_sharded(folder, tensors, files=files)
 
 
@@ -164,68 +161,42 @@ def load(
     """Return the model in ``folder``, ours or of a known Hugging Face architecture, on ``device``.
 
     A run folder stands for its newest checkpoint; a .gguf file is a model too.
-    ``dtype`` is by default that of the file. ``weights`` packs matrices into fewer bits as they are read, for
-    a model that generates and is neither trained nor saved. Never runs code from the folder. Raises
-    ConsiliumError that names the file or tensor when anything is missing, extra, changed or of another shape;
-    ``check_finite`` also refuses NaN and infinity.
+    ``dtype`` is by default that of the file, with ``weights`` bfloat16. These pack matrices into fewer bits
+    as they are read, for a model that generates and is not trained; those of a GGUF file or a folder that has
+    them so are taken as they are. Never runs code from the folder. Raises ConsiliumError that names the file
+    or tensor when anything is missing, extra, changed or of another shape; ``check_finite`` also refuses NaN
+    and infinity.
     """
-    source = open_folder(folder, dtype=dtype, check_finite=check_finite)
-    kind = source.state["embed.weight"].dtype
-    if weights is not None:
-        return _load_packed(source, kind, weights).to(device)
+    computed = dtype or (None if weights is None else "bfloat16")
+    source = open_folder(folder, dtype=computed, check_finite=check_finite, packed=True)
+    held = packing_in(source.state)
+    if held is not None and weights not in {None, held}:
+        raise ConsiliumError(f"{folder} holds weights packed into {held}; leave --weights {weights} out.")
+    if (packing := held or weights) is not None:
+        return load_packed(source, packing).to(device)
+    kind = source.state["norm.weight"].dtype
     model = allocate(source.config, source.generation, dtype=kind, device=device)
     fill(Content.of(model), source)
     return model
 
 
-def _load_packed(source: Source, dtype: torch.dtype, packing: Packing) -> Decoder:
-    """Read a part of one matrix at a time: no more than that is ever there unpacked."""
-    share = {"int8": 8.5, "int4": 4.5}[packing] / (8 * dtype.itemsize)
-    model = allocate(source.config, source.generation, dtype=dtype, share=share)
-    kinds = packings(model, packing)
-    small = {name: t for name, t in model.state_dict().items() if name not in kinds}
-    fill(Content(source.config, source.generation, small), source)
-    for name, kind in kinds.items():
-        like = model.get_parameter(name)
-        hold(model, name, *_packed(_parts(source, name, like), like, kind))
-    return model
-
-
-def _packed(parts: Iterator[Tensor], like: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """The parts of one weight, one after the other."""
-    integers, scales, first = None, None, 0
-    for part in parts:
-        some, their_scales = packed(part, packing)
-        if integers is None or scales is None:
-            integers = huge(some.new_empty(len(like), *some.shape[1:]))
-            scales = their_scales.new_empty(len(like), *their_scales.shape[1:])
-        integers[first : first + len(some)], scales[first : first + len(some)] = some, their_scales
-        first += len(some)
-    assert integers is not None, "a weight has rows"
-    assert scales is not None, "and integers have scales"
-    return integers, scales
-
-
-def _parts(source: Source, name: str, like: Tensor) -> Iterator[Tensor]:
-    """The values of a weight, a stack by some experts at a time."""
-    rows = len(like) if like.ndim < 3 else max(1, PART_BYTES // (like[0].numel() * like.itemsize))
-    for first in range(0, len(like), rows):
-        part = torch.empty(min(rows, len(like) - first), *like.shape[1:], dtype=like.dtype)
-        source.fill_rows(name, part, first)
-        yield part
-
-
-def open_folder(folder: Path | str, *, dtype: str | None = None, check_finite: bool = False) -> Source:
+def open_folder(
+    folder: Path | str, *, dtype: str | None = None, check_finite: bool = False, packed: bool = False
+) -> Source:
     """Return the weights in ``folder`` ready to be read one at a time, with nothing of the model in memory.
 
-    Arguments and errors are those of ``load``.
+    Arguments and errors are those of ``load``. Packed weights are refused unless they are what is asked for.
     """
     folder = newest_of_run(folder, CONFIG)
     if folder.suffix == GGUF:
         return open_file(folder, dtype=dtype, check_finite=check_finite)
     config, found = _open(folder)
+    if not packed:
+        refuse_packed(folder)
     model = build(config, dtype=dtype or stored_dtype(folder, config, found), device="meta")
-    return fitted(folder, config, found, model.state_dict(), check_finite=check_finite)
+    packing = packing_of(folder)
+    state = model.state_dict() if packing is None else packed_state(model, packing)
+    return fitted(folder, config, found, state, check_finite=check_finite)
 
 
 def load_weights(
@@ -237,6 +208,7 @@ def load_weights(
     ``load`` does; nothing in ``model`` changes unless all names and shapes fit.
     """
     folder, content = Path(folder), _content(model)
+    refuse_packed(folder)
     shapes = build(content.config, device="meta").state_dict()
     found = find(folder, content.config)
     source = fitted(folder, content.config, found, shapes, check_finite=check_finite)
@@ -294,9 +266,11 @@ def _descriptions(model: Content, tokenizer: Savable | None) -> dict[str, bytes]
     generation = model.generation
     if tokenizer is not None:
         generation = generation.or_tokens(tokenizer.bos_id, tokenizer.eos_id)
-    dtype = str(model.weights["embed.weight"].dtype).removeprefix("torch.")
+    dtype = str(model.weights["norm.weight"].dtype).removeprefix("torch.")
+    packing = model.packing
+    own = to_hugging_face(model.config, dtype=dtype, generation=generation, own=packing is not None)
     return {
-        CONFIG: _json(to_hugging_face(model.config, dtype=dtype, generation=generation)),
+        CONFIG: _json(own if packing is None else own | description(packing)),
         GENERATION: _json(generation_config(generation)),
         **({} if tokenizer is None else tokenizer.files()),
     }

@@ -45,7 +45,7 @@ def verify_folder(
     try:
         found += [str(fault) for fault in (manifest.faults(folder, read=read) if sealed else ())]
         if not found:
-            open_folder(folder)
+            open_folder(folder, packed=True)
     except ConsiliumError as error:
         found.append(str(error))
     return FolderReport(folder, sealed, len(sizes), sum(sizes), tuple(found))

@@ -30,6 +30,11 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help="float32, bfloat16 or float16, for gguf also q8_0 or q4_0; default: that of SRC",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="pack matrices into 8 or 4 bits, for generating; for gguf give --dtype q8_0 or q4_0",
+    )
     json_flag(parser)
 
 
@@ -38,11 +43,13 @@ def run(options: Namespace) -> int:
 
     source = checkpoint_in(options.source)
     refuse_inside("convert", options.source, options.destination)
+    if options.weights is not None and options.to == "gguf":
+        raise ConsiliumError("convert: --weights is for folders; for a GGUF file give --dtype q8_0 or q4_0.")
     writers = {"hf": _to_folder, "gguf": _to_gguf}
     voice = plain if options.json else say
     start = time.monotonic()
     with Lines(say("converting"), " GB") as shown:
-        notes = writers[options.to](source, options.destination, options.dtype, shown, voice)
+        notes = writers[options.to](source, options, shown, voice)
     size, seconds = _size(options.destination), time.monotonic() - start
     if options.json:
         written = {"written": str(options.destination), "bytes": size, "seconds": seconds, "notes": notes}
@@ -54,27 +61,32 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _to_folder(source: Path, destination: Path, dtype: str | None, shown: Lines, say: Say) -> tuple[str, ...]:
-    from consilium.checkpoint.convert import convert
+def _to_folder(source: Path, options: Namespace, shown: Lines, say: Say) -> tuple[str, ...]:
+    from consilium.checkpoint.convert import convert, pack
     from consilium.model.build import DTYPES
 
+    destination, dtype = options.destination, options.dtype
     if dtype is not None and dtype not in DTYPES:
         gguf = " Types such as q8_0 are for --to gguf." if dtype.lower().startswith("q") else ""
         raise ConsiliumError(f"convert: unknown --dtype {dtype!r}.{gguf or nearest(dtype, DTYPES)}")
     if destination.suffix == ".gguf":
         raise ConsiliumError(f"convert: {destination} would be a folder; add --to gguf to write a GGUF file.")
-    convert(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
+    if options.weights is not None:
+        pack(source, destination, options.weights, dtype=dtype, progress=_in_gigabytes(shown))
+    else:
+        convert(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
     return (say("opens with consilium.load({folder!r})", folder=str(destination)),)
 
 
-def _to_gguf(source: Path, destination: Path, dtype: str | None, shown: Lines, say: Say) -> tuple[str, ...]:
+def _to_gguf(source: Path, options: Namespace, shown: Lines, say: Say) -> tuple[str, ...]:
+    destination = options.destination
     if destination.suffix != ".gguf":
         raise ConsiliumError(
             f"convert: {destination} is no name of a GGUF file; give one that ends in .gguf."
         )
     from consilium.checkpoint.gguf.export import export
 
-    done = export(source, destination, dtype=dtype, progress=_in_gigabytes(shown))
+    done = export(source, destination, dtype=options.dtype, progress=_in_gigabytes(shown))
     typed = say("{share:.1%} of the values are of this type, the others float32", share=done.typed)
     return typed, *done.notices
 

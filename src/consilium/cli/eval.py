@@ -80,7 +80,7 @@ def run(options: Namespace) -> int:
 
     place = settle(options)
     run_folder, stored = _run_of(options.folder)
-    tokenizer, config = Tokenizer.load(checkpoint), store.open_folder(checkpoint).config
+    tokenizer, config = Tokenizer.load(checkpoint), store.open_folder(checkpoint, packed=True).config
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
     trained = None if stored is None else stored.data.sequence_length
     reading = reading_of(config, options.seq or trained, options.stride)

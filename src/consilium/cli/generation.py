@@ -133,7 +133,7 @@ def open_model(options: Namespace) -> Opened:
     from consilium.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint)
-    check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint).config.vocab_size)
+    check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint, packed=True).config.vocab_size)
     return Opened(checkpoint, tokenizer, place, options.weights)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from consilium.model.decoder import Decoder
@@ -39,6 +40,14 @@ def _leaves(model: Decoder, module: nn.Module, gates: set[Linear]) -> Iterator[s
             yield "weight"
         case _:
             pass
+
+
+def packing_in(weights: Mapping[str, Tensor]) -> Packing | None:
+    """What a model is packed into, by its state."""
+    kinds = {weights[name.removesuffix("_scales")].dtype for name in weights if name.endswith("_scales")}
+    if not kinds:
+        return None
+    return "int4" if torch.uint8 in kinds else "int8"
 
 
 def hold(model: Decoder, name: str, integers: Tensor, scales: Tensor) -> None:

@@ -20,6 +20,7 @@ from consilium.ops.bfloat16 import is_storage
 from consilium.ops.native.library import MANY, NativeMatrix, kernels, native
 
 Packing = Literal["int8", "int4"]
+PACKINGS: Final[tuple[Packing, ...]] = ("int8", "int4")
 GROUP: Final = 32
 """Integers that share a scale."""
 _AT_ONCE: Final = 2**20
@@ -211,6 +212,17 @@ def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:
 
 def stack_of(weight: Tensor, scales: Tensor | None, columns: int) -> Stack:
     return DenseStack(weight) if scales is None else PackedStack(weight, scales, columns)
+
+
+def room(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Integers and scales of ``weight`` [..., I], still to be written, on its device."""
+    rows, groups = weight.shape[:-1], -(-weight.shape[-1] // GROUP)
+    match packing:
+        case "int8":
+            integers = weight.new_empty(*rows, groups * GROUP, dtype=torch.int8)
+        case "int4":
+            integers = weight.new_empty(*rows, groups * GROUP // 2, dtype=torch.uint8)
+    return integers, weight.new_empty(*rows, groups, dtype=torch.float16)
 
 
 def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:

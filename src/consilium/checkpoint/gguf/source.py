@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType
 from gguf.quants import dequantize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.checkpoint import weights
@@ -27,6 +28,8 @@ from consilium.ops.gguf import Entry, Header, damaged, read_header
 _PIECE: Final = 2**22
 """Values that are dequantised at a time: what a read costs beside its target."""
 _STORED: Final = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
+_PACKED: Final = {GGMLQuantizationType.Q8_0: torch.int8, GGMLQuantizationType.Q4_0: torch.uint8}
+"""Types that ``ops.weights`` has too, apart from where scales lie."""
 _ARCHS: Final[Mapping[str, MODEL_ARCH]] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 
 
@@ -50,8 +53,26 @@ class FileSource:
         """Copy the rows of our tensor ``name`` from ``first`` on, as many as ``target`` has."""
         if target.shape == self.state[name].shape:
             self.fill(name, target)
+        elif target.ndim == 3:  # a stack, whose experts lie one after the other
+            for theirs, view in _views(self.config, self.header, name, target.detach()):
+                _read_into(self.header.tensors[theirs], view, first, check_finite=self.check_finite)
         else:
             target.copy_(self.read(name)[first : first + target.shape[0]])
+
+    def fill_packed(self, name: str, integers: Tensor, scales: Tensor) -> bool:
+        """Copy integers and scales (``ops.weights.Packed``) of our tensor ``name`` as they lie in the file.
+
+        False where it has others, and values have to be packed anew.
+        """
+        both = list(
+            zip(*(_views(self.config, self.header, name, part) for part in (integers, scales)), strict=True)
+        )
+        entries = [self.header.tensors[theirs] for (theirs, _), _ in both]
+        if any(_PACKED.get(entry.kind) != integers.dtype for entry in entries):
+            return False
+        for entry, ((_, integer_view), (_, scale_view)) in zip(entries, both, strict=True):
+            _read_packed(entry, integer_view, scale_view, check_finite=self.check_finite)
+        return integers.dtype != torch.int8 or bool(integers.amin() > -128)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
@@ -114,23 +135,44 @@ def _refuse_unreadable(entry: Entry) -> None:
         ) from None
 
 
-def _read_into(entry: Entry, target: Tensor, *, check_finite: bool) -> None:
-    """Dequantise into ``target``, whose values are in the order of the file, a piece at a time."""
-    inner = math.prod(target.shape[1:]) if target.ndim > 1 else 1
-    step = target.shape[0] if target.ndim == 1 else max(1, _PIECE // inner)
-    row = entry.shape[-1]
+def _read_into(entry: Entry, target: Tensor, first: int = 0, *, check_finite: bool) -> None:
+    """Dequantise into ``target``, whose values are in the order of the file from its ``first`` on."""
+    for part, stored in _pieces(entry, target, first):
+        values = torch.from_numpy(dequantize(stored, entry.kind))
+        if check_finite:
+            _refuse_infinite(entry, values)
+        target[part].copy_(values.view(target[part].shape))
+
+
+def _read_packed(entry: Entry, integers: Tensor, scales: Tensor, *, check_finite: bool) -> None:
+    """Blocks of 32 values, each a float16 scale and then its integers."""
+    for part, stored in _pieces(entry, integers):
+        blocks = torch.from_numpy(stored).unflatten(1, (scales.shape[-1], -1))
+        found = blocks[..., :2].contiguous().view(torch.float16)
+        if check_finite:
+            _refuse_infinite(entry, found)
+        scales[part].copy_(found.view(scales[part].shape))
+        integers[part].copy_(blocks[..., 2:].contiguous().view(integers.dtype).view(integers[part].shape))
+
+
+def _refuse_infinite(entry: Entry, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise damaged(entry.file, f"holds a value in {entry.name[:80]!r} that is not finite")
+
+
+def _pieces(entry: Entry, target: Tensor, first: int = 0) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+    """Parts of the first dimension of ``target``, which begins at the file's ``first``, and their bytes."""
+    rows = math.prod(target.shape[1:-1])
+    step = len(target) if target.ndim == 1 else max(1, _PIECE // (rows * entry.shape[-1]))
     try:
         with entry.file.open("rb") as file:
-            file.seek(entry.offset)
-            for start in range(0, target.shape[0], step):
-                part = target[start : start + step]
-                stored = np.fromfile(file, np.uint8, part.numel() // row * entry.row_bytes)
-                if stored.size < part.numel() // row * entry.row_bytes:
+            file.seek(entry.offset + first * rows * entry.row_bytes)
+            for start in range(0, len(target), step):
+                count = 1 if target.ndim == 1 else rows * min(step, len(target) - start)
+                stored = np.fromfile(file, np.uint8, count * entry.row_bytes)
+                if stored.size < count * entry.row_bytes:
                     raise damaged(entry.file, f"ends inside tensor {entry.name[:80]!r}", "download it again")
-                values = torch.from_numpy(dequantize(stored.reshape(-1, entry.row_bytes), entry.kind))
-                if check_finite and not bool(values.isfinite().all()):
-                    raise damaged(entry.file, f"holds a value in {entry.name[:80]!r} that is not finite")
-                part.copy_(values.view(part.shape))
+                yield slice(start, start + step), stored.reshape(count, entry.row_bytes)
     except OSError as error:
         why = (error.strerror or "unknown error").lower()
         raise damaged(entry.file, f"cannot be read ({why}) at tensor {entry.name[:80]!r}") from None

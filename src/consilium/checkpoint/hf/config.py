@@ -53,10 +53,13 @@ def layout_of(folder: Path) -> Architecture | None:
 
 
 def to_hugging_face(
-    config: Model, *, dtype: str, generation: GenerationDefaults = GenerationDefaults()
+    config: Model, *, dtype: str, generation: GenerationDefaults = GenerationDefaults(), own: bool = False
 ) -> dict[str, Any]:
-    """Return the contents of config.json; ``dtype`` is that of the matrices."""
-    found = architecture(config)
+    """Return the contents of config.json; ``dtype`` is that of the matrices.
+
+    ``own``: of weights in our own layout, whatever the architecture.
+    """
+    found = None if own else architecture(config)
     shared = _shared(config, dtype) | token_keys(generation)
     if found is None:
         named: dict[str, Any] = {"architectures": ["ConsiliumForCausalLM"], "model_type": OWN}
@@ -70,7 +73,7 @@ def to_hugging_face(
 
 def _refuse_contradictions(data: Mapping[str, Any], config: Model, path: Path) -> None:
     """An edit of the keys beside ours must not be lost: they say what we would write for ``config``."""
-    written = to_hugging_face(config, dtype="float32")
+    written = to_hugging_face(config, dtype="float32", own=data.get("model_type") == OWN)
     kind = written["model_type"]
     if data.get("model_type") == kind and kind != OWN:
         # Ours says what is computed, so that code beside it has nothing to add.
