@@ -77,7 +77,8 @@ def ours(model: Decoder, setting: Setting) -> Contestant:
         for prompt in setting.prompts():
             most = model.config.max_length - setting.context
             engine.submit(Request(prompt=tuple(prompt), max_tokens=most, stop_ids=()))
-        engine.step()
+        while engine.waiting:
+            engine.step()
         return engine
 
     if setting.reading:

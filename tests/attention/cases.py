@@ -11,7 +11,7 @@ from consilium.attention.context import build_context
 from consilium.attention.gqa import GroupedQueryAttention
 from consilium.attention.mla import LatentAttention
 from consilium.config.attention import GQA, MLA, Rope, Yarn
-from consilium.kv.dense import DenseCache, DenseLayer
+from consilium.kv.paged import PagedCache, PagedLayer
 
 HIDDEN = 20
 
@@ -69,8 +69,8 @@ def counted(batch: int, tokens: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + tokens).expand(batch, tokens)
 
 
-def empty_layer(config: GQA | MLA, batch: int, capacity: int) -> DenseLayer:
-    return DenseCache(layers=1, batch=batch, capacity=capacity, width=config.cache_width).layer(0)
+def empty_layer(config: GQA | MLA, batch: int, capacity: int) -> PagedLayer:
+    return PagedCache(layers=1, pages=batch, page=capacity, width=config.cache_width).part().layer(0)
 
 
 def uncached(module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor) -> Tensor:
@@ -79,6 +79,6 @@ def uncached(module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor) -> 
 
 
 def cached(
-    module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor, position_BS: Tensor, layer: DenseLayer
+    module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor, position_BS: Tensor, layer: PagedLayer
 ) -> Tensor:
     return module(x_BSD, build_context(module.config, position_BS, cached=True), layer).y_BSD

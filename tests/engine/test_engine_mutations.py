@@ -66,5 +66,5 @@ def test_padding_and_finished_rows_take_part_in_nothing(config: Model, k: int) -
     assert engine.complete(prompts, max_tokens=8) == cut
     assert len(cut[0]) < len(cut[1]) == 8
     running = [sum(len(row) > step for row in cut) for step in range(1, 8)]
-    assert watcher.tokens == [7, *running]
+    assert watcher.tokens == [4, 1, 2, *running], "each prompt is a pass of its own"
     assert watcher.computed == [k * count for count in watcher.tokens]

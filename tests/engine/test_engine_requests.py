@@ -29,8 +29,8 @@ requests = st.builds(
 
 def drained(engine: Engine) -> list[Piece]:
     pieces: list[Piece] = []
-    while new := engine.step():
-        pieces += new
+    while engine.busy:
+        pieces += engine.step()
     return pieces
 
 

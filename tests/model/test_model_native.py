@@ -30,6 +30,7 @@ from consilium.config.router import (
     TopK,
 )
 from consilium.kv.build import build_cache
+from consilium.kv.paged import PagedLayer
 from consilium.kv.types import View
 from consilium.model import native
 from consilium.model.decoder import Decoder
@@ -270,7 +271,7 @@ def test_no_bit_depends_on_the_company_or_the_threads(
         cache = build_cache(config, batch=len(chosen), capacity=max(lengths) + 1, dtype=torch.float32)
         for layer in range(config.layers):
             for place, one in enumerate(chosen):
-                cache.layer(layer, slice(place, place + 1)).write(
+                PagedLayer(cache.layers[layer][place : place + 1], None).write(
                     rows[one] * (1 + layer), torch.arange(lengths[one] + 1)[None]
                 )
         position_B1 = torch.tensor([[lengths[one]] for one in chosen])
@@ -320,7 +321,7 @@ def test_pages_change_no_bit(config: Model, page: int, dtype: torch.dtype) -> No
     paged = Paged(3, 701, page, config.attention.cache_width, dtype)
     for place, length in enumerate(lengths):
         rows = torch.randn(1, length, config.attention.cache_width, generator=generator).to(dtype)
-        dense.layer(0, slice(place, place + 1)).write(rows, torch.arange(length)[None])
+        dense.layers[0][place, :length] = rows[0]
         paged.storage_NPC[
             paged.table_BM[place, torch.arange(length) // page], torch.arange(length) % page
         ] = rows[0]

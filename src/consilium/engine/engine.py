@@ -1,9 +1,9 @@
 """Requests that come and go, decoded together.
 
-A request's tokens depend on the request alone: no token's routing sees another row, every row draws from its
-own stream, and padding takes part in nothing. Greedy tokens are those of each prompt alone; logits are not,
-to the last bit: the size of a matrix product decides how it rounds, so that two logits closer than that may
-change places.
+A request's tokens depend on the request alone: no token's routing sees another row, and every row draws from
+its own stream. Greedy tokens are those of each prompt alone. With native kernels logits are too, to the last
+bit, whoever else runs, however prompts are cut, shared or read again. With modules they are not: the size of
+a matrix product decides how it rounds, so that two logits closer than that may change places.
 
 Legend: B rows, V vocabulary, E experts.
 """
@@ -19,7 +19,7 @@ from typing import Final, Protocol, TypeVar, final
 import torch
 from torch import Tensor
 
-from consilium.engine.batch import Batch, Row, TextStream
+from consilium.engine.batch import PAGE, Batch, Row, TextStream
 from consilium.engine.request import Piece, Request, Sampling
 from consilium.engine.sampler import sample
 from consilium.engine.stops import StopText
@@ -30,6 +30,8 @@ from consilium.moe.types import Mode
 
 MOST_ROWS: Final = 64
 """Requests that run at once unless told otherwise; the others wait for their turn."""
+MOST_READ: Final = 2048
+"""Tokens of prompts after which a step reads no further part."""
 
 _T = TypeVar("_T")
 
@@ -69,7 +71,13 @@ class Engine:
         *,
         mode: Mode = Mode(),
         most_rows: int = MOST_ROWS,
+        most_tokens: int | None = None,
     ) -> None:
+        """``most_tokens`` is what the cache holds of all that run; without, it grows with need.
+
+        Where it is full the request that joined last waits until there is room, and goes on as if nothing
+        had been.
+        """
         _check(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -79,7 +87,8 @@ class Engine:
             self.stop_ids = self.stop_ids or (tokenizer.eos_id,)
             self._meaningless_V = _meaningless(tokenizer.known_ids, self.stop_ids, model.config.vocab_size)
         self._most_rows = most_rows
-        self._batch = Batch(self.model, Options(mode=replace(mode, counts_only=True)))
+        self._most_tokens = None if most_tokens is None else most_tokens // PAGE * PAGE
+        self._batch = Batch(self.model, Options(mode=replace(mode, counts_only=True)), most_tokens)
         self._waiting: list[Row] = []
         self._kept: list[Piece] = []
         self._next_id = 0
@@ -98,26 +107,32 @@ class Engine:
         return self._enter(self._row(request, "the prompt"))
 
     def step(self) -> list[Piece]:
-        """Let waiting requests join, and return one more token of every running one, in the order of ids.
+        """Return one more token of every running request, and let waiting ones join, in the order of ids.
 
-        Nothing is returned when nothing is left to do.
+        A long prompt is read over several steps, so that who runs does not wait for all of it. There may be
+        nothing to return while ``busy``.
         """
         pieces, self._kept = self._kept, []
-        if self._batch.rows:
-            pieces += self._advance(list(self._batch.rows), self._batch.decode())
-        joining = self._waiting[: max(self._most_rows - len(self._batch.rows), 0)]
-        if joining:
-            logits_BV = self._batch.join(joining)
-            self._waiting = self._waiting[len(joining) :]
-            pieces += self._advance(joining, logits_BV)
+        pieces += self._decode()
+        pieces += self._read()
         return sorted(pieces, key=lambda piece: piece.request)
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose prompt is still to be read."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs, or a piece is left that nobody asked for."""
+        return bool(self._waiting or self._batch.rows or self._kept)
 
     def cancel(self, request: int) -> None:
         """Forget a request, whether it waits, runs or has finished."""
+        for row in [row for row in (*self._waiting, *self._batch.rows) if row.id == request]:
+            self._batch.leave(row)
         self._waiting = [row for row in self._waiting if row.id != request]
         self._kept = [piece for piece in self._kept if piece.request != request]
-        for row in [row for row in self._batch.rows if row.id == request]:
-            self._batch.leave(row)
 
     def complete(
         self,
@@ -201,6 +216,40 @@ class Engine:
             for request in places:
                 self.cancel(request)
 
+    def _decode(self) -> list[Piece]:
+        """A token of each row, once all have a page for it."""
+        place = 0
+        while place < len(self._batch.rows):
+            if self._batch.extend(self._batch.rows[place]):
+                place += 1
+            else:
+                self._send_back()
+        return self._advance(self._batch.rows, self._batch.decode()) if self._batch.rows else []
+
+    def _send_back(self) -> None:
+        """Let who came last wait again: the prompt that is being read, or else the newest row."""
+        if self._waiting and self._waiting[0].pages:
+            self._batch.leave(self._waiting[0])
+            return
+        row = self._batch.rows[-1]
+        self._batch.leave(row)
+        self._waiting.insert(0, row)
+
+    def _read(self) -> list[Piece]:
+        """Parts of waiting prompts in their order, as far as there is room and a step goes."""
+        pieces, left = list[Piece](), MOST_READ
+        while left > 0 and self._waiting and len(self._batch.rows) < self._most_rows:
+            row = self._waiting[0]
+            if not row.pages and not self._batch.admit(row):
+                break
+            before = row.cached
+            logits_1V = self._batch.read(row)
+            left -= row.cached - before
+            if logits_1V is not None:
+                self._waiting.pop(0)
+                pieces += self._advance([row], logits_1V)
+        return pieces
+
     def _enter(self, row: Row) -> int:
         self._waiting.append(row)
         return row.id
@@ -212,13 +261,14 @@ class Engine:
         tokens = self._ids(request.prompt)
         self._check_prompt(name, tokens, request.max_tokens)
         self._next_id += 1
-        new = self.model.config.max_length if request.max_tokens is None else request.max_tokens
+        longest = min(self.model.config.max_length, self._most_tokens or self.model.config.max_length)
+        new = longest if request.max_tokens is None else request.max_tokens
         return Row(
             id=self._next_id,
             request=request,
             tokens=tokens,
             prompt=len(tokens),
-            most=min(len(tokens) + new, self.model.config.max_length),
+            most=min(len(tokens) + new, longest),
             ends=frozenset(self.stop_ids if request.stop_ids is None else request.stop_ids),
             generator=_stream(request.sampling.seed, request.sample),
             stream=None if self.tokenizer is None else self.tokenizer.stream(),
@@ -236,6 +286,11 @@ class Engine:
             raise ConsiliumError(
                 f"{name} of {len(tokens)} tokens{new} exceeds the model's length {config.max_length};"
                 " shorten the prompt or lower --max-tokens."
+            )
+        if self._most_tokens is not None and len(tokens) + (max_tokens or 1) > self._most_tokens:
+            raise ConsiliumError(
+                f"{name} of {len(tokens)} tokens with {max_tokens or 1} new ones exceeds the"
+                f" {self._most_tokens} tokens of the cache; shorten it, or give the engine more most_tokens."
             )
 
     def _ids(self, prompt: Sequence[int] | str) -> list[int]:
@@ -255,17 +310,18 @@ class Engine:
         return logits_V.masked_fill(self._meaningless_V, -torch.inf)
 
     def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> list[Piece]:
-        """One token for each row; who has finished leaves."""
+        """One token for each row whose tokens are all in the cache; who has finished leaves."""
         # Streams draw on the CPU, so that a seed means the same on every device.
         pieces: list[Piece] = []
         for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
+            if row.cached < len(row.tokens):
+                continue
             drawn_V = self._drawable(logits_V, row.request.sampling)
             token, logprob = sample(drawn_V, row.request.sampling, row.generator, row.tokens)
             row.tokens.append(token)
             pieces.append(_piece(row, token, logprob))
-        for row in rows:
-            if row.finished is not None:
-                self._batch.leave(row)
+        for row in [row for row in rows if row.finished is not None]:
+            self._batch.leave(row)
         return pieces
 
 

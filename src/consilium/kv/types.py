@@ -7,10 +7,13 @@ values a token (GQA: keys then values of every kv head; MLA: latent then rotated
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
+
+TILE: Final = 512
+"""Slots that are gathered from pages at once."""
 
 
 @final
@@ -25,13 +28,16 @@ class View:
     """L: one more than the largest slot in use. Slots beyond a sequence's own length are finite, unseen."""
 
     def tiles(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The rows [B, at most P, C] of one page of every sequence after another; together L slots."""
+        """The rows [B, at most TILE or P, C] of some pages of every sequence after others; in all L slots."""
         if self.table_BM is None:
             return (self.storage_NPC[:, : self.slots].to(dtype),)
         size = self.storage_NPC.shape[1]
+        pages = max(1, TILE // size)
         return tuple(
-            self.storage_NPC[self.table_BM[:, start // size], : self.slots - start].to(dtype)
-            for start in range(0, self.slots, size)
+            self.storage_NPC[self.table_BM[:, first : first + pages]]
+            .flatten(1, 2)[:, : self.slots - first * size]
+            .to(dtype)
+            for first in range(0, -(-self.slots // size), pages)
         )
 
 

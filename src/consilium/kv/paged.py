@@ -1,0 +1,109 @@
+"""Cached rows in pages of one pool, which sequences take as they grow and may share.
+
+One class serves grouped-query and latent attention, since the contract is rows of C values and only
+attention knows what they hold.
+
+Legend: B sequences, N pages, P slots a page, M pages of a sequence, S new tokens, L slots in use, C cached
+values a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from consilium.errors import ConsiliumError
+from consilium.kv.types import View
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PagedLayer:
+    """The slots of one layer, as far as some sequences own them. Meets ``kv.types.LayerCache``.
+
+    Invariant: slot j of a sequence holds the row of its token j, for every j below its length. Slots from its
+    length on hold zeros or what padding wrote there. They are finite, because a masked weight of 0 times NaN
+    is NaN; they are never seen, because no query looks past its own position; and the token that comes to own
+    such a slot writes it before it is read. So right padding simply counts on the positions of its row.
+    """
+
+    storage_NPC: Tensor
+    table_BM: Tensor | None
+    """int64; absent where sequence b owns page b alone."""
+
+    def write(self, new_BSC: Tensor, slots_BS: Tensor) -> None:
+        """Write [B, S, C] at slots [B, S]; a slot beyond the last page is refused by ``view``, before."""
+        size = self.storage_NPC.shape[1]
+        if self.table_BM is None:
+            pages_BS = torch.arange(len(slots_BS), device=slots_BS.device)[:, None]
+        else:
+            pages_BS = self.table_BM.gather(1, slots_BS // size)
+        self.storage_NPC[pages_BS, slots_BS % size] = new_BSC.detach().to(self.storage_NPC.dtype)
+
+    def view(self, slots: int) -> View:
+        """Return the first ``slots`` slots of every sequence; ConsiliumError where its pages have fewer."""
+        pages = 1 if self.table_BM is None else self.table_BM.shape[1]
+        if slots > (capacity := pages * self.storage_NPC.shape[1]):
+            raise ConsiliumError(
+                f"cache: a sequence needs {slots} slots but the cache was allocated with {capacity};"
+                " ask for fewer new tokens or allocate a larger capacity."
+            )
+        return View(self.storage_NPC, self.table_BM, slots)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CachePart:
+    """Some sequences in all layers, for a pass over these. Meets ``kv.types.Cache``."""
+
+    layers: Sequence[Tensor]
+    """Storage [N, P, C] of each."""
+    table_BM: Tensor | None
+
+    def layer(self, index: int) -> PagedLayer:
+        return PagedLayer(self.layers[index], self.table_BM)
+
+
+@final
+class PagedCache:
+    """The pages of all layers: page n of every layer belongs to the same tokens."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        pages: int,
+        page: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._layers = [torch.zeros(pages, page, width, dtype=dtype, device=device) for _ in range(layers)]
+
+    @property
+    def pages(self) -> int:
+        return self._layers[0].shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """Memory held: layers * pages * slots a page * width * bytes a value."""
+        return sum(storage_NPC.nbytes for storage_NPC in self._layers)
+
+    def part(self, table_BM: Tensor | None = None) -> CachePart:
+        """What sequences see whose pages these are; without a table sequence b owns page b."""
+        return CachePart(self._layers, table_BM)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Write zeros into pages that somebody is about to own."""
+        for storage_NPC in self._layers:
+            storage_NPC[list(pages)] = 0
+
+    def grow(self, pages: int) -> None:
+        """Add ``pages``; those that are there stay as they are. A layer at a time is held twice."""
+        for index, storage_NPC in enumerate(self._layers):
+            more = storage_NPC.new_zeros(pages, *storage_NPC.shape[1:])
+            self._layers[index] = torch.cat((storage_NPC, more))
