@@ -160,8 +160,10 @@ class Batch:
         return Output(self._model.logits(hidden.final_BSD[:, -1:]), reports, {})
 
     def _part(self, rows: Sequence[Row]) -> CachePart:
+        """Tables of one width: beyond its last page a row sees that again, and never one of another."""
         longest = max(len(row.pages) for row in rows)
-        return self._pool.part(self._tensor([row.pages + [0] * (longest - len(row.pages)) for row in rows]))
+        tables = [row.pages + row.pages[-1:] * (longest - len(row.pages)) for row in rows]
+        return self._pool.part(self._tensor(tables))
 
     def _room(self, count: int) -> bool:
         """Make ``count`` pages free: those of prompts that nobody reads, else new ones."""
