@@ -201,12 +201,12 @@ def test_not_a_number_in_one_row_reaches_no_other() -> None:
         patch.setattr(native, "kernels", lambda: None)
         model = lively(dataclasses.replace(DEEPSEEK, max_length=64))
         one = Engine(model, most_tokens=64)
-        asked = [ask((5, 6), 5), ask(tuple(range(9)), 5)]
+        asked = [ask((1,), 2), ask((5, 6), 5), ask(tuple(range(9)), 5)]
         right = drained(Engine(model), asked)
         with torch.no_grad():
             kept = model.embed.weight[7].clone()
             model.embed.weight[7] = torch.nan
-        poisoned = one.submit(ask((7,) * 39, 3))
+        poisoned = one.submit(ask((7,) * 40, 3))
         with pytest.raises(ConsiliumError, match="not finite"):
             one.step()
         one.cancel(poisoned)
