@@ -97,12 +97,18 @@ static inline void pair_values(const Heads &heads, const Slots<Bfloat16> &slots,
         const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in_odd, odd));
         return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     };
+    const Bfloat16 *rows[SPAN];
+    for (int64_t done = 0; done < count;) {
+        const int64_t run = slots.together(first + done, count - done);
+        const Bfloat16 *begin = slots.at(first + done) + heads.value;
+        for (int64_t i = 0; i < run; ++i) rows[done + i] = begin + i * slots.row;
+        done += run;
+    }
     const int64_t whole = heads.value_width / 16 * 16;
     const auto rest = static_cast<__mmask16>((1u << (heads.value_width - whole)) - 1);
     for (int64_t slot = 0; slot < (count + 31) / 32 * 32; slot += 2, to += 2 * width) {
         const __mmask16 even_there = slot < count ? 0xffff : 0, odd_there = slot + 1 < count ? 0xffff : 0;
-        const Bfloat16 *even = slots.at(first + (even_there ? slot : 0)) + heads.value;
-        const Bfloat16 *odd = slots.at(first + (odd_there ? slot + 1 : 0)) + heads.value;
+        const Bfloat16 *even = rows[even_there ? slot : 0], *odd = rows[odd_there ? slot + 1 : 0];
         for (int64_t i = 0; i < whole; i += 16)
             _mm512_storeu_si512(to + 2 * i, pair(even + i, even_there, odd + i, odd_there));
         if (rest)
