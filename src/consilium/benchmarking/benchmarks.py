@@ -65,6 +65,8 @@ class Shape:
     batch: int
     length: int
     repeats: int
+    optimizer: bool = True
+    """Whether the optimizer's step is measured too."""
 
     @property
     def tokens(self) -> int:
@@ -78,11 +80,12 @@ def shapes() -> Mapping[str, Shape]:
     return {
         "train-tiny": Shape(tiny, 8, 256, 15),
         "train-1b": Shape(yardstick, 4, 512, 3),
+        "passes-1b": Shape(yardstick, 4, 512, 5, optimizer=False),
     }
 
 
 def training(name: str, against: str | None, progress: Progress = _unheard) -> tuple[Figure, ...]:
-    """Tokens a second of whole optimizer steps: forward, backward, clip, AdamW."""
+    """Tokens a second of forward and backward, in steps of ``train-`` with clipping and AdamW too."""
     shape = shapes()[name]
     contestants: dict[str, Contestant] = {"consilium": ours(shape)}
     if against == "transformers":
@@ -146,8 +149,9 @@ def ours(shape: Shape) -> Contestant:
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)
         training_loss(model, batch, Share(shape.tokens, 1), options=options).total.backward()
-        clip(model, 1.0)
-        optimizer.step()
+        if shape.optimizer:
+            clip(model, 1.0)
+            optimizer.step()
         return shape.tokens
 
     return step
@@ -172,8 +176,9 @@ def transformers(shape: Shape) -> dict[str, Contestant]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for cast in (False, True):
             kind = "bf16 autocast" if cast else "fp32"
+            stepped = optimizer if shape.optimizer else None
             found[f"transformers {library.__version__} {experts} {kind}"] = _theirs(
-                model, optimizer, ids_BS, cast=cast
+                model, stepped, ids_BS, cast=cast
             )
     return found
 
@@ -184,16 +189,19 @@ def _gathered_bytes(shape: Shape) -> int:
     return 0 if moe is None else 4 * shape.tokens * moe.most_active * 3 * moe.width * shape.model.hidden_size
 
 
-def _theirs(model: Any, optimizer: torch.optim.Optimizer, ids_BS: torch.Tensor, *, cast: bool) -> Contestant:
+def _theirs(
+    model: Any, optimizer: torch.optim.Optimizer | None, ids_BS: torch.Tensor, *, cast: bool
+) -> Contestant:
     targets_T = ids_BS.roll(-1, 1).flatten()
 
     def step() -> int:
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             logits_BSV = model(ids_BS, use_cache=False).logits
         F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_T).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         return targets_T.numel()
 
     return step

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from consilium.records.bench import BenchRecord as Record
     from consilium.records.bench import Figure
 
-NAMES = ("train-tiny", "train-1b", "dense-against-moe", "decode-tiny", "decode-1b")
+BESIDE = ("train-tiny", "train-1b", "passes-1b")
+"""Those that can run beside a rival."""
+NAMES = (*BESIDE, "dense-against-moe", "decode-tiny", "decode-1b")
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -60,7 +62,7 @@ def run(options: Namespace) -> int:
 
 def _check(options: Namespace) -> None:
     """Everything that would make minutes of measuring useless."""
-    if options.against is not None and not options.name.startswith("train"):
+    if options.against is not None and options.name not in BESIDE:
         raise ConsiliumError(f"bench: {options.name} has no rival to run; drop --against {options.against}.")
     if options.name not in NAMES:
         _refuse_unknown(options.name)
@@ -110,7 +112,7 @@ def _figures(options: Namespace, place: Place, said: Lines) -> tuple[Figure, ...
     from consilium.benchmarking import benchmarks
 
     name = options.name
-    if name in NAMES and name.startswith("train"):
+    if name in BESIDE:
         return benchmarks.training(name, options.against, said)
     if name == "dense-against-moe":
         return benchmarks.dense_against_moe(said)
