@@ -35,6 +35,7 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
         "dense-against-moe": (),
         "decode-1b": (),
         "train-1b": ("--against", "transformers"),
+        "passes-1b": ("--against", "transformers"),
     }
     commands = {
         name: (*command, name, *more, "--out", str(records / f"{name}.json")) for name, more in speed.items()
@@ -43,18 +44,20 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
     sieve = (sys.executable, str(ROOT / "bench" / "filters.py"), "--out", str(records / "filters.json"))
     scripts = {
         name: (sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(records / f"{name}.json"))
-        for name in ("processes", "costs", "formats")
+        for name in ("processes", "costs", "formats", "attention")
     }
     decoding = {
-        f"{kind}-{batch}-{context}": (
+        f"{kind}-{batch}-{context}{ending}": (
             *(sys.executable, str(ROOT / "bench" / "decode.py"), "--out"),
-            str(records / f"{kind}-{batch}-{context}.json"),
+            str(records / f"{kind}-{batch}-{context}{ending}.json"),
             *("--batch", str(batch), "--context", str(context)),
             *(("--prompts",) if kind == "prompts" else ()),
+            *(("--model", ending[1:]) if ending else ()),
         )
-        for kind, batch, context in (
-            *(("decode", 1, 512), ("decode", 8, 512), ("decode", 1, 8192)),
-            *(("prompts", 1, 512), ("prompts", 1, 4096)),
+        for kind, batch, context, ending in (
+            *(("decode", 1, 512, ""), ("decode", 8, 512, ""), ("decode", 1, 8192, "")),
+            *(("prompts", 1, 512, ""), ("prompts", 1, 4096, "")),
+            *(("decode", 1, 512, "-mixtral"), ("decode", 1, 512, "-qwen3-moe")),
         )
     }
     return {"filters": sieve, **commands, **scripts, **decoding, "jacobs": study}
