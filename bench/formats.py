@@ -15,18 +15,24 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import final
 
 import torch
 from real_training import pretrained
+from torch import Tensor, nn
 
+from consilium.attention.mla import LatentAttention
 from consilium.benchmarking.record import record
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import checkpoint_in
+from consilium.config.attention import MLA
 from consilium.config.data import Data
-from consilium.data.corpus import held_out_corpus
+from consilium.data.corpus import Corpus, held_out_corpus
 from consilium.data.tokenizer import Tokenizer
 from consilium.evaluation.bits import Reading, measure
+from consilium.kv.rows import EightBits
 from consilium.machine.processors import threads
+from consilium.model.decoder import Decoder
 from consilium.ops.weights import Packing
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
@@ -38,6 +44,7 @@ FORMATS: Mapping[str, tuple[str, Packing | None]] = {
     "int4": ("bfloat16", "int4"),
 }
 """What is computed in, and what matrices are packed into."""
+LATENTS = "bfloat16, latents cached in int8"
 CONTEXT = 512
 
 
@@ -47,15 +54,44 @@ def trained(folder: Path, minutes: float) -> Path:
     return folder
 
 
+@final
+class EightBitNorm(nn.Module):
+    """The norm of latents, and what a cache in 8 bits makes of what leaves it."""
+
+    def __init__(self, norm: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.norm, self.rows = norm, EightBits(rank, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.rows.read(self.rows.stored(y), y.dtype)
+
+
+def cached_in_eight_bits(decoder: Decoder) -> Decoder:
+    """Rotated keys stay in bfloat16, which such a model computes in."""
+    for module in decoder.modules():
+        if isinstance(module, LatentAttention):
+            module.kv_norm = EightBitNorm(module.kv_norm, module.config.kv_rank)
+    return decoder
+
+
+def measured(decoder: Decoder, corpus: Corpus, tokens: int) -> float:
+    reading = Reading(min(CONTEXT, decoder.config.max_length), limit_tokens=tokens)
+    return measure(decoder.eval(), corpus, reading).bits_per_byte
+
+
 def figures(name: str, model: Path, tokens: int) -> Iterator[Figure]:
     """Bits per byte of ``model`` in each format; those of fewer bits against float32."""
     place, wide = checkpoint_in(model), f"{name}, float32"
     corpus = held_out_corpus(Data(), Tokenizer.load(place))
-    found: dict[str, float] = {}
-    for kind, (dtype, packing) in FORMATS.items():
-        decoder = store.load(place, dtype=dtype, weights=packing).eval()
-        reading = Reading(min(CONTEXT, decoder.config.max_length), limit_tokens=tokens)
-        found[kind] = value = measure(decoder, corpus, reading).bits_per_byte
+    found = {
+        kind: measured(store.load(place, dtype=dtype, weights=packing), corpus, tokens)
+        for kind, (dtype, packing) in FORMATS.items()
+    }
+    if isinstance(store.open_folder(place).config.attention, MLA):
+        decoder = cached_in_eight_bits(store.load(place, dtype="bfloat16"))
+        found[LATENTS] = measured(decoder, corpus, tokens)
+    for kind, value in found.items():
         yield Figure(
             name=f"{name}, {kind}",
             unit="bits/byte",
@@ -66,7 +102,6 @@ def figures(name: str, model: Path, tokens: int) -> Iterator[Figure]:
             against=None if kind == "float32" else wide,
             ratio=None if kind == "float32" else value / found["float32"],
         )
-        print(f"{name}, {kind}: {value:.4f}", flush=True)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from consilium.attention.gqa import GroupedQueryAttention
 from consilium.attention.mla import LatentAttention
 from consilium.config.attention import GQA, MLA, Rope, Yarn
 from consilium.kv.paged import PagedCache, PagedLayer
+from consilium.kv.rows import Plain
 
 HIDDEN = 20
 
@@ -70,7 +71,11 @@ def counted(batch: int, tokens: int, start: int = 0) -> Tensor:
 
 
 def empty_layer(config: GQA | MLA, batch: int, capacity: int) -> PagedLayer:
-    return PagedCache(layers=1, pages=batch, page=capacity, width=config.cache_width).part().layer(0)
+    return (
+        PagedCache(layers=1, pages=batch, page=capacity, rows=Plain(config.cache_width, torch.float32))
+        .part()
+        .layer(0)
+    )
 
 
 def uncached(module: GroupedQueryAttention | LatentAttention, x_BSD: Tensor) -> Tensor:

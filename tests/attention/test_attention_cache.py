@@ -16,11 +16,13 @@ from consilium.attention.context import build_context
 from consilium.attention.mla import LatentAttention
 from consilium.attention.types import LatentPath
 from consilium.config.attention import GQA, MLA
+from consilium.kv.rows import Plain
 from consilium.kv.types import View
 from support import relative_error
 
 named_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
+ROWS = Plain(0, torch.float32)
 REALISTIC = MLA(heads=4, q_rank=None, kv_rank=24, nope_dim=16, rope_dim=8, v_dim=12, rope=YARN)
 
 
@@ -159,7 +161,7 @@ def test_a_cached_row_has_the_width_the_config_promises(config: GQA | MLA) -> No
             written.append(new_BSC)
 
         def view(self, slots: int) -> View:
-            return View(torch.zeros(2, slots, config.cache_width), None, slots)
+            return View(torch.zeros(2, slots, config.cache_width), None, ROWS, slots)
 
     built(config)(random_x(2, 3), build_context(config, counted(2, 3), cached=True), Recorder())
     assert [tuple(rows.shape) for rows in written] == [(2, 3, config.cache_width)]
@@ -179,7 +181,7 @@ class Pages:
         self.storage_NPC[self.table_BM.gather(1, slots_BS // size), slots_BS % size] = new_BSC.detach()
 
     def view(self, slots: int) -> View:
-        return View(self.storage_NPC, self.table_BM, slots)
+        return View(self.storage_NPC, self.table_BM, ROWS, slots)
 
 
 @named_configs

@@ -20,7 +20,12 @@ from runs import write_config, write_text
 from consilium.checkpoint import store
 from consilium.cli import chat
 from consilium.cli.main import main
+from consilium.data.tokenizer import Tokenizer
+from consilium.engine import batch
+from consilium.kv.paged import PagedCache
+from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
+from small import DEEPSEEK, lively
 
 COMMAND = [sys.executable, "-m", "consilium"]
 TEMPLATE = (
@@ -348,3 +353,22 @@ def test_weights_are_packed_where_that_is_asked_for(
     assert packed == pytest.approx(json.loads(capsys.readouterr().out)["bits_per_byte"], rel=0.05)
     kinds = [model.head.weight.dtype for model in loaded]
     assert kinds == [{"int8": torch.int8, "int4": torch.uint8}[packing]] * 2 + [torch.float32]
+
+
+def test_latents_are_cached_in_eight_bits_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(lively(DEEPSEEK), tmp_path / "model", tokenizer=Tokenizer.of_bytes())
+    forms: list[str] = []
+    made = batch.build_pool
+
+    def recorded(*args: Any, form: CacheFormat, **options: Any) -> PagedCache:
+        forms.append(form)
+        return made(*args, form=form, **options)
+
+    monkeypatch.setattr(batch, "build_pool", recorded)
+    asked = ["generate", str(tmp_path / "model"), "--prompt", "a", "--max-tokens", "3", "--json"]
+    for more in ([], ["--cache", "int8"]):
+        assert main([*asked, *more]) == 0
+        assert len(json.loads(capsys.readouterr().out)["completions"][0]["tokens"]) == 3
+    assert forms == ["model", "int8"]

@@ -10,7 +10,7 @@ from consilium.checkpoint import safetensors_io, store
 from consilium.cli.main import main
 from consilium.data.tokenizer import Tokenizer
 from consilium.model.build import build
-from small import DEEPSEEK
+from small import DEEPSEEK, DENSE
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("early")
     store.save(build(DEEPSEEK), parent / "model", tokenizer=Tokenizer.of_bytes())
     store.save(build(DEEPSEEK), parent / "wordless")
+    store.save(build(DENSE), parent / "grouped", tokenizer=Tokenizer.of_bytes())
     (parent / "taken").mkdir()
     for name in ("taken/letter.txt", "taken.gguf", "text.txt"):
         (parent / name).write_text("mine")
@@ -57,6 +58,7 @@ VERBS = {
     | {"--prompt-file nowhere.txt": "cannot read the prompt nowhere.txt"},
     "generate model": {"": "generate: no prompt"},
     "generate wordless --prompt a": {"": "cannot read the tokenizer"},
+    "generate grouped --prompt a": {"--cache int8": "is for latent attention", "--cache int4": "int4"},
     "chat model": EVERYWHERE | SAMPLING,
     "eval model": {"": "model is no run, so it holds no text out"},
     "eval model --data text.txt": EVERYWHERE | {"--seq 1000000": "1000000"},

@@ -14,6 +14,7 @@ from consilium.engine import batch, engine
 from consilium.engine.engine import Engine
 from consilium.engine.request import Piece, Request, Sampling
 from consilium.errors import ConsiliumError
+from consilium.kv.rows import CacheFormat
 from consilium.model import native
 from consilium.model.decoder import Decoder
 from consilium.model.packing import pack
@@ -65,8 +66,8 @@ def told(pieces: Sequence[Piece]) -> list[tuple[int, float]]:
     return [(piece.token, piece.logprob) for piece in pieces]
 
 
-def alone(model: Decoder, request: Request) -> list[tuple[int, float]]:
-    ((_, pieces),) = drained(Engine(model), [request]).items()
+def alone(model: Decoder, request: Request, cache: CacheFormat = "model") -> list[tuple[int, float]]:
+    ((_, pieces),) = drained(Engine(model, cache=cache), [request]).items()
     return told(pieces)
 
 
@@ -87,15 +88,24 @@ def requests(count: int, seed: int, begin: Sequence[int] = ()) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("packing", [None, "int8"])
-@pytest.mark.parametrize("config", [DEEPSEEK, SWITCH], ids=["latent", "grouped"])
+@pytest.mark.parametrize(
+    ("config", "packing", "cache"),
+    [
+        (DEEPSEEK, None, "model"),
+        (DEEPSEEK, "int8", "model"),
+        (DEEPSEEK, "int4", "int8"),
+        (SWITCH, None, "model"),
+        (SWITCH, "int8", "model"),
+    ],
+    ids=["latent", "latent-int8", "latent-int4-cache-int8", "grouped", "grouped-int8"],
+)
 @pytest.mark.parametrize("most", [64, 100, 1000])
 def test_a_full_cache_lets_the_newest_wait_and_changes_no_bit(
-    config: Model, packing: Packing | None, most: int
+    config: Model, packing: Packing | None, cache: CacheFormat, most: int
 ) -> None:
     """Log probabilities too: what is decoded anew has the bits that it had."""
     model, asked = made(config, packing), requests(12, seed=most)
-    engine = Engine(model, most_tokens=most)
+    engine = Engine(model, most_tokens=most, cache=cache)
     again = 0
     leave = engine._batch.leave
 
@@ -106,7 +116,8 @@ def test_a_full_cache_lets_the_newest_wait_and_changes_no_bit(
 
     engine._batch.leave = counted  # pyright: ignore[reportAttributeAccessIssue]
     found = drained(engine, asked)
-    assert [told(pieces) for pieces in found.values()] == [alone(model, request) for request in asked]
+    right = [alone(model, request, cache) for request in asked]
+    assert [told(pieces) for pieces in found.values()] == right
     assert (again > 0) == (most < 200), "somebody waited again where there was little room"
 
 

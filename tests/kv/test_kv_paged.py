@@ -16,6 +16,7 @@ from consilium.kv.build import build_pool
 from consilium.kv.paged import CachePart, PagedCache, PagedLayer
 from consilium.kv.pages import Pages
 from consilium.kv.prefixes import Prefixes, digests
+from consilium.kv.rows import EightBits, Plain, rows_of
 from consilium.kv.types import TILE, View
 
 
@@ -45,9 +46,9 @@ def model(attention: GQA | MLA) -> Model:
 def sequences(batch: int, capacity: int, page: int, layers: int = 1, width: int = 2) -> CachePart:
     """Sequences whose pages lie in any order, or of a page each where that is as long as they are."""
     if page == capacity:
-        return PagedCache(layers=layers, pages=batch, page=page, width=width).part()
+        return PagedCache(layers=layers, pages=batch, page=page, rows=Plain(width, torch.float32)).part()
     pages = -(-capacity // page)
-    cache = PagedCache(layers=layers, pages=batch * pages + 1, page=page, width=width)
+    cache = PagedCache(layers=layers, pages=batch * pages + 1, page=page, rows=Plain(width, torch.float32))
     order = torch.randperm(batch * pages + 1, generator=torch.Generator().manual_seed(0))
     return cache.part(order[1:].view(batch, pages))
 
@@ -92,7 +93,7 @@ def test_layers_do_not_share_slots() -> None:
 
 
 def test_rows_are_stored_in_the_dtype_of_the_cache_and_returned_in_that_of_the_pass() -> None:
-    cache = PagedCache(layers=1, pages=1, page=4, width=3, dtype=torch.bfloat16).part()
+    cache = PagedCache(layers=1, pages=1, page=4, rows=Plain(3, torch.bfloat16)).part()
     new = rows(1, 4, 3)
     returned = extended(cache.layer(0), torch.arange(4)[None], new, 4)
     assert returned.dtype == torch.float32
@@ -138,7 +139,7 @@ def test_tiles_of_pages_are_the_slots_in_order(size: int, slots: int, batch: int
     pages = -(-1100 // size)
     table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0)).view(batch, pages)
     storage = rows(batch * pages, size, 1)
-    tiles = View(storage, table, slots).tiles(torch.float32)
+    tiles = View(storage, table, Plain(1, torch.float32), slots).tiles(torch.float32)
     together = size * max(1, TILE // size)
     assert [tile.shape[1] for tile in tiles] == [
         min(together, slots - at) for at in range(0, slots, together)
@@ -148,7 +149,7 @@ def test_tiles_of_pages_are_the_slots_in_order(size: int, slots: int, batch: int
 
 
 def test_a_pool_grows_and_keeps_what_it_holds() -> None:
-    cache = PagedCache(layers=2, pages=0, page=4, width=3)
+    cache = PagedCache(layers=2, pages=0, page=4, rows=Plain(3, torch.float32))
     cache.grow(2)
     new = rows(1, 4, 3)
     extended(cache.part(torch.tensor([[1]])).layer(1), torch.arange(4)[None], new, 4)
@@ -208,3 +209,35 @@ def test_prefixes_are_found_shared_and_forgotten_from_their_ends() -> None:
     assert prefixes.forget()
     assert prefixes.find(parts) == row[:1], "the second went before the first"
     assert (pages.free, pages.total) == (4, 6)
+
+
+LATENT = MLA(heads=4, q_rank=None, kv_rank=40, nope_dim=6, rope_dim=4, v_dim=5)
+
+
+@given(st.integers(0, 1000), st.sampled_from([1e-30, 1e-3, 1.0, 1e5]))
+def test_latents_in_eight_bits_are_within_half_a_step(seed: int, size: float) -> None:
+    kept = rows(2, 5, 44, seed=seed) * size
+    kept[0, 0] = 0
+    form = EightBits(40, 4)
+    stored = form.stored(kept)
+    assert (stored.dtype, stored.shape) == (torch.int8, (2, 5, 40 + 8 + 2))
+    again = form.read(stored, torch.float32)
+    largest = kept[..., :40].abs().amax(-1, keepdim=True)
+    # Half a step, and what the scale loses in bfloat16 at the ends.
+    assert ((again[..., :40] - kept[..., :40]).abs() <= largest * (0.5 / 127 + 2**-8) + 1e-38).all()
+    assert torch.equal(again[..., 40:], kept[..., 40:].bfloat16().float())
+    assert torch.equal(form.stored(again.bfloat16()), form.stored(form.read(stored, torch.bfloat16)))
+
+
+def test_a_pool_of_eight_bits_takes_their_bytes_and_gives_rows_back() -> None:
+    config = model(LATENT)
+    pool = build_pool(config, pages=3, page=4, dtype=torch.bfloat16, form="int8")
+    assert pool.bytes == config.layers * 3 * 4 * (40 + 2 * 4 + 2)
+    new = rows(1, 6, 44)
+    found = extended(pool.part(torch.tensor([[2, 0]])).layer(1), torch.arange(6)[None], new, 6)
+    assert torch.equal(found, EightBits(40, 4).read(EightBits(40, 4).stored(new), torch.float32))
+
+
+def test_eight_bits_are_for_latents() -> None:
+    with pytest.raises(ConsiliumError, match=r"for latent attention.*leave --cache out"):
+        rows_of(GQA(heads=4, kv_heads=2, head_dim=6), "int8", torch.bfloat16)

@@ -31,6 +31,7 @@ from consilium.config.router import (
 )
 from consilium.kv.build import build_cache
 from consilium.kv.paged import PagedLayer
+from consilium.kv.rows import Plain
 from consilium.kv.types import View
 from consilium.model import native
 from consilium.model.decoder import Decoder
@@ -271,7 +272,7 @@ def test_no_bit_depends_on_the_company_or_the_threads(
         cache = build_cache(config, batch=len(chosen), capacity=max(lengths) + 1, dtype=torch.float32)
         for layer in range(config.layers):
             for place, one in enumerate(chosen):
-                PagedLayer(cache.layers[layer][place : place + 1], None).write(
+                PagedLayer(cache.layers[layer][place : place + 1], cache.rows, None).write(
                     rows[one] * (1 + layer), torch.arange(lengths[one] + 1)[None]
                 )
         position_B1 = torch.tensor([[lengths[one]] for one in chosen])
@@ -306,7 +307,9 @@ class Paged:
         self.storage_NPC[self.table_BM.gather(1, slots_BS // size), slots_BS % size] = new_BSC
 
     def view(self, slots: int) -> View:
-        return View(self.storage_NPC, self.table_BM, slots)
+        return View(
+            self.storage_NPC, self.table_BM, Plain(self.storage_NPC.shape[-1], self.storage_NPC.dtype), slots
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

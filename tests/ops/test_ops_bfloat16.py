@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consilium.model.decoder import Decoder
-from consilium.ops import weights
 from consilium.ops.bfloat16 import is_storage
+from consilium.ops.native import operators
 from kernels import HERE, kernels_of
 from small import DEEPSEEK, SWITCH, lively
 
@@ -36,7 +36,7 @@ class Products(TorchDispatchMode):
 def avx2(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernels_of(HERE[-1]) if request.param else None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(weights, "kernels", lambda: found)
+    monkeypatch.setattr(operators, "kernels", lambda: found)
 
 
 @torch.inference_mode()

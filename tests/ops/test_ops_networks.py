@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from consilium.config.feed_forward import Activation, matrices
-from consilium.ops import grouped, weights
+from consilium.ops import grouped
 from consilium.ops.grouped import observed_feed_forward, stacked_feed_forward
+from consilium.ops.native import operators
 from consilium.ops.native.compile import Tier
 from consilium.ops.native.library import MANY
 from consilium.ops.weights import DenseStack, Packed, PackedStack, Stack, packed
@@ -50,7 +51,7 @@ def test_kernels_give_what_the_loop_gives(
             times = Packed.times
             patch.setattr(Packed, "times", lambda self, x, bias_O=None: times(self, rounded(x), bias_O))
         right_RD = observed_feed_forward(x_RD.float(), counts_E, up, down, "swiglu")[1]
-        monkeypatch.setattr(grouped, "kernels", lambda: found)
+        monkeypatch.setattr(operators, "kernels", lambda: found)
         y_RD = stacked_feed_forward(x_RD, counts_E, up, down, "swiglu")
     assert y_RD.dtype == torch.bfloat16
     assert (y_RD - right_RD).norm() < 1e-2 * right_RD.norm()
@@ -65,7 +66,7 @@ def test_every_activation(activation: Activation, monkeypatch: pytest.MonkeyPatc
     counts_E = [20, 0, 30, 0]
     with torch.inference_mode():
         right_RD = observed_feed_forward(x_RD.float(), counts_E, up, down, activation)[1]
-        monkeypatch.setattr(grouped, "kernels", lambda: found)
+        monkeypatch.setattr(operators, "kernels", lambda: found)
         y_RD = stacked_feed_forward(x_RD, counts_E, up, down, activation)
     assert (y_RD - right_RD).norm() < 1e-2 * right_RD.norm()
 
@@ -73,11 +74,12 @@ def test_every_activation(activation: Activation, monkeypatch: pytest.MonkeyPatc
 def test_what_kernels_are_not_for_is_computed_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autograd, by a backend that was asked for, of no rows, of float32 masters and any rows."""
 
-    def asked() -> None:
+    def asked(*_: object) -> None:
         raise AssertionError("kernels were asked for")
 
-    monkeypatch.setattr(grouped, "kernels", asked)
-    monkeypatch.setattr(weights, "kernels", lambda: None)
+    found = kernels_of(HERE[-1])
+    monkeypatch.setattr(operators, "kernels", lambda: found)
+    monkeypatch.setattr(grouped, "networks", asked)
     up, down = stacks("bfloat16", "swiglu")
     x_RD, counts_E = torch.ones(6, D).bfloat16(), [6, 0, 0, 0]
     assert stacked_feed_forward(x_RD, counts_E, up, down, "swiglu").shape == (6, D)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.ops import weights
+from consilium.ops.native import operators
 from consilium.ops.native.compile import Tier
 from consilium.ops.weights import GROUP, Packed, PackedStack, Packing, packed, unpacked
 from kernels import HERE, kernels_of, rounded, whole_numbers
@@ -181,7 +181,7 @@ def test_extreme_integers_are_summed_exactly(tier: Tier, packing: Packing) -> No
 @pytest.fixture
 def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernels_of(HERE[-1])
-    monkeypatch.setattr(weights, "kernels", lambda: found)
+    monkeypatch.setattr(operators, "kernels", lambda: found)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -194,7 +194,7 @@ def test_packed_matrices_multiply_by_kernels_and_without_alike(
     x, bias_O = torch.randn(*rows, 50, generator=generator), torch.randn(37, generator=generator)
     with torch.no_grad():
         found = matrix.times(x, bias_O)
-        monkeypatch.setattr(weights, "kernels", lambda: None)
+        monkeypatch.setattr(operators, "kernels", lambda: None)
         right = matrix.times(x, bias_O)
     assert found.shape == (*rows, 37)
     assert (found - right).norm() <= 1e-2 * right.norm()

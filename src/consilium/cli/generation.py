@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from consilium.engine.chat import Format
     from consilium.engine.engine import Engine
     from consilium.engine.request import Piece, Sampling
+    from consilium.kv.rows import CacheFormat
     from consilium.ops.weights import Packing
 
 SETTINGS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -59,6 +60,11 @@ def generation_arguments(parser: ArgumentParser, *, tokens: str, temperature: st
     )
     running_arguments(parser)
     weights_argument(parser)
+    parser.add_argument(
+        "--cache",
+        choices=("int8",),
+        help="keep latents in 8 bits, about half of what they take; default: in the dtype of the model",
+    )
 
 
 def check_settings(options: Namespace) -> None:
@@ -81,6 +87,7 @@ class Opened:
     tokenizer: Tokenizer
     place: Place
     packing: Packing | None
+    cache: CacheFormat
 
     def form(self) -> Format:
         """How the model reads a conversation."""
@@ -90,14 +97,19 @@ class Opened:
 
     def engine(self) -> Engine:
         """Read the weights, which may take minutes."""
+        import torch
+
         from consilium.checkpoint import store
         from consilium.engine.engine import Engine
+        from consilium.kv.rows import rows_of
 
+        if self.cache != "model":  # told before minutes of reading
+            rows_of(store.open_folder(self.path, packed=True).config.attention, self.cache, torch.bfloat16)
         tell_kernels()
         model = store.load(self.path, dtype=self.place.dtype, weights=self.packing, check_finite=True).to(
             self.place.device
         )
-        return Engine(model, self.tokenizer)
+        return Engine(model, self.tokenizer, cache=self.cache)
 
 
 def tell_kernels() -> None:
@@ -134,7 +146,7 @@ def open_model(options: Namespace) -> Opened:
 
     tokenizer = Tokenizer.load(checkpoint)
     check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint, packed=True).config.vocab_size)
-    return Opened(checkpoint, tokenizer, place, options.weights)
+    return Opened(checkpoint, tokenizer, place, options.weights, options.cache or "model")
 
 
 def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Sampling:

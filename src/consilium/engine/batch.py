@@ -23,6 +23,7 @@ from consilium.kv.build import build_pool
 from consilium.kv.paged import CachePart
 from consilium.kv.pages import Pages
 from consilium.kv.prefixes import Prefixes, digests
+from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
 from consilium.model.native import NativeDecoder
 from consilium.model.types import Inputs, Options, Output
@@ -70,12 +71,16 @@ class Row:
 class Batch:
     """Rows of one model and the pages of all, which grow with need, or are so many tokens from the start."""
 
-    def __init__(self, model: Decoder, options: Options, most_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Decoder, options: Options, most_tokens: int | None = None, form: CacheFormat = "model"
+    ) -> None:
         self._model = model
         self._options = options
         self._native = NativeDecoder.of(model) if options.mode.observer is None else None
         self._pages = Pages()
-        self._pool = build_pool(model.config, pages=0, page=PAGE, dtype=model.dtype, device=model.device)
+        self._pool = build_pool(
+            model.config, pages=0, page=PAGE, dtype=model.dtype, form=form, device=model.device
+        )
         self._prefixes = Prefixes(self._pages)
         self._grows = most_tokens is None
         if most_tokens is not None:

@@ -24,6 +24,7 @@ from consilium.engine.request import Piece, Request, Sampling
 from consilium.engine.sampler import sample
 from consilium.engine.stops import StopText
 from consilium.errors import ConsiliumError
+from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode
@@ -72,8 +73,11 @@ class Engine:
         mode: Mode = Mode(),
         most_rows: int = MOST_ROWS,
         most_tokens: int | None = None,
+        cache: CacheFormat = "model",
     ) -> None:
-        """``most_tokens`` is what the cache holds of all that run; without, it grows with need.
+        """``cache`` is int8 to keep latents in 8 bits; raises ConsiliumError for a model without.
+
+        ``most_tokens`` is what the cache holds of all that run; without, it grows with need.
 
         Where it is full the request that joined last waits until there is room, and goes on as if nothing
         had been.
@@ -88,7 +92,8 @@ class Engine:
             self._meaningless_V = _meaningless(tokenizer.known_ids, self.stop_ids, model.config.vocab_size)
         self._most_rows = most_rows
         self._most_tokens = None if most_tokens is None else most_tokens // PAGE * PAGE
-        self._batch = Batch(self.model, Options(mode=replace(mode, counts_only=True)), most_tokens)
+        options = Options(mode=replace(mode, counts_only=True))
+        self._batch = Batch(self.model, options, most_tokens, cache)
         self._waiting: list[Row] = []
         self._kept: list[Piece] = []
         self._next_id = 0

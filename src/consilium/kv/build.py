@@ -6,18 +6,35 @@ import torch
 
 from consilium.config.model import Model
 from consilium.kv.paged import CachePart, PagedCache
+from consilium.kv.rows import CacheFormat, rows_of
 
 
 def build_pool(
-    config: Model, *, pages: int, page: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: Model,
+    *,
+    pages: int,
+    page: int,
+    dtype: torch.dtype,
+    form: CacheFormat = "model",
+    device: torch.device | str = "cpu",
 ) -> PagedCache:
-    """``pages`` of ``page`` tokens each, for sequences to take."""
-    width = config.attention.cache_width
-    return PagedCache(layers=config.layers, pages=pages, page=page, width=width, dtype=dtype, device=device)
+    """``pages`` of ``page`` tokens each, for sequences to take; ``dtype`` is that of the model.
+
+    Raises ConsiliumError for a format that the model's attention has no use for.
+    """
+    rows = rows_of(config.attention, form, dtype)
+    return PagedCache(layers=config.layers, pages=pages, page=page, rows=rows, device=device)
 
 
 def build_cache(
-    config: Model, *, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: Model,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: torch.dtype,
+    form: CacheFormat = "model",
+    device: torch.device | str = "cpu",
 ) -> CachePart:
     """An empty cache for ``batch`` sequences of at most ``capacity`` tokens: a page for each."""
-    return build_pool(config, pages=batch, page=capacity, dtype=dtype, device=device).part()
+    pool = build_pool(config, pages=batch, page=capacity, dtype=dtype, form=form, device=device)
+    return pool.part()

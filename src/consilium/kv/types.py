@@ -1,7 +1,8 @@
 """The contract between attention and a cache: one row of C values a token and layer.
 
-Legend: B sequences, S new tokens, L slots in use, N pages, P slots a page, M pages of a sequence, C cached
-values a token (GQA: keys then values of every kv head; MLA: latent then rotated shared key).
+Legend: B sequences, S new tokens, L slots in use, N pages, P slots a page, M pages of a sequence, X elements
+of the storage that hold a row of C cached values (GQA: keys then values of every kv head; MLA: latent then
+rotated shared key).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Final, Protocol, final
 import torch
 from torch import Tensor
 
+from consilium.kv.rows import Rows
+
 TILE: Final = 512
 """Slots that are gathered from pages at once."""
 
@@ -21,22 +24,26 @@ TILE: Final = 512
 class View:
     """What attention reads of a layer. Slot j of sequence b is row j % P of page ``table_BM[b, j // P]``."""
 
-    storage_NPC: Tensor
+    storage_NPX: Tensor
     table_BM: Tensor | None
     """int64; absent where sequence b owns page b alone."""
+    rows: Rows
     slots: int
     """L: one more than the largest slot in use. Slots beyond a sequence's own length are finite, unseen."""
 
     def tiles(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The rows [B, at most TILE or P, C] of some pages of every sequence after others; in all L slots."""
         if self.table_BM is None:
-            return (self.storage_NPC[:, : self.slots].to(dtype),)
-        size = self.storage_NPC.shape[1]
+            return (self.rows.read(self.storage_NPX[:, : self.slots], dtype),)
+        size = self.storage_NPX.shape[1]
         pages = max(1, TILE // size)
         return tuple(
-            self.storage_NPC[self.table_BM[:, first : first + pages]]
-            .flatten(1, 2)[:, : self.slots - first * size]
-            .to(dtype)
+            self.rows.read(
+                self.storage_NPX[self.table_BM[:, first : first + pages]].flatten(1, 2)[
+                    :, : self.slots - first * size
+                ],
+                dtype,
+            )
             for first in range(0, -(-self.slots // size), pages)
         )
 

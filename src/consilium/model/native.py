@@ -28,6 +28,7 @@ from consilium.ops.feed_forward import DenseNetwork
 from consilium.ops.linear import Linear
 from consilium.ops.native.library import (
     ACTIVATIONS,
+    CACHES,
     TYPES,
     Attend,
     Feed,
@@ -207,9 +208,9 @@ def _shared(buffers: _Buffers, context: Context, *, many: bool) -> Pass:
 
 def _fill(attend: Attend, view: View) -> None:
     """Where a layer's cached rows are; the view has to stay alive."""
-    storage_NPC, table_BM = view.storage_NPC, view.table_BM
-    attend.storage, attend.cache_type = storage_NPC.data_ptr(), TYPES[storage_NPC.dtype]
-    attend.page, attend.row, attend.slots = *storage_NPC.stride()[:2], storage_NPC.shape[1]
+    storage_NPX, table_BM = view.storage_NPX, view.table_BM
+    attend.storage, attend.cache_type = storage_NPX.data_ptr(), CACHES[storage_NPX.dtype]
+    attend.page, attend.row, attend.slots = *storage_NPX.stride()[:2], storage_NPX.shape[1]
     if table_BM is not None:
         attend.table, attend.table_width = table_BM.data_ptr(), table_BM.stride(0)
 

@@ -14,4 +14,9 @@ def is_storage(x: Tensor) -> bool:
     """
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         return False
+    return _has_no_products()
+
+
+@torch.compiler.assume_constant_result
+def _has_no_products() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"

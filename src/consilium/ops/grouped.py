@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from consilium.config.feed_forward import Activation
 from consilium.ops.bfloat16 import is_storage
 from consilium.ops.feed_forward import activate
-from consilium.ops.native.library import ACTIVATIONS, MANY, Feed, kernels
+from consilium.ops.native.library import ACTIVATIONS
+from consilium.ops.native.operators import networks, serve
 from consilium.ops.rows import ByToken, Rows, sum_by_token
 from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way, block
 from consilium.ops.weights import DenseStack, Stack
@@ -78,21 +79,10 @@ def _by_kernels(
     them, and MKL is best at products of float32.
     """
     narrow = not isinstance(up, DenseStack) or up.weight_EOI.dtype == x_RD.dtype == torch.bfloat16
-    if not narrow or x_RD.device.type != "cpu" or torch.is_grad_enabled() or x_RD.numel() == 0:
+    if not narrow or not serve(x_RD, up.held, down.held):
         return None
-    found, matrices = kernels(), (up.native(), down.native())
-    if found is None or matrices[0] is None or matrices[1] is None:
-        return None
-    call = Feed(
-        width=down.shape[2],
-        experts=down.shape[0],
-        activation=ACTIVATIONS[activation],
-        up=matrices[0],
-        down=matrices[1],
-    )
-    experts_R = torch.arange(len(counts_E)).repeat_interleave(torch.tensor(counts_E))
-    y_RD = found.networks(call, x_RD.float().contiguous(), experts_R, many=len(x_RD) >= MANY)
-    return y_RD.to(x_RD.dtype)
+    tensors = (*up.held[:2], *down.held[:2])
+    return networks(x_RD, counts_E, *tensors, down.held.columns, ACTIVATIONS[activation])
 
 
 def mixed_feed_forward(

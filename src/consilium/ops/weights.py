@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilium.ops.bfloat16 import is_storage
-from consilium.ops.native.library import MANY, NativeMatrix, kernels, native
+from consilium.ops.native.library import NativeMatrix, native
+from consilium.ops.native.operators import Held, product, serve
 
 Packing = Literal["int8", "int4"]
 PACKINGS: Final[tuple[Packing, ...]] = ("int8", "int4")
@@ -50,6 +51,11 @@ class Matrix(Protocol):
         """The values [..., I] of the rows ``ids`` [...]."""
         ...
 
+    @property
+    def held(self) -> Held:
+        """What it is made of, for kernels."""
+        ...
+
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         """The product as native kernels read it; None where they do not. Tensors have to stay alive."""
         ...
@@ -67,6 +73,9 @@ class Stack(Protocol):
     def matrices(self) -> tuple[Matrix, ...]:
         """The E matrices, taken apart once: indexing under autograd makes a full gradient an expert."""
         ...
+
+    @property
+    def held(self) -> Held: ...
 
     def native(self) -> NativeMatrix | None:
         """All matrices one below the other, as native kernels read them; None where they do not."""
@@ -91,8 +100,8 @@ class Dense:
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if not is_storage(x):
             return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
-        if (y := _by_kernels(self, x, bias_O)) is not None:
-            return y
+        if serve(x, self.held, bias_O=bias_O):
+            return product(x, *self.held[:2], bias_O, self.held.columns)
         wide_O = None if bias_O is None else bias_O.float()
         return F.linear(x.float(), self.wide(torch.float32), wide_O).to(x.dtype)
 
@@ -101,6 +110,10 @@ class Dense:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight_OI).to(dtype)
+
+    @property
+    def held(self) -> Held:
+        return Held(self.weight_OI, None, self.weight_OI.shape[-1])
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         return native(self.weight_OI, self.shape, bias_O=bias_O)
@@ -123,6 +136,10 @@ class DenseStack:
 
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(Dense(weight_OI) for weight_OI in self.weight_EOI.unbind())
+
+    @property
+    def held(self) -> Held:
+        return Held(self.weight_EOI, None, self.weight_EOI.shape[-1])
 
     def native(self) -> NativeMatrix | None:
         return native(self.weight_EOI, self.shape)
@@ -155,8 +172,8 @@ class Packed:
     def times(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if x.numel() == 0:  # an expert without rows: nothing is unpacked for it
             return x.new_empty(*x.shape[:-1], self.shape[0])
-        if (y := _by_kernels(self, x, bias_O)) is not None:
-            return y
+        if serve(x, self.held, bias_O=bias_O):
+            return product(x, *self.held[:2], bias_O, self.columns)
         return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
     def wide(self, dtype: torch.dtype) -> Tensor:
@@ -164,6 +181,10 @@ class Packed:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return unpacked(self.integers_OC[ids], self.scales_OG[ids], self.columns).to(dtype)
+
+    @property
+    def held(self) -> Held:
+        return Held(self.integers_OC, self.scales_OG, self.columns)
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
         return native(self.integers_OC, self.shape, scales=self.scales_OG, bias_O=bias_O)
@@ -190,19 +211,12 @@ class PackedStack:
         pairs = zip(self.integers_EOC.unbind(), self.scales_EOG.unbind(), strict=True)
         return tuple(Packed(integers_OC, scales_OG, self.columns) for integers_OC, scales_OG in pairs)
 
+    @property
+    def held(self) -> Held:
+        return Held(self.integers_EOC, self.scales_EOG, self.columns)
+
     def native(self) -> NativeMatrix | None:
         return native(self.integers_EOC, self.shape, scales=self.scales_EOG)
-
-
-def _by_kernels(matrix: Matrix, x: Tensor, bias_O: Tensor | None) -> Tensor | None:
-    """The product, summed in float32, in the dtype of ``x``; None under autograd and without kernels."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() == 0:
-        return None
-    found, described = kernels(), matrix.native(bias_O)
-    if found is None or described is None:
-        return None
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    return found.product(described, rows, many=len(rows) >= MANY).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:

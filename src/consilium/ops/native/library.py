@@ -24,6 +24,8 @@ TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, to
 """Formats that the kernels read, by their number there."""
 INTEGERS: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.int8: 2, torch.uint8: 3})
 """The same of packed ones."""
+CACHES: Final[Mapping[torch.dtype, int]] = MappingProxyType({**TYPES, torch.int8: 2})
+"""The same of cached rows: integers are latents in 8 bits (source/latents.h)."""
 MANY: Final = 16
 """Rows from which products count as those of a prompt."""
 ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType(
@@ -171,21 +173,26 @@ def native(
 
     None for a format, a device or a layout that they do not.
     """
-    kind = (TYPES if scales is None else INTEGERS).get(values.dtype)
-    tensors = [tensor for tensor in (values, scales, bias_O) if tensor is not None]
-    known = kind is not None and (bias_O is None or bias_O.dtype in TYPES)
-    known = known and (scales is None or scales.dtype == torch.float16)
-    if not known or not all(_is_here(tensor) for tensor in tensors):
+    if not readable(values, scales) or not (bias_O is None or readable(bias_O)):
         return None
+    kind = (TYPES if scales is None else INTEGERS)[values.dtype]
     places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
     return NativeMatrix(*places, *shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
+
+
+def readable(values: Tensor, scales: Tensor | None = None) -> bool:
+    """Whether kernels read these: known dtypes, on the CPU, one row after the other."""
+    if scales is None:
+        return values.dtype in TYPES and _is_here(values)
+    known = values.dtype in INTEGERS and scales.dtype == torch.float16
+    return known and _is_here(values) and _is_here(scales)
 
 
 def native_norm(weight_D: Tensor | None, epsilon: float = 0.0) -> NativeNorm | None:
     """A norm, or what passes values on where there is no weight; None as in ``native``."""
     if weight_D is None:
         return NativeNorm(None, 0, 0.0)
-    if weight_D.dtype not in TYPES or not _is_here(weight_D):
+    if not readable(weight_D):
         return None
     return NativeNorm(weight_D.data_ptr(), TYPES[weight_D.dtype], epsilon)
 

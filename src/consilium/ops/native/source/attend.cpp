@@ -5,6 +5,7 @@
 // rotated pairs, V width of a value, Z rank of the latent, C values of a cached row.
 #include <vector>
 
+#include "latents.h"
 #include "rows.h"
 
 namespace {
@@ -43,6 +44,15 @@ Reading reading(const Pass &p, const float *queries, int64_t heads, int64_t each
     return r;
 }
 
+// The rows of a span in bfloat16, as those of one page.
+Slots<Bfloat16> widened(const Slots<int8_t> &slots, const Attend &a, int64_t first, int64_t count) {
+    thread_local Buffer<Bfloat16> rows;
+    const int64_t width = a.rank + 2 * a.pairs;
+    rows.want(SPAN * width);
+    for (int64_t i = 0; i < count; ++i) get_latent(slots.at(first + i), a.rank, 2 * a.pairs, rows.data() + i * width);
+    return {rows.data(), nullptr, 0, width, SPAN};
+}
+
 // Every head in every span of its sequence, a few heads and one span at a time.
 void find(Team::Member &member, const Pass &p, const Attend &a, const Reading &r) {
     const int64_t parts = (r.each + TOGETHER - 1) / TOGETHER, units = r.heads / r.each * parts;
@@ -54,7 +64,9 @@ void find(Team::Member &member, const Pass &p, const Attend &a, const Reading &r
         const Heads heads{r.queries + (b * r.heads + h) * r.key_width, std::min(TOGETHER, r.each - inside),
                           group * r.key_step, r.value + group * r.value_step, r.key_width, r.value_width, r.softcap};
         Buffer<float> found(heads.count * r.stride());
-        typed(static_cast<const void *>(a.storage), a.cache_type, [&](auto *data) {
+        if (a.cache_type == INT8) {
+            attend_span(heads, widened(slots_of<int8_t>(p, a, b), a, first, count), 0, count, found.data());
+        } else typed(static_cast<const void *>(a.storage), a.cache_type, [&](auto *data) {
             using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
             attend_span(heads, slots_of<T>(p, a, b), first, count, found.data());
         });
@@ -135,7 +147,10 @@ void keep_latent(const Pass &p, const Attend &a, Rows &down, Rows &rows, int64_t
     normalise(a.query_norm, down[b], down.width(), down[b]);
     normalise(a.key_norm, rows[b], a.rank, rows[b]);
     rotate(rows[b] + a.rank, p.cos + b * a.pairs, p.sin + b * a.pairs, a.pairs, a.interleaved);
-    write(rows[b], rows.width(), a.storage, a.cache_type, place(p, a, b));
+    if (a.cache_type == INT8)
+        put_latent(rows[b], a.rank, 2 * a.pairs, static_cast<int8_t *>(a.storage) + place(p, a, b));
+    else
+        write(rows[b], rows.width(), a.storage, a.cache_type, place(p, a, b));
 }
 
 // Rotation and scale of every head's query.

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "latents.h"
 #include "rows.h"
 
 namespace {
@@ -57,7 +58,10 @@ struct Unit {
 
 template <class T> void read_row(const Pass &p, const Attend &a, int64_t slot, int64_t width, float *to) {
     const T *row = slots_of<T>(p, a, 0).at(slot);
-    for (int64_t i = 0; i < width; ++i) to[i] = widen(row[i]);
+    if constexpr (std::is_same_v<T, int8_t>)
+        get_latent(row, a.rank, 2 * a.pairs, to);
+    else
+        for (int64_t i = 0; i < width; ++i) to[i] = widen(row[i]);
 }
 
 template <class T, class Cell>
@@ -184,6 +188,8 @@ template <class T, class Cell> void attend_spans(const Pass &p, const Attend &a,
 }  // namespace
 
 void attend_prompt(const Pass &p, const Attend &a, bool latent, Rows &q, Rows &mixed) {
+    using Narrow = std::conditional_t<TILED, Bfloat16, float>;
     if (a.cache_type == FLOAT32) return attend_spans<float, float>(p, a, latent, q, mixed);
-    attend_spans<Bfloat16, std::conditional_t<TILED, Bfloat16, float>>(p, a, latent, q, mixed);
+    if (a.cache_type == INT8) return attend_spans<int8_t, Narrow>(p, a, latent, q, mixed);
+    attend_spans<Bfloat16, Narrow>(p, a, latent, q, mixed);
 }
