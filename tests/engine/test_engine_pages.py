@@ -217,11 +217,36 @@ def test_not_a_number_in_one_row_reaches_no_other() -> None:
         with torch.no_grad():
             kept = model.embed.weight[7].clone()
             model.embed.weight[7] = torch.nan
-        poisoned = one.submit(ask((7,) * 40, 3))
+        one.submit(ask((7,) * 40, 3))
         with pytest.raises(ConsiliumError, match="not finite"):
             one.step()
-        one.cancel(poisoned)
+        assert not one.busy, "who fails has left"
         with torch.no_grad():
             model.embed.weight[7] = kept
         found = drained(one, asked)
     assert [told(pieces) for pieces in found.values()] == [told(pieces) for pieces in right.values()]
+
+
+def test_a_request_that_fails_takes_no_token_from_the_others() -> None:
+    """It fails when its own answer reaches the token whose embedding is no number."""
+    model = lively(dataclasses.replace(DEEPSEEK, max_length=64))
+    asked = [ask((5, 6), 8), ask((9,), 8), ask(tuple(range(20)), 8)]
+    right = [alone(model, request) for request in asked]
+    others = {token for other in right[1:] for token, _ in other} | set(range(20))
+    poison = next(token for token, _ in right[0][:-1] if token not in others)
+    with torch.no_grad():
+        model.embed.weight[poison] = torch.nan
+    one, found, failures = Engine(model), dict[int, list[Piece]](), 0
+    ids = [one.submit(request) for request in asked]
+    while one.busy:
+        try:
+            pieces = one.step()
+        except ConsiliumError:
+            failures += 1
+            continue
+        for piece in pieces:
+            found.setdefault(piece.request, []).append(piece)
+        sound(one)
+    assert failures == 1
+    assert [told(found[number]) for number in ids[1:]] == right[1:]
+    assert 0 < len(found[ids[0]]) < 8

@@ -115,11 +115,12 @@ class Engine:
         """Return one more token of every running request, and let waiting ones join, in the order of ids.
 
         A long prompt is read over several steps, so that who runs does not wait for all of it. There may be
-        nothing to return while ``busy``.
+        nothing to return while ``busy``. Raises ConsiliumError for a request whose logits are not finite: it
+        has left then, and the tokens of the others come with the next step.
         """
+        self._decode()
+        self._read()
         pieces, self._kept = self._kept, []
-        pieces += self._decode()
-        pieces += self._read()
         return sorted(pieces, key=lambda piece: piece.request)
 
     @property
@@ -221,7 +222,7 @@ class Engine:
             for request in places:
                 self.cancel(request)
 
-    def _decode(self) -> list[Piece]:
+    def _decode(self) -> None:
         """A token of each row, once all have a page for it."""
         place = 0
         while place < len(self._batch.rows):
@@ -229,7 +230,8 @@ class Engine:
                 place += 1
             else:
                 self._send_back()
-        return self._advance(self._batch.rows, self._batch.decode()) if self._batch.rows else []
+        if self._batch.rows:
+            self._advance(self._batch.rows, self._batch.decode())
 
     def _send_back(self) -> None:
         """Let who came last wait again: the prompt that is being read, or else the newest row."""
@@ -240,9 +242,9 @@ class Engine:
         self._batch.leave(row)
         self._waiting.insert(0, row)
 
-    def _read(self) -> list[Piece]:
+    def _read(self) -> None:
         """Parts of waiting prompts in their order, as far as there is room and a step goes."""
-        pieces, left = list[Piece](), MOST_READ
+        left = MOST_READ
         while left > 0 and self._waiting and len(self._batch.rows) < self._most_rows:
             row = self._waiting[0]
             if not row.pages and not self._batch.admit(row):
@@ -252,8 +254,7 @@ class Engine:
             left -= row.cached - before
             if logits_1V is not None:
                 self._waiting.pop(0)
-                pieces += self._advance([row], logits_1V)
-        return pieces
+                self._advance([row], logits_1V)
 
     def _enter(self, row: Row) -> int:
         self._waiting.append(row)
@@ -314,20 +315,25 @@ class Engine:
             return logits_V
         return logits_V.masked_fill(self._meaningless_V, -torch.inf)
 
-    def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> list[Piece]:
-        """One token for each row whose tokens are all in the cache; who has finished leaves."""
+    def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
+        """One token for each row whose tokens are all in the cache; who has finished or fails leaves."""
+        failed: dict[Row, ConsiliumError] = {}
         # Streams draw on the CPU, so that a seed means the same on every device.
-        pieces: list[Piece] = []
         for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
             if row.cached < len(row.tokens):
                 continue
             drawn_V = self._drawable(logits_V, row.request.sampling)
-            token, logprob = sample(drawn_V, row.request.sampling, row.generator, row.tokens)
+            try:
+                token, logprob = sample(drawn_V, row.request.sampling, row.generator, row.tokens)
+            except ConsiliumError as error:
+                failed[row] = error
+                continue
             row.tokens.append(token)
-            pieces.append(_piece(row, token, logprob))
-        for row in [row for row in rows if row.finished is not None]:
+            self._kept.append(_piece(row, token, logprob))
+        for row in [row for row in rows if row.finished is not None or row in failed]:
             self._batch.leave(row)
-        return pieces
+        for error in failed.values():
+            raise error
 
 
 def _piece(row: Row, token: int, logprob: float) -> Piece:

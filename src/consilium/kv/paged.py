@@ -105,4 +105,5 @@ class PagedCache:
         """Add ``pages``; those that are there stay as they are. A layer at a time is held twice."""
         for index, storage_NPX in enumerate(self._layers):
             more = storage_NPX.new_zeros(pages, *storage_NPX.shape[1:])
-            self._layers[index] = torch.cat((storage_NPX, more))
+            # Zeros that nobody has touched take no memory, which a copy of them would.
+            self._layers[index] = torch.cat((storage_NPX, more)) if len(storage_NPX) else more
