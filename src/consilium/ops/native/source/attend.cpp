@@ -3,6 +3,7 @@
 //
 // Legend: B tokens, D hidden, H heads, G heads of keys, K width of a head, N its part without position, R
 // rotated pairs, V width of a value, Z rank of the latent, C values of a cached row.
+#include <type_traits>
 #include <vector>
 
 #include "latents.h"
@@ -44,9 +45,10 @@ Reading reading(const Pass &p, const float *queries, int64_t heads, int64_t each
     return r;
 }
 
-// The rows of a span in bfloat16, as those of one page.
-Slots<Bfloat16> widened(const Slots<int8_t> &slots, const Attend &a, int64_t first, int64_t count) {
-    thread_local Buffer<Bfloat16> rows;
+// The rows of a span as those of one page, as wide as tiles read them, or exact.
+using Wide = std::conditional_t<TILED, Bfloat16, float>;
+Slots<Wide> widened(const Slots<int8_t> &slots, const Attend &a, int64_t first, int64_t count) {
+    thread_local Buffer<Wide> rows;
     const int64_t width = a.rank + 2 * a.pairs;
     rows.want(SPAN * width);
     for (int64_t i = 0; i < count; ++i) get_latent(slots.at(first + i), a.rank, 2 * a.pairs, rows.data() + i * width);
