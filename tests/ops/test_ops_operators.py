@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,3 +114,9 @@ def test_what_they_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not serve(x, held)
     monkeypatch.setattr(operators, "kernels", lambda: None)
     assert not serve(x, held)
+
+
+def test_who_does_not_compile_does_not_import_the_compiler() -> None:
+    """It takes 130 MB and seconds."""
+    script = "import sys, consilium.engine.engine; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from consilium.ops.constant import constant
+
 
 def is_storage(x: Tensor) -> bool:
     """Whether torch's products of rows like ``x`` crawl: bfloat16 on a processor without AVX512.
@@ -17,6 +19,6 @@ def is_storage(x: Tensor) -> bool:
     return _has_no_products()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_no_products() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"

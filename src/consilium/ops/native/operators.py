@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from consilium.ops.constant import constant
 from consilium.ops.native.library import MANY, Feed, kernels, native, readable
 
 
@@ -33,7 +34,7 @@ def serve(x: Tensor, *matrices: Held, bias_O: Tensor | None = None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _are_here() -> bool:
     return kernels() is not None
 
