@@ -26,7 +26,7 @@ from consilium.machine.allocator import huge
 from consilium.model.build import allocate
 from consilium.model.decoder import Decoder
 from consilium.model.packing import hold, packings
-from consilium.ops.weights import PACKINGS, Packing, packed, room
+from consilium.ops.weights import PACKINGS, Packing, pack_into, room
 
 Progress = Callable[[int, int], None]
 """Hears of bytes of the files that are done, and of all."""
@@ -89,11 +89,12 @@ def load_packed(source: Source, packing: Packing, progress: Progress = lambda do
 
 def _as_stored(source: Source, name: str, like: Tensor, packing: Packing) -> tuple[Tensor, Tensor] | None:
     """Integers and scales that the files hold already."""
-    integers, scales = (huge(part) for part in room(like, packing))
     match source:
-        case FileSource():
+        case FileSource() if source.holds(name, packing):
+            integers, scales = (huge(part) for part in room(like, packing))
             return (integers, scales) if source.fill_packed(name, integers, scales) else None
         case _ if f"{name}_scales" in source.state:
+            integers, scales = (huge(part) for part in room(like, packing))
             source.fill(name, integers)
             source.fill(f"{name}_scales", scales)
             if packing == "int8" and integers.amin() < -127:  # products of AVX2 would overflow
@@ -107,7 +108,7 @@ def _packed(source: Source, name: str, like: Tensor, packing: Packing) -> tuple[
     integers, scales = (huge(part) for part in room(like, packing))
     for first, part in _parts(source, name, like):
         rows = slice(first, first + len(part))
-        integers[rows], scales[rows] = packed(part, packing)
+        pack_into(part, packing, integers[rows], scales[rows])
     return integers, scales
 
 

@@ -24,7 +24,7 @@ Packing = Literal["int8", "int4"]
 PACKINGS: Final[tuple[Packing, ...]] = ("int8", "int4")
 GROUP: Final = 32
 """Integers that share a scale."""
-_AT_ONCE: Final = 2**20
+_AT_ONCE: Final = 2**18
 """Values that are packed at once."""
 
 
@@ -244,12 +244,19 @@ def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
     int8: the scale takes the largest to 127 (GGUF's Q8_0). int4: it takes the value that is largest, with its
     sign, to -8, since there is one more integer below zero than above (Q4_0). Both round the scale first.
-    Some rows at a time: beside the result memory holds a few megabytes.
     """
-    rows = weight.flatten(0, -2)
-    pieces = [_packed(piece, packing) for piece in rows.split(max(1, _AT_ONCE // max(rows.shape[1], 1)))]
-    integers, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return integers.unflatten(0, weight.shape[:-1]), scales.unflatten(0, weight.shape[:-1])
+    integers, scales = room(weight, packing)
+    pack_into(weight, packing, integers, scales)
+    return integers, scales
+
+
+def pack_into(weight: Tensor, packing: Packing, integers: Tensor, scales: Tensor) -> None:
+    """``packed`` into its room, some rows at a time: beside it memory holds a few megabytes."""
+    rows = (part.flatten(0, -2) for part in (weight, integers, scales))
+    at_once = max(1, _AT_ONCE // max(weight.shape[-1], 1))
+    for piece, *into in zip(*(part.split(at_once) for part in rows), strict=True):
+        for target, values in zip(into, _packed(piece, packing), strict=True):
+            target.copy_(values)
 
 
 def _packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,15 @@ from consilium.data.gguf import mark_ids, stop_ids
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES, build
 from consilium.ops.gguf import Entry, Header, damaged, read_header
+from consilium.ops.weights import Packing
 
 _PIECE: Final = 2**22
 """Values that are dequantised at a time: what a read costs beside its target."""
 _STORED: Final = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
-_PACKED: Final = {GGMLQuantizationType.Q8_0: torch.int8, GGMLQuantizationType.Q4_0: torch.uint8}
+_PACKED: Final[Mapping[GGMLQuantizationType, Packing]] = {
+    GGMLQuantizationType.Q8_0: "int8",
+    GGMLQuantizationType.Q4_0: "int4",
+}
 """Types that ``ops.weights`` has too, apart from where scales lie."""
 _ARCHS: Final[Mapping[str, MODEL_ARCH]] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 
@@ -62,17 +66,18 @@ class FileSource:
     def fill_packed(self, name: str, integers: Tensor, scales: Tensor) -> bool:
         """Copy integers and scales (``ops.weights.Packed``) of our tensor ``name`` as they lie in the file.
 
-        False where it has others, and values have to be packed anew.
+        False where one is -128, and values have to be packed anew.
         """
-        both = list(
-            zip(*(_views(self.config, self.header, name, part) for part in (integers, scales)), strict=True)
-        )
-        entries = [self.header.tensors[theirs] for (theirs, _), _ in both]
-        if any(_PACKED.get(entry.kind) != integers.dtype for entry in entries):
-            return False
-        for entry, ((_, integer_view), (_, scale_view)) in zip(entries, both, strict=True):
+        parts = (_views(self.config, self.header, name, part) for part in (integers, scales))
+        for (theirs, integer_view), (_, scale_view) in zip(*parts, strict=True):
+            entry = self.header.tensors[theirs]
             _read_packed(entry, integer_view, scale_view, check_finite=self.check_finite)
         return integers.dtype != torch.int8 or bool(integers.amin() > -128)
+
+    def holds(self, name: str, packing: Packing) -> bool:
+        """Whether the file has our tensor ``name`` packed so."""
+        parts = _views(self.config, self.header, name, self.state[name])
+        return all(_PACKED.get(self.header.tensors[theirs].kind) == packing for theirs, _ in parts)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""
