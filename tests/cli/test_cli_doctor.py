@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from consilium.cli.generation import tell_kernels
+from consilium.cli.generation import tell_kernels, tell_unread
 from consilium.cli.main import main
 from consilium.conformance import suite as conformance
+from consilium.engine.engine import Engine
+from consilium.model import native
+from consilium.model.build import build
 from consilium.ops.native import library
+from consilium.recipes import catalogue
+from kernels import HERE, kernels_of
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
@@ -112,3 +117,23 @@ def test_generate_tells_once_why_it_is_slow(
     fresh_kernels.setenv("CONSILIUM_NATIVE", "off")
     tell_kernels()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("system", "dtype", "told"),
+    [
+        ("deepseek-v3", "bfloat16", ""),
+        ("deepseek-v3", "float16", "kernels do not read float16; give --dtype bfloat16"),
+        ("latent-moe", "bfloat16", "do not know a part of this model"),
+    ],
+)
+def test_generate_tells_what_the_kernels_do_not_read(
+    system: str, dtype: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = kernels_of(HERE[-1])
+    for module in (native, library):
+        monkeypatch.setattr(module, "kernels", lambda: found)
+    tell_unread(Engine(build(catalogue.recipe(system, "tiny"), dtype=dtype)))
+    said = " ".join(capsys.readouterr().err.split())
+    assert told in said
+    assert bool(told) == bool(said)

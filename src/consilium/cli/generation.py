@@ -109,7 +109,9 @@ class Opened:
         model = store.load(self.path, dtype=self.place.dtype, weights=self.packing, check_finite=True).to(
             self.place.device
         )
-        return Engine(model, self.tokenizer, cache=self.cache)
+        engine = Engine(model, self.tokenizer, cache=self.cache)
+        tell_unread(engine)
+        return engine
 
 
 def tell_kernels() -> None:
@@ -129,6 +131,19 @@ def tell_kernels() -> None:
                 remedy=kernels.remedy,
             )
         )
+
+
+def tell_unread(engine: Engine) -> None:
+    """Say where PyTorch decodes although there are kernels, and what helps."""
+    from consilium.ops.native.library import TYPES, kernels
+
+    if engine.by_kernels or engine.model.device.type != "cpu" or kernels() is None:
+        return
+    if engine.model.dtype in TYPES:
+        note(say("slower: the native kernels do not know a part of this model, and PyTorch decodes"))
+    else:
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        note(say("slower: the native kernels do not read {dtype}; give --dtype bfloat16", dtype=dtype))
 
 
 def open_model(options: Namespace) -> Opened:

@@ -90,6 +90,10 @@ class Batch:
         self.loads = LoadCounter()
         """Of all passes since the beginning."""
 
+    @property
+    def by_kernels(self) -> bool:
+        return self._native is not None
+
     def admit(self, row: Row) -> bool:
         """Give a row that has no pages those of its tokens and the next; False where there are too few.
 

@@ -124,6 +124,11 @@ class Engine:
         return sorted(pieces, key=lambda piece: piece.request)
 
     @property
+    def by_kernels(self) -> bool:
+        """Whether native kernels decode, and not PyTorch's modules."""
+        return self._batch.by_kernels
+
+    @property
     def waiting(self) -> int:
         """Requests whose prompt is still to be read."""
         return len(self._waiting)
