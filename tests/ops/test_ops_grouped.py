@@ -310,6 +310,7 @@ class Doubled:
         self.half_EOI = half_EOI
         self.shape = tuple(half_EOI.shape)
         self.needs_gradient = False
+        self.held = None
 
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(Dense(2 * half_OI) for half_OI in self.half_EOI)

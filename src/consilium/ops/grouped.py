@@ -79,10 +79,11 @@ def _by_kernels(
     them, and MKL is best at products of float32.
     """
     narrow = not isinstance(up, DenseStack) or up.weight_EOI.dtype == x_RD.dtype == torch.bfloat16
-    if not narrow or not serve(x_RD, up.held, down.held):
+    first, second = up.held, down.held
+    if not narrow or first is None or second is None or not serve(x_RD, first, second):
         return None
-    tensors = (*up.held[:2], *down.held[:2])
-    return networks(x_RD, counts_E, *tensors, down.held.columns, ACTIVATIONS[activation])
+    tensors = (*first[:2], *second[:2])
+    return networks(x_RD, counts_E, *tensors, second.columns, ACTIVATIONS[activation])
 
 
 def mixed_feed_forward(

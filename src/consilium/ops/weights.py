@@ -52,8 +52,8 @@ class Matrix(Protocol):
         ...
 
     @property
-    def held(self) -> Held:
-        """What it is made of, for kernels."""
+    def held(self) -> Held | None:
+        """What it is made of, for kernels; None where they have no such format."""
         ...
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
@@ -75,7 +75,7 @@ class Stack(Protocol):
         ...
 
     @property
-    def held(self) -> Held: ...
+    def held(self) -> Held | None: ...
 
     def native(self) -> NativeMatrix | None:
         """All matrices one below the other, as native kernels read them; None where they do not."""
