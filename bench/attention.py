@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from kept import keep
 
 from consilium.benchmarking.record import once, record
 from consilium.config.attention import GQA, MLA
@@ -34,7 +35,6 @@ from consilium.moe.types import Mode
 from consilium.planner.kv import values_per_token
 from consilium.recipes import catalogue
 from consilium.records.bench import Figure
-from consilium.records.io import to_json, write_json
 
 CONTEXTS: Final = (512, 8192, 32768)
 PAGE: Final = 64
@@ -122,9 +122,7 @@ def main() -> None:
     torch.set_num_threads(threads())
     command = f"python bench/attention.py --turns {options.turns} --new {options.new}"
     made = record("attention", command, tuple(figures(options.turns, options.new)))
-    print(to_json(made))
-    if options.out is not None:
-        write_json(options.out, made)
+    keep(made, options.out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 
 import gguf
 import torch
+from kept import keep
 from shapes import YARDSTICK, label, model_of
 
 from consilium.benchmarking.record import once, record
@@ -48,7 +49,6 @@ from consilium.model.build import build
 from consilium.model.decoder import Decoder
 from consilium.planner.parameters import parameters
 from consilium.records.bench import Figure
-from consilium.records.io import to_json, write_json
 
 Contestant = Callable[[int], float]
 """Adds so many tokens to every sequence and returns tokens a second."""
@@ -327,9 +327,7 @@ def main() -> int:
         f"python bench/decode.py {words} --turns {options.turns} --new {options.new}",
         figures,
     )
-    print(to_json(made))
-    if options.out is not None:
-        write_json(options.out, made)
+    keep(made, options.out)
     return 0
 
 

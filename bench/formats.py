@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import final
 
 import torch
+from kept import keep
 from real_training import pretrained
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from consilium.machine.processors import threads
 from consilium.model.decoder import Decoder
 from consilium.ops.weights import Packing
 from consilium.records.bench import Figure
-from consilium.records.io import to_json, write_json
 
 FORMATS: Mapping[str, tuple[str, Packing | None]] = {
     "float32": ("float32", None),
@@ -121,9 +121,7 @@ def main() -> int:
         )
     command = f"python bench/formats.py --minutes {options.minutes:g} --tokens {options.tokens}"
     made = record("formats", command, found)
-    print(to_json(made))
-    if options.out is not None:
-        write_json(options.out, made)
+    keep(made, options.out)
     return 0
 
 

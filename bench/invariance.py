@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from kept import keep
 
 from consilium.benchmarking.record import record
 from consilium.config.model import MTP
@@ -32,7 +33,6 @@ from consilium.model.packing import pack
 from consilium.ops.weights import PACKINGS
 from consilium.recipes import catalogue
 from consilium.records.bench import Figure
-from consilium.records.io import to_json, write_json
 
 LENGTHS: Final = (PROMPT_PART, 128, 32)
 """Tokens of a prompt, the first what a pass takes at most."""
@@ -87,9 +87,7 @@ def main() -> None:
     made = record(
         "invariance", f"python bench/invariance.py --turns {options.turns}", tuple(figures(options.turns))
     )
-    print(to_json(made))
-    if options.out is not None:
-        write_json(options.out, made)
+    keep(made, options.out)
 
 
 if __name__ == "__main__":
