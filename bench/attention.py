@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Final
 import torch
 from kept import keep
 
-from consilium.benchmarking.record import once, record
+from consilium.benchmarking.record import once, record, several
 from consilium.config.attention import GQA, MLA
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
@@ -96,16 +95,8 @@ def figures(turns: int, new: int) -> Iterator[Figure]:
         print(f"turn {turn} of {turns}, the first to warm up", flush=True)
     for (name, context), (_, *values) in found.items():
         _, *most = found["MHA", context]
-        yield Figure(
-            name=f"{name}, context {context}",
-            unit="ms a token",
-            median=statistics.median(values),
-            minimum=min(values),
-            maximum=max(values),
-            n=len(values),
-            against=None if name == "MHA" else f"MHA, context {context}",
-            ratio=None if name == "MHA" else statistics.median(values) / statistics.median(most),
-        )
+        against = None if name == "MHA" else (f"MHA, context {context}", most)
+        yield several(f"{name}, context {context}", "ms a token", values, against)
     sizes = {name: 2 * values_per_token(model_with(attention)) for name, attention in kinds().items()}
     for name, size in sizes.items():
         yield once(f"{name}: cache", "bytes a token", size, None if name == "MHA" else ("MHA", sizes["MHA"]))

@@ -36,7 +36,7 @@ import torch
 from kept import keep
 from shapes import YARDSTICK, label, model_of
 
-from consilium.benchmarking.record import once, record
+from consilium.benchmarking.record import once, record, several
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
 from consilium.checkpoint.hf.config import to_hugging_face
@@ -265,7 +265,8 @@ def measure(setting: Setting, turns: int, new: int, work: Path) -> Iterator[Figu
     active = parameters(setting.model).active_without_input_embedding
     for name, values in speeds.items():
         against = _fastest_rival(name, speeds) if name.startswith("consilium") else None
-        yield _figure(name, values, against, speeds)
+        beside = None if against is None else (against, speeds[against])
+        yield several(name, "tokens/s", values, beside)
         if name.startswith("consilium") and setting.batch == 1 and not setting.reading:
             limit = max(rates) / (active * BITS[name.split()[-1]] / 8)
             yield once(f"{name}, share of what reading allows", "share", statistics.median(values) / limit)
@@ -276,22 +277,6 @@ def _fastest_rival(name: str, speeds: Mapping[str, Sequence[float]]) -> str | No
     kind = name.rsplit(maxsplit=1)[-1]
     rivals = [other for other in speeds if other.endswith(kind) and not other.startswith("consilium")]
     return max(rivals, key=lambda other: statistics.median(speeds[other]), default=None)
-
-
-def _figure(
-    name: str, values: Sequence[float], against: str | None, speeds: Mapping[str, Sequence[float]]
-) -> Figure:
-    median = statistics.median(values)
-    return Figure(
-        name=name,
-        unit="tokens/s",
-        median=median,
-        minimum=min(values),
-        maximum=max(values),
-        n=len(values),
-        against=against,
-        ratio=None if against is None else median / statistics.median(speeds[against]),
-    )
 
 
 def main() -> int:

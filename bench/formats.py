@@ -23,7 +23,7 @@ from real_training import pretrained
 from torch import Tensor, nn
 
 from consilium.attention.mla import LatentAttention
-from consilium.benchmarking.record import record
+from consilium.benchmarking.record import once, record
 from consilium.checkpoint import store
 from consilium.checkpoint.folders import checkpoint_in
 from consilium.config.attention import MLA
@@ -92,16 +92,8 @@ def figures(name: str, model: Path, tokens: int) -> Iterator[Figure]:
         decoder = cached_in_eight_bits(store.load(place, dtype="bfloat16"))
         found[LATENTS] = measured(decoder, corpus, tokens)
     for kind, value in found.items():
-        yield Figure(
-            name=f"{name}, {kind}",
-            unit="bits/byte",
-            median=value,
-            minimum=value,
-            maximum=value,
-            n=1,
-            against=None if kind == "float32" else wide,
-            ratio=None if kind == "float32" else value / found["float32"],
-        )
+        against = None if kind == "float32" else (wide, found["float32"])
+        yield once(f"{name}, {kind}", "bits/byte", value, against)
 
 
 def main() -> int:

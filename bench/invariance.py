@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Final
 import torch
 from kept import keep
 
-from consilium.benchmarking.record import record
+from consilium.benchmarking.record import record, several
 from consilium.config.model import MTP
 from consilium.engine.batch import PROMPT_PART
 from consilium.engine.engine import Engine
@@ -60,20 +59,12 @@ def figures(turns: int) -> Iterator[Figure]:
         for _ in range(turns + 1):
             for length, values in speeds.items():
                 values.append(read(model, length))
-        medians = {length: statistics.median(values[1:]) for length, values in speeds.items()}
+        speeds = {length: values[1:] for length, values in speeds.items()}
         whole = f"{packing or 'bfloat16'}, one pass of {PROMPT_PART}"
-        for length, (_, *values) in speeds.items():
+        yield several(whole, "tokens/s", speeds[PROMPT_PART])
+        for length in LENGTHS[1:]:
             alone = f"{packing or 'bfloat16'}, {PROMPT_PART // length} prompts of {length}"
-            yield Figure(
-                name=whole if length == PROMPT_PART else alone,
-                unit="tokens/s",
-                median=medians[length],
-                minimum=min(values),
-                maximum=max(values),
-                n=len(values),
-                against=None if length == PROMPT_PART else whole,
-                ratio=None if length == PROMPT_PART else medians[length] / medians[PROMPT_PART],
-            )
+            yield several(alone, "tokens/s", speeds[length], (whole, speeds[PROMPT_PART]))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from consilium.benchmarking.record import several
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config.model import MTP, Model
 from consilium.config.optimizer import AdamW
@@ -243,21 +244,7 @@ def figures(speeds: Mapping[str, Sequence[float]], unit: str) -> tuple[Figure, .
     """One figure a contestant; the first is compared with the best of the others."""
     first, *rivals = speeds
     best = max(rivals, key=lambda name: statistics.median(speeds[name]), default=None)
-    found: list[Figure] = []
-    for name, values in speeds.items():
-        compared = best if name == first else None
-        found.append(
-            Figure(
-                name=name,
-                unit=unit,
-                median=statistics.median(values),
-                minimum=min(values),
-                maximum=max(values),
-                n=len(values),
-                against=compared,
-                ratio=None
-                if compared is None
-                else statistics.median(values) / statistics.median(speeds[compared]),
-            )
-        )
-    return tuple(found)
+    return tuple(
+        several(name, unit, values, (best, speeds[best]) if name == first and best is not None else None)
+        for name, values in speeds.items()
+    )

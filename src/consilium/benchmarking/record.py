@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,23 @@ def once(name: str, unit: str, value: float, against: tuple[str, float] | None =
         n=1,
         against=None if against is None else against[0],
         ratio=None if against is None else value / against[1],
+    )
+
+
+def several(
+    name: str, unit: str, values: Sequence[float], against: tuple[str, Sequence[float]] | None = None
+) -> Figure:
+    """The median of some measurements, and the median of what it is compared with."""
+    median = statistics.median(values)
+    return Figure(
+        name=name,
+        unit=unit,
+        median=median,
+        minimum=min(values),
+        maximum=max(values),
+        n=len(values),
+        against=None if against is None else against[0],
+        ratio=None if against is None else median / statistics.median(against[1]),
     )
 
 
