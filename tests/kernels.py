@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilium.ops.native.compile import VARIABLE, Built, Missing, Tier, built, tiers
 from consilium.ops.native.library import Kernels, opened
+from consilium.ops.weights import Packed
 
 HERE = tiers()
 
@@ -53,3 +54,13 @@ def rounded(x: Tensor) -> Tensor:
     peak = groups.abs().amax(-1, keepdim=True)
     integers = torch.where(peak == 0, 0.0, groups * (127.0 / peak)).round()
     return (integers * (peak / 127.0)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def round_activations(patch: pytest.MonkeyPatch) -> None:
+    """Make packed integers multiply as kernels do; floats in 8 bits leave activations as they are."""
+    times = Packed.times
+
+    def multiplied(self: Packed, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return times(self, x if self.codes_OC.is_floating_point() else rounded(x), bias_O)
+
+    patch.setattr(Packed, "times", multiplied)

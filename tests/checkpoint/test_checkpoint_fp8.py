@@ -20,6 +20,8 @@ from checkpoint.models import deepseek_v3, trained
 from consilium.checkpoint import fp8, safetensors_io, store
 from consilium.checkpoint.hf.naming import TABLES, named
 from consilium.errors import ConsiliumError
+from consilium.model.packing import packings
+from consilium.ops.weights import packed, unpacked
 
 FP8 = torch.float8_e4m3fn
 BLOCK = (4, 6)
@@ -189,3 +191,42 @@ def test_another_kind_of_quantisation_is_refused_by_its_name(
     with pytest.raises(ConsiliumError, match=r"config\.json: quantization_config") as caught:
         store.load(written(tmp_path / "model", tensors, quantization))
     assert named in str(caught.value)
+
+
+def packed_as_read(folder: Path) -> Mapping[str, Tensor]:
+    return store.load(folder, weights="fp8", dtype="float32", check_finite=True).state_dict()
+
+
+@pytest.mark.parametrize("high", [128, 4])
+def test_blocks_are_taken_as_they_lie(high: int, tmp_path: Path) -> None:
+    """Every value that they stand for, which packing anew would not keep; others are packed from theirs."""
+    tensors, _ = published((high, 128))
+    folder = written(tmp_path / "model", tensors, {**KINDS, "weight_block_size": [high, 128]})
+    wide, found = store.load(folder, dtype="float32"), packed_as_read(folder)
+    names = packings(wide, "fp8")
+    codes = {name for name in found if found[name].dtype == FP8}
+    assert codes == set(names)
+    for name in names:
+        weight = wide.get_parameter(name)
+        values = unpacked(found[name], found[f"{name}_scales"], weight.shape[-1])
+        if "head" in name or "eh_proj" in name:
+            continue
+        assert torch.equal(values, weight), name
+
+
+def test_blocks_of_another_width_are_packed_anew(tmp_path: Path) -> None:
+    tensors, _ = published()
+    folder = written(tmp_path / "model", tensors, {**KINDS, "weight_block_size": list(BLOCK)})
+    wide, found = store.load(folder, dtype="float32"), packed_as_read(folder)
+    for name in packings(wide, "fp8"):
+        codes, scales = packed(wide.get_parameter(name).detach(), "fp8")
+        assert torch.equal(found[name].float(), codes.float()), name
+        assert torch.equal(found[f"{name}_scales"], scales), name
+
+
+def test_blocks_with_what_is_no_number_are_refused(tmp_path: Path) -> None:
+    tensors, _ = published((128, 128))
+    tensors[NAME].view(torch.uint8)[3, 5] = 255
+    folder = written(tmp_path / "model", tensors, KINDS)
+    with pytest.raises(ConsiliumError, match=r"layers\.1\.moe\.experts\.up holds NaN, which packed"):
+        packed_as_read(folder)

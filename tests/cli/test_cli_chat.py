@@ -25,6 +25,7 @@ from consilium.engine import batch
 from consilium.kv.paged import PagedCache
 from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
+from consilium.ops.weights import PACKINGS
 from small import DEEPSEEK, lively
 
 COMMAND = [sys.executable, "-m", "consilium"]
@@ -329,7 +330,7 @@ def test_a_reader_that_leaves_ends_the_text(run: Path) -> None:
     assert process.returncode in {0, 141}
 
 
-@pytest.mark.parametrize("packing", ["int8", "int4"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_weights_are_packed_where_that_is_asked_for(
     run: Path, packing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +353,8 @@ def test_weights_are_packed_where_that_is_asked_for(
     assert main(["eval", str(run), "--json"]) == 0
     assert packed == pytest.approx(json.loads(capsys.readouterr().out)["bits_per_byte"], rel=0.05)
     kinds = [model.head.weight.dtype for model in loaded]
-    assert kinds == [{"int8": torch.int8, "int4": torch.uint8}[packing]] * 2 + [torch.float32]
+    held = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[packing]
+    assert kinds == [held, held, torch.float32]
 
 
 def test_latents_are_cached_in_eight_bits_where_that_is_asked_for(

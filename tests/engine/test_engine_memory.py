@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process its peak")
-@pytest.mark.parametrize("packing", ["", "int8", "int4"])
+@pytest.mark.parametrize("packing", ["", "int8", "int4", "fp8"])
 def test_peak_is_that_of_the_weights(packing: str, folder: Path) -> None:
     """With kernels, which unpack nothing: 1.1 times the weights, and 0.4 GiB for all else."""
     command = [sys.executable, "-c", GENERATE, str(folder), packing]

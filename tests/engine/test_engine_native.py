@@ -17,7 +17,7 @@ from consilium.model import native
 from consilium.model.packing import pack
 from consilium.moe.types import Activations, Mode, Routing, Tokens
 from consilium.ops.rows import Rows
-from consilium.ops.weights import Packing
+from consilium.ops.weights import PACKINGS, Packing
 from kernels import HERE, kernels_of
 from small import DEEPSEEK, KINDS, lively
 
@@ -87,7 +87,7 @@ def one_answer_each(model: native.Decoder, requests: int, tokens: int) -> None:
     assert all(len(answers) == 1 for answers in found.values())
 
 
-@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+@pytest.mark.parametrize("packing", [None, *PACKINGS])
 def test_fifty_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) -> None:
     model = lively(DEEPSEEK).bfloat16()
     if packing is not None:
@@ -96,7 +96,7 @@ def test_fifty_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+@pytest.mark.parametrize("packing", [None, *PACKINGS])
 def test_a_thousand_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) -> None:
     model = lively(dataclasses.replace(DEEPSEEK, max_length=512)).bfloat16()
     if packing is not None:

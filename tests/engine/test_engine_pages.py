@@ -96,8 +96,9 @@ def requests(count: int, seed: int, begin: Sequence[int] = ()) -> list[Request]:
         (DEEPSEEK, "int4", "int8"),
         (SWITCH, None, "model"),
         (SWITCH, "int8", "model"),
+        (DEEPSEEK, "fp8", "model"),
     ],
-    ids=["latent", "latent-int8", "latent-int4-cache-int8", "grouped", "grouped-int8"],
+    ids=["latent", "latent-int8", "latent-int4-cache-int8", "grouped", "grouped-int8", "latent-fp8"],
 )
 @pytest.mark.parametrize("most", [64, 100, 1000])
 def test_a_full_cache_lets_the_newest_wait_and_changes_no_bit(

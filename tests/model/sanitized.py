@@ -22,6 +22,7 @@ from consilium.moe.types import Mode
 from consilium.ops.native import compile as compiling
 from consilium.ops.native.compile import FLAGS, VARIABLE, Built, tiers
 from consilium.ops.native.library import opened
+from consilium.ops.weights import PACKINGS
 from small import KINDS, lively
 
 CHECKS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
@@ -33,7 +34,7 @@ def decode(config: Model, packing: str | None) -> None:
     if packing == "bfloat16":
         model = model.to(torch.bfloat16)
     elif packing is not None:
-        pack(model, "int8" if packing == "int8" else "int4")
+        pack(model, next(kind for kind in PACKINGS if kind == packing))
     prepared = NativeDecoder.of(model)
     assert prepared is not None
     cache = build_cache(model.config, batch=5, capacity=9, dtype=torch.float32)
@@ -57,7 +58,7 @@ def main(folder: str) -> int:
     native.kernels = lambda: kernels
     torch.set_num_threads(2)
     for config in KINDS.values():
-        for packing in (None, "bfloat16", "int8", "int4"):
+        for packing in (None, "bfloat16", *PACKINGS):
             decode(config, packing)
     print("clean")
     return 0

@@ -14,12 +14,10 @@ from consilium.model.build import build
 from consilium.model.packing import pack, packings
 from consilium.model.types import Options
 from consilium.ops.native.compile import Tier
-from consilium.ops.weights import Packed, Packing, packed, unpacked
-from kernels import HERE, rounded
+from consilium.ops.weights import PACKINGS, Packing, packed, unpacked
+from kernels import HERE, round_activations
 from model.test_model_native import agree, prepare
 from small import DEEPSEEK, KINDS, SWITCH, lively
-
-PACKINGS: tuple[Packing, ...] = ("int8", "int4")
 
 
 @pytest.mark.parametrize("tier", HERE)
@@ -35,8 +33,7 @@ def test_kernels_and_modules_agree(
     """
     model = lively(config).eval()
     pack(model, packing)
-    times = Packed.times
-    monkeypatch.setattr(Packed, "times", lambda self, x, bias_O=None: times(self, rounded(x), bias_O))
+    round_activations(monkeypatch)
     agree(model, prepare(model, tier), [3, 9, 1], within=5e-3)
 
 

@@ -26,7 +26,7 @@ from consilium.model.packing import pack
 from consilium.model.types import Inputs, Options, Output
 from consilium.moe.types import Mode, Override
 from consilium.ops.native.compile import Tier
-from consilium.ops.weights import Packing
+from consilium.ops.weights import PACKINGS, Packing
 from consilium.recipes import catalogue
 from kernels import HERE
 from model.test_model_native import ATTENTION, COUNTS, ROUTERS, UNKNOWN, Paged, error, moe, prepare
@@ -88,7 +88,7 @@ def test_cached_rows_in_bfloat16_are_read_as_they_are(config: Model, tier: Tier)
 
 
 @pytest.mark.parametrize("tier", HERE)
-@pytest.mark.parametrize("packing", ["int8", "int4"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_packed_weights_read_prompts(config: Model, packing: Packing, tier: Tier) -> None:
     """Activations are rounded where a product has few of them, and to bfloat16 by tiles."""

@@ -14,11 +14,11 @@ from consilium.ops.grouped import observed_feed_forward, stacked_feed_forward
 from consilium.ops.native import operators
 from consilium.ops.native.compile import Tier
 from consilium.ops.native.library import MANY
-from consilium.ops.weights import DenseStack, Packed, PackedStack, Stack, packed
-from kernels import HERE, kernels_of, rounded
+from consilium.ops.weights import PACKINGS, DenseStack, PackedStack, Stack, packed
+from kernels import HERE, kernels_of, round_activations
 
 COUNTS = [[0, 0, 1, 0], [3, 1, 0, 2], [40, 0, 17, 63], [0, 100, 0, 0], [16, 16, 32, 33]]
-FORMATS = ["bfloat16", "int8", "int4"]
+FORMATS = ("bfloat16", *PACKINGS)
 D, F = 72, 40
 
 
@@ -29,10 +29,9 @@ def stacks(kind: str, activation: Activation) -> tuple[Stack, Stack]:
     match kind:
         case "bfloat16":
             return DenseStack(up_EGD.bfloat16()), DenseStack(down_EDF.bfloat16())
-        case "int8":
-            return PackedStack(*packed(up_EGD, "int8"), D), PackedStack(*packed(down_EDF, "int8"), F)
         case _:
-            return PackedStack(*packed(up_EGD, "int4"), D), PackedStack(*packed(down_EDF, "int4"), F)
+            form = next(packing for packing in PACKINGS if packing == kind)
+            return PackedStack(*packed(up_EGD, form), D), PackedStack(*packed(down_EDF, form), F)
 
 
 @pytest.mark.parametrize("tier", HERE)
@@ -48,8 +47,7 @@ def test_kernels_give_what_the_loop_gives(
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         exact_RD = observed_feed_forward(x_RD.float(), counts_E, up, down, "swiglu")[1]
         if few:
-            times = Packed.times
-            patch.setattr(Packed, "times", lambda self, x, bias_O=None: times(self, rounded(x), bias_O))
+            round_activations(patch)
         right_RD = observed_feed_forward(x_RD.float(), counts_E, up, down, "swiglu")[1]
         monkeypatch.setattr(operators, "kernels", lambda: found)
         y_RD = stacked_feed_forward(x_RD, counts_E, up, down, "swiglu")

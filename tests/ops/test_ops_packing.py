@@ -12,25 +12,36 @@ from hypothesis import strategies as st
 
 from consilium.ops.native import operators
 from consilium.ops.native.compile import Tier
-from consilium.ops.weights import GROUP, Packed, PackedStack, Packing, packed, unpacked
+from consilium.ops.weights import (
+    FLOAT8_GROUP,
+    GROUP,
+    PACKINGS,
+    Packed,
+    PackedStack,
+    Packing,
+    packed,
+    unpacked,
+)
 from kernels import HERE, kernels_of, rounded, whole_numbers
 
-PACKINGS: tuple[Packing, ...] = ("int8", "int4")
+INTEGERS: tuple[Packing, ...] = ("int8", "int4")
 
 
 def unpacked_naive(integers: torch.Tensor, scales: torch.Tensor, columns: int) -> list[list[float]]:
     """One value after the other, as the formats are described."""
-    rows = []
+    rows, size = [], FLOAT8_GROUP if integers.is_floating_point() else GROUP
     for o in range(len(integers)):
         row = []
         for i in range(columns):
-            group, place = divmod(i, GROUP)
-            if integers.dtype == torch.int8:
+            group, place = divmod(i, size)
+            if integers.is_floating_point():
+                value = float(integers[o, i])
+            elif integers.dtype == torch.int8:
                 value = int(integers[o, i])
             else:
                 byte = int(integers[o, group * 16 + place % 16])
                 value = (byte & 15 if place < 16 else byte >> 4) - 8
-            row.append(value * float(scales[o, group]))
+            row.append(float(value * scales[o, group].float()))
         rows.append(row)
     return rows
 
@@ -44,7 +55,17 @@ def test_values_are_those_of_the_format(packing: Packing, outputs: int, inputs: 
     assert found.tolist() == unpacked_naive(integers, scales, inputs)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@given(inputs=st.integers(1, 300), size=st.sampled_from([1e-30, 1.0, 1e30]), seed=st.integers(0, 99))
+def test_floats_in_8_bits_are_the_nearest(inputs: int, size: float, seed: int) -> None:
+    """Within a sixteenth of the value, or half the smallest step below the smallest normal one."""
+    weight_OI = size * torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
+    codes, scales = packed(weight_OI, "fp8")
+    error_OI = (unpacked(codes, scales, inputs) - weight_OI).abs()
+    least_OI = scales.repeat_interleave(FLOAT8_GROUP, -1)[:, :inputs] * 2.0**-10
+    assert (error_OI <= 1.0001 * torch.maximum(weight_OI.abs() / 16, least_OI)).all()
+
+
+@pytest.mark.parametrize("packing", INTEGERS)
 @given(inputs=st.integers(1, 100), size=st.sampled_from([1e-2, 1.0, 1e4]), seed=st.integers(0, 99))
 def test_integers_are_the_nearest(packing: Packing, inputs: int, size: float, seed: int) -> None:
     """Within half a step and what float16 rounds off a small scale; int4 ends a step earlier on one side."""
@@ -102,7 +123,8 @@ def test_kernels_multiply_with_the_packed_values(
     described = matrix.native(bias_O)
     assert described is not None
     found = kernels_of(tier).product(described, x_BI)
-    right = rounded(x_BI).double() @ matrix.wide(torch.float64).T + bias_O.double()
+    active_BI = x_BI if packing == "fp8" else rounded(x_BI)
+    right = active_BI.double() @ matrix.wide(torch.float64).T + bias_O.double()
     assert (found - right).norm() <= 1e-6 * right.norm()
     wide = x_BI.double() @ matrix.wide(torch.float64).T + bias_O.double()
     assert (found - wide).norm() <= 1e-2 * wide.norm()
@@ -119,8 +141,8 @@ def test_rows_of_a_prompt_are_multiplied_alike(
     outputs, inputs = shape
     x_BI = whole_numbers(rows, inputs, most=127)
     weight_OI = whole_numbers(outputs, inputs, most=127 if packing == "int8" else 7, seed=1) / 4
-    if packing == "int4":
-        weight_OI[:, ::32] = -2.0
+    if packing != "int8":
+        weight_OI[:, :: GROUP if packing == "int4" else FLOAT8_GROUP] = -2.0 if packing == "int4" else 1.75
     matrix = Packed(*packed(weight_OI, packing), inputs)
     assert torch.equal(matrix.wide(torch.float32), weight_OI)
     described = matrix.native()
@@ -160,7 +182,23 @@ def test_extreme_activations_stay_finite_and_what_is_none_stays_none(tier: Tier,
 
 
 @pytest.mark.parametrize("tier", HERE)
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_kernels_know_every_float_in_8_bits(tier: Tier, rows: int) -> None:
+    """Each alone in a row, its smallest ones too, behind a place that fills no vector."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)
+    codes_OI = torch.zeros(len(codes), 147).to(torch.float8_e4m3fn)
+    codes_OI[:, 131] = codes
+    scales_OG = torch.tensor([3.0, 0.5]).expand(len(codes), 2).contiguous()
+    described = Packed(codes_OI, scales_OG, 147).native()
+    assert described is not None
+    for many in (False, True):
+        found = kernels_of(tier).product(described, torch.ones(rows, 147), many=many)
+        assert torch.equal(found, (codes.float() / 2).expand(rows, -1))
+
+
+@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("packing", INTEGERS)
 def test_extreme_integers_are_summed_exactly(tier: Tier, packing: Packing) -> None:
     """Against integers: scales of one and activations of whole numbers leave nothing to round."""
     generator = torch.Generator().manual_seed(0)

@@ -8,20 +8,23 @@ import pytest
 import torch
 
 from consilium.ops.native.compile import Tier
-from consilium.ops.weights import Dense, Matrix, Packed, packed
+from consilium.ops.weights import PACKINGS, Dense, Matrix, Packed, packed
 from kernels import HERE, kernels_of, whole_numbers
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", *PACKINGS)
 
 
 def matrix_of(form: str, outputs: int, inputs: int, seed: int) -> Matrix:
-    weight_OI = whole_numbers(outputs, inputs, most=7 if form == "int4" else 127, seed=seed) / 4
+    weight_OI = whole_numbers(outputs, inputs, most=7 if form in {"int4", "fp8"} else 127, seed=seed) / 4
     match form:
         case "int8":
             return Packed(*packed(weight_OI, "int8"), inputs)
         case "int4":
             weight_OI[:, ::32] = -2.0
             return Packed(*packed(weight_OI, "int4"), inputs)
+        case "fp8":
+            weight_OI[:, ::128] = 1.75
+            return Packed(*packed(weight_OI, "fp8"), inputs)
         case _:
             return Dense(weight_OI.to(getattr(torch, form)))
 

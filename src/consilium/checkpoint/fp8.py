@@ -23,6 +23,8 @@ from consilium.errors import ConsiliumError
 
 KEY: Final = "quantization_config"
 SUFFIX: Final = "_scale_inv"
+_OWN: Final = "_scales"
+"""What we call scales: a row of groups is packed otherwise than a block (``ops.weights.Packed``)."""
 _FACTORS: Final = (torch.float32, torch.bfloat16, torch.float16)
 """DeepSeek publishes factors in the first, Qwen in the second."""
 _READ: Final[Mapping[str, tuple[object, ...]]] = {
@@ -128,7 +130,8 @@ def pair(found: Mapping[str, Entry], block: tuple[int, int]) -> dict[str, Stored
 
     Raises ConsiliumError naming the tensor where one of the two is missing or of another shape.
     """
-    eight = {name for name, entry in found.items() if entry.dtype == torch.float8_e4m3fn}
+    eights = (name for name, entry in found.items() if entry.dtype == torch.float8_e4m3fn)
+    eight = {name for name in eights if name + _OWN not in found}
     stored: dict[str, Stored] = {}
     for name, entry in found.items():
         owner = name.removesuffix(SUFFIX)
@@ -164,6 +167,16 @@ def read_into(name: str, stored: Scaled, target: Tensor, *, check_finite: bool =
             safetensors_io.refuse_infinite(name, stored.values, band_RC)
         out_RC[done : done + height] = band_RC * scale.repeat_interleave(wide)[:columns]
         done += height
+
+
+def read_packed(
+    name: str, stored: Scaled, codes: Tensor, scales: Tensor, *, check_finite: bool = False
+) -> None:
+    """Copy the values as they lie into ``codes`` [..., R, C], and the factors of each row into ``scales``."""
+    factors = torch.empty(stored.scales.shape)
+    safetensors_io.read_into(name, stored.values, codes)
+    safetensors_io.read_into(name + SUFFIX, stored.scales, factors, check_finite=check_finite)
+    scales.copy_(factors.repeat_interleave(stored.block[0], -2)[..., : codes.shape[-2], :])
 
 
 def _heights(matrices: int, rows: int, high: int) -> Iterator[int]:

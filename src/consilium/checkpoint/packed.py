@@ -20,19 +20,21 @@ from consilium.checkpoint.gguf.source import FileSource
 from consilium.checkpoint.hf.config import NAME as CONFIG
 from consilium.checkpoint.hf.config import OWN
 from consilium.checkpoint.json_file import read_object
-from consilium.checkpoint.source import Source
+from consilium.checkpoint.source import PackedSource, Source
 from consilium.errors import ConsiliumError
 from consilium.machine.allocator import huge
 from consilium.model.build import allocate
 from consilium.model.decoder import Decoder
 from consilium.model.packing import hold, packings
-from consilium.ops.weights import PACKINGS, Packing, pack_into, room
+from consilium.ops.weights import BITS, PACKINGS, Packing, pack_into, room
 
 Progress = Callable[[int, int], None]
 """Hears of bytes of the files that are done, and of all."""
 
 PART_BYTES: Final = 64 << 20
 """Of a stack that is read at once to be packed."""
+_LOOKED_AT: Final = 2**22
+"""Values that are checked at once."""
 
 
 def description(packing: Packing) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def packing_of(folder: Path) -> Packing | None:
             if kind not in PACKINGS:
                 raise ConsiliumError(
                     f"{folder / CONFIG}: weights packed into {kind[:40]!r} are not known here, only"
-                    f" {' and '.join(PACKINGS)}; use a newer Consilium."
+                    f" {', '.join(PACKINGS)}; use a newer Consilium."
                 )
             return kind
         case _:
@@ -70,10 +72,12 @@ def packed_state(model: Decoder, packing: Packing) -> Mapping[str, Tensor]:
     return model.state_dict()
 
 
-def load_packed(source: Source, packing: Packing, progress: Progress = lambda done, total: None) -> Decoder:
+def load_packed(
+    source: PackedSource, packing: Packing, progress: Progress = lambda done, total: None
+) -> Decoder:
     """Read a part of one matrix at a time: no more than that is ever there unpacked."""
     dtype = source.state["norm.weight"].dtype
-    share = {"int8": 8.5, "int4": 4.5}[packing] / (8 * dtype.itemsize)
+    share = BITS[packing] / (8 * dtype.itemsize)
     model = allocate(source.config, source.generation, dtype=dtype, share=share)
     kinds = packings(model, packing)
     for name, values in model.state_dict().items():
@@ -87,29 +91,38 @@ def load_packed(source: Source, packing: Packing, progress: Progress = lambda do
     return model
 
 
-def _as_stored(source: Source, name: str, like: Tensor, packing: Packing) -> tuple[Tensor, Tensor] | None:
-    """Integers and scales that the files hold already."""
-    match source:
-        case FileSource() if source.holds(name, packing):
-            integers, scales = (huge(part) for part in room(like, packing))
-            return (integers, scales) if source.fill_packed(name, integers, scales) else None
-        case _ if f"{name}_scales" in source.state:
-            integers, scales = (huge(part) for part in room(like, packing))
-            source.fill(name, integers)
-            source.fill(f"{name}_scales", scales)
-            if packing == "int8" and integers.amin() < -127:  # products of AVX2 would overflow
-                raise ConsiliumError(f"{name} holds -128; packed weights end at -127: pack them again.")
-            return integers, scales
-        case _:
-            return None
+def _as_stored(
+    source: PackedSource, name: str, like: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales that the files hold already; None where a GGUF file has some that kernels do not."""
+    if not source.holds(name, packing):
+        return None
+    codes, scales = (huge(part) for part in room(like, packing))
+    source.fill_packed(name, codes, scales)
+    if (fault := _unread(codes)) is None:
+        return codes, scales
+    if isinstance(source, FileSource):
+        return None
+    raise ConsiliumError(f"{name} holds {fault}, which packed weights do not; pack or download them again.")
+
+
+def _unread(codes: Tensor) -> str | None:
+    """What kernels do not read as it is: -128 overflows in products of AVX2; of floats, what is no number."""
+    rows = max(1, _LOOKED_AT // max(codes.shape[-1], 1))
+    parts = codes.flatten(0, -2).split(rows)
+    if codes.dtype == torch.int8 and any(part.amin() < -127 for part in parts):
+        return "-128"
+    if codes.is_floating_point() and any(part.bfloat16().isnan().any() for part in parts):
+        return "NaN"
+    return None
 
 
 def _packed(source: Source, name: str, like: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    integers, scales = (huge(part) for part in room(like, packing))
+    codes, scales = (huge(part) for part in room(like, packing))
     for first, part in _parts(source, name, like):
         rows = slice(first, first + len(part))
-        pack_into(part, packing, integers[rows], scales[rows])
-    return integers, scales
+        pack_into(part, packing, codes[rows], scales[rows])
+    return codes, scales
 
 
 def _parts(source: Source, name: str, like: Tensor) -> Iterator[tuple[int, Tensor]]:

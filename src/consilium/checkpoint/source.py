@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -27,6 +27,7 @@ from consilium.disk import manifest
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES
 from consilium.moe.routing.router import table_of_old
+from consilium.ops.weights import FLOAT8_GROUP, Packing
 from consilium.planner.parameters import parameters
 from consilium.recipes.layout import Table
 
@@ -63,6 +64,18 @@ class Source(Protocol):
         ...
 
 
+class PackedSource(Source, Protocol):
+    """A ``Source`` of files, which may hold weights packed."""
+
+    def holds(self, name: str, packing: Packing) -> bool:
+        """Whether the files have our tensor ``name`` packed so."""
+        ...
+
+    def fill_packed(self, name: str, codes: Tensor, scales: Tensor) -> None:
+        """Copy the parts of our tensor ``name`` (``ops.weights.Packed``) as they lie in the files."""
+        ...
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class FolderSource:
@@ -80,7 +93,7 @@ class FolderSource:
         if self.config.moe is not None and _derived(name, self.found):
             target.copy_(table_of_old(self.config.moe.router, self.config.moe.experts))
             return
-        for stored_name, view in named(self.config, {name: target}, self.table):
+        for stored_name, view in self._named(name, target):
             self.fill_stored(stored_name, view)
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
@@ -99,6 +112,31 @@ class FolderSource:
             safetensors_io.read_into(name, rows, target, check_finite=self.check_finite)
         else:
             target.copy_(self.read(name)[first : first + target.shape[0]])
+
+    def holds(self, name: str, packing: Packing) -> bool:
+        """Whether the files have our tensor ``name`` packed so: by us, or in blocks as DeepSeek publishes."""
+        if f"{name}_scales" in self.state:
+            return True
+        stored = [self.found.get(theirs) for theirs, _ in self._named(name, self.state[name])]
+        return packing == "fp8" and all(
+            isinstance(one, Scaled) and one.block[1] == FLOAT8_GROUP for one in stored
+        )
+
+    def fill_packed(self, name: str, codes: Tensor, scales: Tensor) -> None:
+        """Copy the parts of our tensor ``name`` (``ops.weights.Packed``) as they lie in the files."""
+        if f"{name}_scales" in self.state:
+            self.fill(name, codes)
+            self.fill(f"{name}_scales", scales)
+            return
+        for (theirs, code), (_, scale) in zip(
+            self._named(name, codes), self._named(name, scales), strict=True
+        ):
+            scaled = self.found[theirs]
+            assert isinstance(scaled, Scaled), "who asks has seen that the files hold it"
+            fp8.read_packed(theirs, scaled, code, scale, check_finite=self.check_finite)
+
+    def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return named(self.config, {name: tensor}, self.table)
 
     def fill_stored(self, name: str, target: Tensor) -> None:
         """Copy one tensor of the files, by its name there."""

@@ -23,7 +23,7 @@ from consilium.checkpoint.hf.generation import generation_config
 from consilium.checkpoint.hf.naming import named, published
 from consilium.checkpoint.json_file import read_object
 from consilium.checkpoint.packed import description, load_packed, packed_state, packing_of, refuse_packed
-from consilium.checkpoint.source import Source, as_stored, find, fitted, stored_dtype
+from consilium.checkpoint.source import PackedSource, Source, as_stored, find, fitted, stored_dtype
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.disk import manifest
@@ -182,7 +182,7 @@ def load(
 
 def open_folder(
     folder: Path | str, *, dtype: str | None = None, check_finite: bool = False, packed: bool = False
-) -> Source:
+) -> PackedSource:
     """Return the weights in ``folder`` ready to be read one at a time, with nothing of the model in memory.
 
     Arguments and errors are those of ``load``. Packed weights are refused unless they are what is asked for.

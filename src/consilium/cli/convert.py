@@ -32,7 +32,7 @@ def arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("int8", "int4"),
+        choices=("int8", "int4", "fp8"),
         help="pack matrices into 8 or 4 bits, for generating; for gguf give --dtype q8_0 or q4_0",
     )
     json_flag(parser)

@@ -55,8 +55,9 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
 def weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
-        choices=("int8", "int4"),
-        help="pack matrices into 8 or 4 bits as they are read: faster and smaller; default: as stored",
+        choices=("int8", "int4", "fp8"),
+        help="pack matrices into 8 or 4 bits as they are read, "
+        "fp8 as DeepSeek-V3 has them: smaller and faster; default: as stored",
     )
 
 

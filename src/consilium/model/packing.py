@@ -1,8 +1,8 @@
 """Weights of a model in fewer bits: those of its projections, networks, experts and head.
 
 Norms, gates, biases, the latents' up-projection and an embedding that is no head stay as they are: they are
-small, or read value by value. A head that is the embedding too takes no fewer than 8 bits: tokens that are
-rare have nothing but their row.
+small, or read value by value. A head that is the embedding too is packed into int8 whatever the others are:
+tokens that are rare have nothing but their row.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def packing_in(weights: Mapping[str, Tensor]) -> Packing | None:
     kinds = {weights[name.removesuffix("_scales")].dtype for name in weights if name.endswith("_scales")}
     if not kinds:
         return None
+    if torch.float8_e4m3fn in kinds:
+        return "fp8"
     return "int4" if torch.uint8 in kinds else "int8"
 
 
-def hold(model: Decoder, name: str, integers: Tensor, scales: Tensor) -> None:
+def hold(model: Decoder, name: str, codes: Tensor, scales: Tensor) -> None:
     """Put packed values in the place of the weight ``name``."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    setattr(module, leaf, nn.Parameter(integers, requires_grad=False))
+    setattr(module, leaf, nn.Parameter(codes, requires_grad=False))
     setattr(module, f"{leaf}_scales", scales)
 
 

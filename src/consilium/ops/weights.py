@@ -4,12 +4,14 @@ Modules hold the tensors under the names of their state dict and hand these valu
 format is another final class here; kernels of ``ops`` that know a format match on it, everything else calls
 ``times``.
 
-Legend: R rows, E experts, O outputs, I inputs, G groups of 32 inputs, C bytes of a row of packed integers.
+Legend: R rows, E experts, O outputs, I inputs, G groups of inputs, C bytes of a row of packed values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Literal, Protocol, final
 
 import torch
@@ -20,10 +22,15 @@ from consilium.ops.bfloat16 import is_storage
 from consilium.ops.native.library import NativeMatrix, native
 from consilium.ops.native.operators import Held, product, serve
 
-Packing = Literal["int8", "int4"]
-PACKINGS: Final[tuple[Packing, ...]] = ("int8", "int4")
+Packing = Literal["int8", "int4", "fp8"]
+BITS: Final[Mapping[Packing, float]] = MappingProxyType({"int8": 8.5, "int4": 4.5, "fp8": 8.25})
+"""Of a weight, with its share of a scale."""
+PACKINGS: Final = tuple(BITS)
 GROUP: Final = 32
 """Integers that share a scale."""
+FLOAT8_GROUP: Final = 128
+"""Floats in 8 bits that share one."""
+_LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 _AT_ONCE: Final = 2**18
 """Values that are packed at once."""
 
@@ -148,22 +155,24 @@ class DenseStack:
 @final
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Integers in groups of 32 inputs, each with a scale: w = scale * integer. The last group ends in zeros.
+    """Values in groups along the inputs, each with a scale: w = scale * value.
 
-    int8 holds values of -127 to 127 as they are. int4 holds -8 to 7 plus 8: of the 16 bytes of a group the
-    lower halves are values 0 to 15 and the upper ones 16 to 31. Both are GGUF's Q8_0 and Q4_0 without their
-    interleaved scales. A group whose largest value is below 1e-3 loses precision: the scale is float16.
+    Integers are in groups of 32, the last of which ends in zeros. int8 holds -127 to 127 as they are. int4
+    holds -8 to 7 plus 8: of the 16 bytes of a group the lower halves are values 0 to 15 and the upper ones 16
+    to 31. Both are GGUF's Q8_0 and Q4_0 without their interleaved scales. A group whose largest value is
+    below 1e-3 loses precision: the scale is float16. fp8 holds floats (e4m3) in groups of 128, the last of
+    which may be shorter, and scales in float32: a block of DeepSeek-V3 (2412.19437 section 3.3) row by row.
     """
 
-    integers_OC: Tensor
-    """int8 [O, 32 G], or uint8 [O, 16 G]."""
+    codes_OC: Tensor
+    """int8 [O, 32 G], uint8 [O, 16 G] or float8_e4m3fn [O, I]."""
     scales_OG: Tensor
-    """float16."""
+    """float16, or float32."""
     columns: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.integers_OC.shape[0], self.columns
+        return self.codes_OC.shape[0], self.columns
 
     @property
     def needs_gradient(self) -> bool:
@@ -177,17 +186,17 @@ class Packed:
         return F.linear(x, self.wide(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
     def wide(self, dtype: torch.dtype) -> Tensor:
-        return unpacked(self.integers_OC, self.scales_OG, self.columns).to(dtype)
+        return unpacked(self.codes_OC, self.scales_OG, self.columns).to(dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return unpacked(self.integers_OC[ids], self.scales_OG[ids], self.columns).to(dtype)
+        return unpacked(self.codes_OC[ids], self.scales_OG[ids], self.columns).to(dtype)
 
     @property
     def held(self) -> Held:
-        return Held(self.integers_OC, self.scales_OG, self.columns)
+        return Held(self.codes_OC, self.scales_OG, self.columns)
 
     def native(self, bias_O: Tensor | None = None) -> NativeMatrix | None:
-        return native(self.integers_OC, self.shape, scales=self.scales_OG, bias_O=bias_O)
+        return native(self.codes_OC, self.shape, scales=self.scales_OG, bias_O=bias_O)
 
 
 @final
@@ -195,28 +204,28 @@ class Packed:
 class PackedStack:
     """Packed matrices in one tensor."""
 
-    integers_EOC: Tensor
+    codes_EOC: Tensor
     scales_EOG: Tensor
     columns: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return *self.integers_EOC.shape[:2], self.columns
+        return *self.codes_EOC.shape[:2], self.columns
 
     @property
     def needs_gradient(self) -> bool:
         return False
 
     def matrices(self) -> tuple[Matrix, ...]:
-        pairs = zip(self.integers_EOC.unbind(), self.scales_EOG.unbind(), strict=True)
-        return tuple(Packed(integers_OC, scales_OG, self.columns) for integers_OC, scales_OG in pairs)
+        pairs = zip(self.codes_EOC.unbind(), self.scales_EOG.unbind(), strict=True)
+        return tuple(Packed(codes_OC, scales_OG, self.columns) for codes_OC, scales_OG in pairs)
 
     @property
     def held(self) -> Held:
-        return Held(self.integers_EOC, self.scales_EOG, self.columns)
+        return Held(self.codes_EOC, self.scales_EOG, self.columns)
 
     def native(self) -> NativeMatrix | None:
-        return native(self.integers_EOC, self.shape, scales=self.scales_EOG)
+        return native(self.codes_EOC, self.shape, scales=self.scales_EOG)
 
 
 def matrix_of(weight: Tensor, scales: Tensor | None, columns: int) -> Matrix:
@@ -229,30 +238,35 @@ def stack_of(weight: Tensor, scales: Tensor | None, columns: int) -> Stack:
 
 
 def room(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Integers and scales of ``weight`` [..., I], still to be written, on its device."""
-    rows, groups = weight.shape[:-1], -(-weight.shape[-1] // GROUP)
+    """Codes and scales of ``weight`` [..., I], still to be written, on its device."""
+    rows, columns = weight.shape[:-1], weight.shape[-1]
+    groups = -(-columns // (FLOAT8_GROUP if packing == "fp8" else GROUP))
     match packing:
         case "int8":
-            integers = weight.new_empty(*rows, groups * GROUP, dtype=torch.int8)
+            codes = weight.new_empty(*rows, groups * GROUP, dtype=torch.int8)
         case "int4":
-            integers = weight.new_empty(*rows, groups * GROUP // 2, dtype=torch.uint8)
-    return integers, weight.new_empty(*rows, groups, dtype=torch.float16)
+            codes = weight.new_empty(*rows, groups * GROUP // 2, dtype=torch.uint8)
+        case "fp8":
+            codes = weight.new_empty(*rows, columns, dtype=torch.float8_e4m3fn)
+            return codes, weight.new_empty(*rows, groups, dtype=torch.float32)
+    return codes, weight.new_empty(*rows, groups, dtype=torch.float16)
 
 
 def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Integers and scales of a matrix or a stack [..., I]: the nearest, by groups.
+    """Codes and scales of a matrix or a stack [..., I]: the nearest, by groups.
 
     int8: the scale takes the largest to 127 (GGUF's Q8_0). int4: it takes the value that is largest, with its
-    sign, to -8, since there is one more integer below zero than above (Q4_0). Both round the scale first.
+    sign, to -8, since there is one more integer below zero than above (Q4_0). fp8: it takes the largest to
+    448. The scale is rounded first.
     """
-    integers, scales = room(weight, packing)
-    pack_into(weight, packing, integers, scales)
-    return integers, scales
+    codes, scales = room(weight, packing)
+    pack_into(weight, packing, codes, scales)
+    return codes, scales
 
 
-def pack_into(weight: Tensor, packing: Packing, integers: Tensor, scales: Tensor) -> None:
+def pack_into(weight: Tensor, packing: Packing, codes: Tensor, scales: Tensor) -> None:
     """``packed`` into its room, some rows at a time: beside it memory holds a few megabytes."""
-    rows = (part.flatten(0, -2) for part in (weight, integers, scales))
+    rows = (part.flatten(0, -2) for part in (weight, codes, scales))
     at_once = max(1, _AT_ONCE // max(weight.shape[-1], 1))
     for piece, *into in zip(*(part.split(at_once) for part in rows), strict=True):
         for target, values in zip(into, _packed(piece, packing), strict=True):
@@ -260,22 +274,33 @@ def pack_into(weight: Tensor, packing: Packing, integers: Tensor, scales: Tensor
 
 
 def _packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    size = FLOAT8_GROUP if packing == "fp8" else GROUP
+    groups = F.pad(weight.float(), (0, -weight.shape[-1] % size)).unflatten(-1, (-1, size))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (largest.abs() / 127 if packing == "int8" else largest / -8).half()
-    shares = torch.where(scales == 0, 0.0, groups / scales.float())
     match packing:
         case "int8":
-            integers = shares.round().clamp(-127, 127).to(torch.int8).flatten(-2)
+            scales = (largest.abs() / 127).half()
+            codes = _shares(groups, scales).round().clamp(-127, 127).to(torch.int8)
         case "int4":
-            low, high = shares.round().clamp(-8, 7).add(8).to(torch.uint8).chunk(2, -1)
-            integers = (low | high << 4).flatten(-2)
-    return integers, scales.squeeze(-1)
+            scales = (largest / -8).half()
+            low, high = _shares(groups, scales).round().clamp(-8, 7).add(8).to(torch.uint8).chunk(2, -1)
+            codes = low | high << 4
+        case "fp8":
+            scales = largest.abs() / _LARGEST
+            codes = _shares(groups, scales).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+            return codes.flatten(-2)[..., : weight.shape[-1]], scales.squeeze(-1)
+    return codes.flatten(-2), scales.squeeze(-1)
 
 
-def unpacked(integers: Tensor, scales: Tensor, columns: int) -> Tensor:
+def _shares(groups: Tensor, scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 0.0, groups / scales.float())
+
+
+def unpacked(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     """Float32 values [..., I] of packed ones."""
-    groups = integers.unflatten(-1, (scales.shape[-1], -1))
-    if integers.dtype == torch.uint8:
+    if codes.is_floating_point():
+        return codes.float() * scales.float().repeat_interleave(FLOAT8_GROUP, -1)[..., :columns]
+    groups = codes.unflatten(-1, (scales.shape[-1], -1))
+    if codes.dtype == torch.uint8:
         groups = torch.cat((groups & 15, groups >> 4), -1).to(torch.int8) - 8
     return (groups * scales.float()[..., None]).flatten(-2)[..., :columns]

@@ -63,21 +63,17 @@ class FileSource:
         else:
             target.copy_(self.read(name)[first : first + target.shape[0]])
 
-    def fill_packed(self, name: str, integers: Tensor, scales: Tensor) -> bool:
-        """Copy integers and scales (``ops.weights.Packed``) of our tensor ``name`` as they lie in the file.
-
-        False where one is -128, and values have to be packed anew.
-        """
-        parts = (_views(self.config, self.header, name, part) for part in (integers, scales))
-        for (theirs, integer_view), (_, scale_view) in zip(*parts, strict=True):
-            entry = self.header.tensors[theirs]
-            _read_packed(entry, integer_view, scale_view, check_finite=self.check_finite)
-        return integers.dtype != torch.int8 or bool(integers.amin() > -128)
-
     def holds(self, name: str, packing: Packing) -> bool:
         """Whether the file has our tensor ``name`` packed so."""
         parts = _views(self.config, self.header, name, self.state[name])
         return all(_PACKED.get(self.header.tensors[theirs].kind) == packing for theirs, _ in parts)
+
+    def fill_packed(self, name: str, codes: Tensor, scales: Tensor) -> None:
+        """Copy the parts of our tensor ``name`` (``ops.weights.Packed``) as they lie in the file."""
+        parts = (_views(self.config, self.header, name, part) for part in (codes, scales))
+        for (theirs, code_view), (_, scale_view) in zip(*parts, strict=True):
+            entry = self.header.tensors[theirs]
+            _read_packed(entry, code_view, scale_view, check_finite=self.check_finite)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return our tensor ``name`` on the CPU, by default in the dtype that ``state`` says."""

@@ -22,8 +22,14 @@ from consilium.ops.native.compile import Built, Missing, Tier, built
 
 TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
 """Formats that the kernels read, by their number there."""
-INTEGERS: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.int8: 2, torch.uint8: 3})
-"""The same of packed ones."""
+SCALED: Final[Mapping[torch.dtype, tuple[int, torch.dtype]]] = MappingProxyType(
+    {
+        torch.int8: (2, torch.float16),
+        torch.uint8: (3, torch.float16),
+        torch.float8_e4m3fn: (4, torch.float32),
+    }
+)
+"""The same of packed ones, and the dtype of their scales."""
 CACHES: Final[Mapping[torch.dtype, int]] = MappingProxyType({**TYPES, torch.int8: 2})
 """The same of cached rows: integers are latents in 8 bits (source/latents.h)."""
 MANY: Final = 16
@@ -175,7 +181,7 @@ def native(
     """
     if not readable(values, scales) or not (bias_O is None or readable(bias_O)):
         return None
-    kind = (TYPES if scales is None else INTEGERS)[values.dtype]
+    kind = TYPES[values.dtype] if scales is None else SCALED[values.dtype][0]
     places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
     return NativeMatrix(*places, *shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
 
@@ -184,7 +190,7 @@ def readable(values: Tensor, scales: Tensor | None = None) -> bool:
     """Whether kernels read these: known dtypes, on the CPU, one row after the other."""
     if scales is None:
         return values.dtype in TYPES and _is_here(values)
-    known = values.dtype in INTEGERS and scales.dtype == torch.float16
+    known = values.dtype in SCALED and scales.dtype == SCALED[values.dtype][1]
     return known and _is_here(values) and _is_here(scales)
 
 

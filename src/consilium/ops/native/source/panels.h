@@ -41,6 +41,20 @@ template <int BITS> static inline void widen_row(Packed<BITS> rows, int64_t begi
     }
 }
 
+static inline void widen_row(Float8 rows, int64_t begin, int64_t end, float *to) {
+    constexpr int64_t STEP = 2 * LANES;
+    for (int64_t i = begin; i < end; i += STEP) {
+        const int64_t have = std::min(STEP, end - i);
+        uint8_t bytes[STEP] = {};
+        float values[STEP];
+        Vector weights[2];
+        std::memcpy(bytes, rows.data + i, have);
+        widen_eights(bytes, weights);
+        for (int v = 0; v < 2; ++v) store(values + v * LANES, weights[v] * (EIGHTS * rows.scales[i / FLOAT8_GROUP]));
+        std::copy_n(values, have, to + i - begin);
+    }
+}
+
 // R rows of a panel, ``stride`` apart, times a block of activations, added to ``sums`` [R][T].
 template <int R>
 static inline void panel_block(const float *rows, int64_t stride, const float *x, int64_t columns, float *sums) {

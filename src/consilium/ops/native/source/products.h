@@ -30,6 +30,17 @@ template <int BITS> struct Packed {
     }
 };
 
+// Rows of floats in 8 bits (e4m3), of which each FLOAT8_GROUP share a scale.
+constexpr int64_t FLOAT8_GROUP = 128;
+struct Float8 {
+    const uint8_t *data;
+    const float *scales;
+    int64_t stride;
+
+    int64_t groups() const { return (stride + FLOAT8_GROUP - 1) / FLOAT8_GROUP; }
+    Float8 from(int64_t row) const { return {data + row * stride, scales + row * groups(), stride}; }
+};
+
 // The R x B products of rows with activations of n values.
 template <int R, int B, class T>
 static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (*out)[B]) {
@@ -50,6 +61,40 @@ static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (
             const Vector weight = load_part(rows.data + r * rows.stride + i, n - i);
             for (int b = 0; b < B; ++b) sums[r][b] += weight * load_part(x[b] + i, n - i);
         }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
+}
+
+template <int R, int B>
+static inline void dots(Float8 rows, int64_t n, const float *const *x, float (*out)[B]) {
+    Vector sums[R][B] = {};
+    for (int64_t first = 0; first < n; first += FLOAT8_GROUP) {
+        const int64_t end = first + FLOAT8_GROUP < n ? first + FLOAT8_GROUP : n;
+        Vector own[R][B] = {};
+        int64_t i = first;
+        for (; i + 2 * LANES <= end; i += 2 * LANES)
+            for (int r = 0; r < R; ++r) {
+                if (i % 64 == 0) __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
+                Vector weight[2];
+                widen_eights(rows.data + r * rows.stride + i, weight);
+                for (int b = 0; b < B; ++b)
+                    own[r][b] += weight[0] * load(x[b] + i) + weight[1] * load(x[b] + i + LANES);
+            }
+        if (i < end)
+            for (int r = 0; r < R; ++r) {
+                uint8_t left[2 * LANES] = {};
+                std::memcpy(left, rows.data + r * rows.stride + i, end - i);
+                Vector weight[2];
+                widen_eights(left, weight);
+                for (int b = 0; b < B; ++b) {
+                    float active[2 * LANES] = {};
+                    std::memcpy(active, x[b] + i, (end - i) * sizeof(float));
+                    own[r][b] += weight[0] * load(active) + weight[1] * load(active + LANES);
+                }
+            }
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) sums[r][b] += own[r][b] * (EIGHTS * rows.from(r).scales[first / FLOAT8_GROUP]);
+    }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) out[r][b] = sum(sums[r][b]);
 }

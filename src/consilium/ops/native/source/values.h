@@ -5,7 +5,7 @@
 
 #include "active.h"
 
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT8 = 4 };
 
 // Calls use(pointer) with the type that ``data`` has.
 template <class Use> static inline auto typed(const void *data, int64_t type, Use &&use) {
@@ -18,7 +18,8 @@ template <class Use> static inline auto typed(void *data, int64_t type, Use &&us
 // One row after the other; absent where ``data`` is null.
 struct Matrix {
     const void *data;
-    const void *scales;  // of packed rows: one for each group of 32 columns, the last group filled with zeros
+    const void *scales;  // of packed rows: one for each group of 32 columns, the last group filled with zeros, or
+                         // of floats in 8 bits: one for each 128 columns, the last of which may be fewer
     const void *bias;    // [rows]; may be null
     int64_t rows, columns, type, bias_type;
 };

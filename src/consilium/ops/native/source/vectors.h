@@ -91,6 +91,32 @@ static inline void widen_nibbles(const uint8_t *from, Vector *low, Vector *high)
 #endif
 }
 
+// 2 LANES floats in 8 bits (e4m3), 1 / EIGHTS of what they are: shifted by 7 the bits are those of a float16.
+// The two codes of what is not a number are read as 480.
+constexpr float EIGHTS = 256;
+static inline void widen_eights(const uint8_t *from, Vector *to) {
+#if defined(__AVX512F__)
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
+    const __m512i halves = _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0xbfff)));
+    to[0] = reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)));
+    to[1] = reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const __m256i halves = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
+    to[0] = reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+    to[1] = reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+#else
+    for (int i = 0; i < 2 * LANES; ++i) {
+        const auto bits = static_cast<uint16_t>((static_cast<int8_t>(from[i]) * 128) & 0xbfff);
+        Half half;
+        std::memcpy(&half, &bits, sizeof half);
+        to[i / LANES][i % LANES] = static_cast<float>(half);
+    }
+#endif
+}
+
 // Float16 values as floats.
 static inline void widen_halves(const Half *from, int64_t count, float *to) {
     int64_t i = 0;
