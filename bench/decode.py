@@ -47,13 +47,18 @@ from consilium.engine.request import Request
 from consilium.machine.processors import threads
 from consilium.model.build import build
 from consilium.model.decoder import Decoder
+from consilium.ops.weights import BITS as PACKED_BITS
+from consilium.ops.weights import Packing
 from consilium.planner.parameters import parameters
 from consilium.records.bench import Figure
 
 Contestant = Callable[[int], float]
 """Adds so many tokens to every sequence and returns tokens a second."""
-BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
+BITS = {"bfloat16": 16.0, **PACKED_BITS}
 """Of a weight, scales included."""
+PACKINGS: Sequence[Packing | None] = (None, "int8", "int4")
+PACKINGS_OF_FILE: Sequence[Packing | None] = (*PACKINGS, "uint4")
+"""A real model's file is in Q4_1, which ours holds as it lies."""
 THEIRS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 READ_BYTES = 512 << 20
 
@@ -235,7 +240,7 @@ def prepare(setting: Setting, work: Path) -> None:
 def contestants(setting: Setting, work: Path) -> Iterator[Mapping[str, Contestant]]:
     with contextlib.ExitStack() as stack:
         found: dict[str, Contestant] = {}
-        for packing in (None, "int8", "int4"):
+        for packing in PACKINGS_OF_FILE if setting.file is not None else PACKINGS:
             name = f"consilium {packing or 'bfloat16'}"
             model = store.load(setting.file or work / "model", dtype="bfloat16", weights=packing)
             found[name] = ours(model, setting)
@@ -244,7 +249,7 @@ def contestants(setting: Setting, work: Path) -> Iterator[Mapping[str, Contestan
                 found[f"llama.cpp {packing}"] = stack.enter_context(llama_cpp(file, setting))
         if setting.file is not None and len(found) > len(THEIRS):
             theirs = stack.enter_context(llama_cpp(setting.file, setting))
-            found["llama.cpp, as it comes, int4"] = theirs
+            found["llama.cpp, as it comes, uint4"] = theirs
         if importlib.util.find_spec("transformers") is not None:
             found["transformers bfloat16"] = transformers(setting)
         yield found

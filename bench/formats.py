@@ -42,6 +42,8 @@ FORMATS: Mapping[str, tuple[str, Packing | None]] = {
     "bfloat16": ("bfloat16", None),
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
+    "uint4": ("bfloat16", "uint4"),
+    "fp8": ("bfloat16", "fp8"),
 }
 """What is computed in, and what matrices are packed into."""
 LATENTS = "bfloat16, latents cached in int8"

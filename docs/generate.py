@@ -88,7 +88,9 @@ def number(value: float) -> str:
 def figure_cells(figure: Figure, words: Words, *, repeated: bool) -> tuple[str, ...]:
     value = f"{number(figure.median)} {words.named(figure.unit)}".strip()
     spread = f"{number(figure.minimum)} to {number(figure.maximum)}" if figure.n > 1 else ""
-    ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
+    shares = figure.unit == "bits/byte"  # differences of a thousandth, which a ratio would hide
+    form = "+.2%" if shares else ".2f"
+    ratio = "" if figure.ratio is None else format(figure.ratio - shares, form)
     measured = (spread, str(figure.n)) if repeated else ()
     return words.named(figure.name), value, *measured, words.named(figure.against or ""), ratio
 

@@ -153,9 +153,14 @@ def test_every_tensor_is_in_the_file_with_its_exact_values(name: str, stored: st
 
 ROUNDED = 2.0**-11
 """The scale of a block is itself rounded, to float16."""
-STEPS = {"bfloat16": 2.0**-8, "q8_0": 0.5 / 127 + ROUNDED, "q4_0": 1 / 8 + ROUNDED}
+STEPS = {
+    "bfloat16": 2.0**-8,
+    "q8_0": 0.5 / 127 + ROUNDED,
+    "q4_0": 1 / 8 + ROUNDED,
+    "q4_1": 1 / 15 + 3 * ROUNDED,
+}
 """Largest error beside the largest value of a block of 32: half of the last of 8 bits, half a step of 127, or
-a whole step of 8 (Q4_0 has -8 to 7, so that +8 becomes 7)."""
+a whole step of 8 (Q4_0 has -8 to 7, so that +8 becomes 7), or half a fifteenth of twice that (Q4_1)."""
 
 
 @pytest.mark.parametrize("dtype", STEPS)

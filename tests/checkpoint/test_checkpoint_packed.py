@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -26,11 +26,11 @@ from consilium.disk import manifest
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError
 from consilium.model.packing import packings
-from consilium.ops.gguf import read_header
-from consilium.ops.weights import PACKINGS, Packing, unpacked
+from consilium.ops.gguf import Entry, read_header
+from consilium.ops.weights import PACKINGS, Packing, room, unpacked
 from small import DEEPSEEK, KINDS, SWITCH, lively
 
-TYPES = {"int8": "q8_0", "int4": "q4_0"}
+TYPES: Mapping[Packing, str] = {"int8": "q8_0", "int4": "q4_0", "uint4": "q4_1"}
 
 
 def saved(folder: Path, config: Model = DEEPSEEK, packing: Packing = "int8") -> Path:
@@ -129,7 +129,9 @@ def test_a_kind_of_later_versions_is_named(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weights"] = "int3"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConsiliumError, match="packed into 'int3' are not known here, only int8, int4, fp8"):
+    with pytest.raises(
+        ConsiliumError, match="packed into 'int3' are not known here, only int8, int4, uint4, fp8"
+    ):
         store.load(folder)
 
 
@@ -182,14 +184,31 @@ def test_blocks_are_read_in_pieces_as_at_once(
 ) -> None:
     monkeypatch.setattr(reading, "_PIECE", piece)
     values = np.random.default_rng(0).standard_normal((7, 3, 96), dtype=np.float32)
-    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+    for packing, type_ in TYPES.items():
+        kind = gguf.GGMLQuantizationType[type_.upper()]
         entry = read_header(block_file(tmp_path / f"{kind.name}.gguf", kind, values)).tensors["x"]
-        eight = kind is gguf.GGMLQuantizationType.Q8_0
-        integers = torch.empty(7, 3, 96 if eight else 48, dtype=torch.int8 if eight else torch.uint8)
-        scales = torch.full((7, 3, 3), torch.nan).half()
+        integers, scales = room(torch.empty(7, 3, 96), packing)
+        scales.fill_(torch.nan)
         reading._read_packed(entry, integers, scales, check_finite=True)
         right = dequantize(gguf.quants.quantize(values, kind), kind)
         assert np.array_equal(unpacked(integers, scales, 96).numpy(), right)
+
+
+def test_blocks_of_256_are_their_groups_with_scales_in_float16(tmp_path: Path) -> None:
+    """Within what that rounds: half of the last of 11 bits of a scale and of a lowest value."""
+    kind = gguf.GGMLQuantizationType.Q4_K
+    stored = np.random.default_rng(0).integers(0, 256, (6, 3, 144), dtype=np.uint8)
+    stored[..., :4] = np.random.default_rng(1).uniform(0.1, 2, (6, 3, 2)).astype(np.float16).view(np.uint8)
+    (tmp_path / "t.bin").write_bytes(stored.tobytes())
+    integers, scales = room(torch.empty(6, 768), "uint4")
+    reading._read_packed(
+        Entry(tmp_path / "t.bin", "x", kind, (6, 768), 0), integers, scales, check_finite=True
+    )
+    right = torch.from_numpy(dequantize(stored.reshape(6, -1), kind))
+    error = (unpacked(integers, scales, 768) - right).abs().unflatten(1, (-1, 32))
+    scale, lowest = scales.float().abs()[..., None].chunk(2, 1)
+    assert (error <= 2.0**-11 * (15 * scale + lowest)).all()
+    assert error.amax() > 0
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])

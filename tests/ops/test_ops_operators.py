@@ -36,7 +36,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def matrix_in(form: str) -> Matrix:
     weight_OI = drawn(F, D)
     match form:
-        case "int8" | "int4" | "fp8":
+        case "int8" | "int4" | "uint4" | "fp8":
             return Packed(*packed(weight_OI, form), D)
         case _:
             return Dense(weight_OI.to(getattr(torch, form)))
@@ -45,7 +45,7 @@ def matrix_in(form: str) -> Matrix:
 def stacks_in(form: str) -> tuple[Stack, Stack]:
     up_EGD, down_EDF = drawn(E, 2 * F, D, seed=1), drawn(E, D, F, seed=2)
     match form:
-        case "int8" | "int4" | "fp8":
+        case "int8" | "int4" | "uint4" | "fp8":
             return PackedStack(*packed(up_EGD, form), D), PackedStack(*packed(down_EDF, form), F)
         case _:
             return DenseStack(up_EGD.to(getattr(torch, form))), DenseStack(down_EDF.to(getattr(torch, form)))

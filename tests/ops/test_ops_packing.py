@@ -19,17 +19,19 @@ from consilium.ops.weights import (
     Packed,
     PackedStack,
     Packing,
+    halves_of,
     packed,
     unpacked,
 )
 from kernels import HERE, kernels_of, rounded, whole_numbers
 
-INTEGERS: tuple[Packing, ...] = ("int8", "int4")
+INTEGERS: tuple[Packing, ...] = ("int8", "int4", "uint4")
 
 
 def unpacked_naive(integers: torch.Tensor, scales: torch.Tensor, columns: int) -> list[list[float]]:
     """One value after the other, as the formats are described."""
     rows, size = [], FLOAT8_GROUP if integers.is_floating_point() else GROUP
+    groups = -(-columns // size)
     for o in range(len(integers)):
         row = []
         for i in range(columns):
@@ -40,8 +42,10 @@ def unpacked_naive(integers: torch.Tensor, scales: torch.Tensor, columns: int) -
                 value = int(integers[o, i])
             else:
                 byte = int(integers[o, group * 16 + place % 16])
-                value = (byte & 15 if place < 16 else byte >> 4) - 8
-            row.append(float(value * scales[o, group].float()))
+                value = byte & 15 if place < 16 else byte >> 4
+                value -= 0 if scales.shape[1] > groups else 8
+            lowest = scales[o, groups + group].float() if scales.shape[1] > groups else 0.0
+            row.append(float(value * scales[o, group].float() + lowest))
         rows.append(row)
     return rows
 
@@ -71,10 +75,11 @@ def test_integers_are_the_nearest(packing: Packing, inputs: int, size: float, se
     """Within half a step and what float16 rounds off a small scale; int4 ends a step earlier on one side."""
     weight_OI = size * torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
     integers, scales = packed(weight_OI, packing)
-    step_OI = scales.float().abs().repeat_interleave(GROUP, -1)[:, :inputs]
+    groups = -(-inputs // GROUP)
+    step_OI = scales[:, :groups].float().abs().repeat_interleave(GROUP, -1)[:, :inputs]
     error_OI = (unpacked(integers, scales, inputs) - weight_OI).abs()
-    rounded = 127 * 2.0**-25
-    assert (error_OI <= step_OI * (0.5625 if packing == "int8" else 1.01) + rounded).all()
+    rounded = 127 * 2.0**-25 if packing != "uint4" else scales.float().abs().amax() * 2.0**-11
+    assert (error_OI <= step_OI * (1.01 if packing == "int4" else 0.5625) + rounded).all()
     if packing == "int4":
         inside = weight_OI.abs() < 7 * step_OI
         assert (error_OI[inside] <= 0.501 * step_OI[inside]).all()
@@ -141,8 +146,10 @@ def test_rows_of_a_prompt_are_multiplied_alike(
     outputs, inputs = shape
     x_BI = whole_numbers(rows, inputs, most=127)
     weight_OI = whole_numbers(outputs, inputs, most=127 if packing == "int8" else 7, seed=1) / 4
-    if packing != "int8":
-        weight_OI[:, :: GROUP if packing == "int4" else FLOAT8_GROUP] = -2.0 if packing == "int4" else 1.75
+    if packing == "fp8":
+        weight_OI[:, ::FLOAT8_GROUP] = 1.75
+    elif packing != "int8":
+        weight_OI[:, ::GROUP], weight_OI[:, 1::GROUP] = -2.0, 1.75
     matrix = Packed(*packed(weight_OI, packing), inputs)
     assert torch.equal(matrix.wide(torch.float32), weight_OI)
     described = matrix.native()
@@ -206,10 +213,12 @@ def test_extreme_integers_are_summed_exactly(tier: Tier, packing: Packing) -> No
     integers_OI = torch.where(torch.rand(8, 256, generator=generator) < 0.5, low, high)
     x_BI = whole_numbers(3, 256, most=127)
     stored = integers_OI.to(torch.int8)
-    if packing == "int4":
-        lower, upper = integers_OI.add(8).to(torch.uint8).unflatten(-1, (-1, GROUP)).chunk(2, -1)
-        stored = (lower | upper << 4).flatten(-2)
-    matrix = Packed(stored, torch.ones(8, 8, dtype=torch.float16), 256)
+    scales_OG = torch.ones(8, 8).half()
+    if packing != "int8":
+        stored = halves_of(integers_OI.add(8).to(torch.uint8).unflatten(-1, (-1, GROUP))).flatten(-2)
+    if packing == "uint4":
+        scales_OG = torch.cat((scales_OG, -8 * scales_OG), 1)
+    matrix = Packed(stored, scales_OG, 256)
     described = matrix.native()
     assert described is not None
     found = kernels_of(tier).product(described, x_BI)

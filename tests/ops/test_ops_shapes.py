@@ -15,13 +15,14 @@ FORMATS = ("float32", "bfloat16", *PACKINGS)
 
 
 def matrix_of(form: str, outputs: int, inputs: int, seed: int) -> Matrix:
-    weight_OI = whole_numbers(outputs, inputs, most=7 if form in {"int4", "fp8"} else 127, seed=seed) / 4
+    most = 7 if form in {"int4", "uint4", "fp8"} else 127
+    weight_OI = whole_numbers(outputs, inputs, most=most, seed=seed) / 4
     match form:
         case "int8":
             return Packed(*packed(weight_OI, "int8"), inputs)
-        case "int4":
-            weight_OI[:, ::32] = -2.0
-            return Packed(*packed(weight_OI, "int4"), inputs)
+        case "int4" | "uint4":
+            weight_OI[:, ::32], weight_OI[:, 1::32] = -2.0, 1.75
+            return Packed(*packed(weight_OI, form), inputs)
         case "fp8":
             weight_OI[:, ::128] = 1.75
             return Packed(*packed(weight_OI, "fp8"), inputs)
@@ -35,7 +36,8 @@ def check(tier: Tier, shapes: int) -> None:
         form, many = random.choice(FORMATS), random.random() < 0.5
         rows, outputs, inputs = random.randint(1, 80), random.randint(1, 200), random.randint(1, 1100)
         matrix = matrix_of(form, outputs, inputs, number)
-        x_BI = whole_numbers(rows, inputs, most=127 if form in {"int8", "int4"} else 100, seed=number + 1)
+        most = 127 if form in {"int8", "int4", "uint4"} else 100
+        x_BI = whole_numbers(rows, inputs, most=most, seed=number + 1)
         bias_O = torch.arange(outputs).float() if random.random() < 0.5 else None
         described = matrix.native(bias_O)
         assert described is not None

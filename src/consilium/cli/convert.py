@@ -28,11 +28,11 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help="float32, bfloat16 or float16, for gguf also q8_0 or q4_0; default: that of SRC",
+        help="float32, bfloat16 or float16, for gguf also q8_0, q4_0 or q4_1; default: that of SRC",
     )
     parser.add_argument(
         "--weights",
-        choices=("int8", "int4", "fp8"),
+        choices=("int8", "int4", "uint4", "fp8"),
         help="pack matrices into 8 or 4 bits, for generating; for gguf give --dtype q8_0 or q4_0",
     )
     json_flag(parser)

@@ -55,9 +55,9 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
 def weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
-        choices=("int8", "int4", "fp8"),
-        help="pack matrices into 8 or 4 bits as they are read, "
-        "fp8 as DeepSeek-V3 has them: smaller and faster; default: as stored",
+        choices=("int8", "int4", "uint4", "fp8"),
+        help="pack matrices into 8 or 4 bits as they are read (uint4 as Q4_1 and Q4_K files have them, "
+        "fp8 as DeepSeek-V3): smaller and faster; default: as stored",
     )
 
 

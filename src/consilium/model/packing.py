@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from consilium.model.decoder import Decoder
@@ -17,7 +16,7 @@ from consilium.model.vocabulary import Vocabulary
 from consilium.moe.experts import Experts
 from consilium.moe.shared import GatedNetwork
 from consilium.ops.linear import Linear
-from consilium.ops.weights import Packing, packed
+from consilium.ops.weights import PACKINGS, Packing, packed, packing_of
 
 
 def packings(model: Decoder, packing: Packing) -> Mapping[str, Packing]:
@@ -44,12 +43,9 @@ def _leaves(model: Decoder, module: nn.Module, gates: set[Linear]) -> Iterator[s
 
 def packing_in(weights: Mapping[str, Tensor]) -> Packing | None:
     """What a model is packed into, by its state."""
-    kinds = {weights[name.removesuffix("_scales")].dtype for name in weights if name.endswith("_scales")}
-    if not kinds:
-        return None
-    if torch.float8_e4m3fn in kinds:
-        return "fp8"
-    return "int4" if torch.uint8 in kinds else "int8"
+    scales = {name: tensor for name, tensor in weights.items() if name.endswith("_scales")}
+    kinds = {packing_of(weights[name.removesuffix("_scales")], tensor) for name, tensor in scales.items()}
+    return next((kind for kind in PACKINGS if kind in (kinds - {"int8"} or kinds)), None)
 
 
 def hold(model: Decoder, name: str, codes: Tensor, scales: Tensor) -> None:

@@ -22,15 +22,16 @@ from consilium.ops.bfloat16 import is_storage
 from consilium.ops.native.library import NativeMatrix, native
 from consilium.ops.native.operators import Held, product, serve
 
-Packing = Literal["int8", "int4", "fp8"]
-BITS: Final[Mapping[Packing, float]] = MappingProxyType({"int8": 8.5, "int4": 4.5, "fp8": 8.25})
+Packing = Literal["int8", "int4", "uint4", "fp8"]
+BITS: Final[Mapping[Packing, float]] = MappingProxyType({"int8": 8.5, "int4": 4.5, "uint4": 5.0, "fp8": 8.25})
 """Of a weight, with its share of a scale."""
-PACKINGS: Final = tuple(BITS)
+PACKINGS: Final[tuple[Packing, ...]] = tuple(BITS)
 GROUP: Final = 32
 """Integers that share a scale."""
 FLOAT8_GROUP: Final = 128
 """Floats in 8 bits that share one."""
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
+_HIGHEST: Final = torch.finfo(torch.float16).max
 _AT_ONCE: Final = 2**18
 """Values that are packed at once."""
 
@@ -159,15 +160,17 @@ class Packed:
 
     Integers are in groups of 32, the last of which ends in zeros. int8 holds -127 to 127 as they are. int4
     holds -8 to 7 plus 8: of the 16 bytes of a group the lower halves are values 0 to 15 and the upper ones 16
-    to 31. Both are GGUF's Q8_0 and Q4_0 without their interleaved scales. A group whose largest value is
-    below 1e-3 loses precision: the scale is float16. fp8 holds floats (e4m3) in groups of 128, the last of
-    which may be shorter, and scales in float32: a block of DeepSeek-V3 (2412.19437 section 3.3) row by row.
+    to 31. uint4 holds 0 to 15 in the same places, and behind the scales of a row the lowest value of each of
+    its groups: w = scale * integer + lowest. The three are GGUF's Q8_0, Q4_0 and Q4_1 with the scales apart.
+    Their scales are float16: a group whose largest value is below 1e-3 loses precision. fp8 holds floats
+    (e4m3) in groups of 128, the last of which may be shorter, and scales in float32: a block of DeepSeek-V3
+    (2412.19437 section 3.3) row by row.
     """
 
     codes_OC: Tensor
     """int8 [O, 32 G], uint8 [O, 16 G] or float8_e4m3fn [O, I]."""
     scales_OG: Tensor
-    """float16, or float32."""
+    """float16 [O, G], of uint4 [O, 2 G]; float32 [O, G] of fp8."""
     columns: int
 
     @property
@@ -246,6 +249,8 @@ def room(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
             codes = weight.new_empty(*rows, groups * GROUP, dtype=torch.int8)
         case "int4":
             codes = weight.new_empty(*rows, groups * GROUP // 2, dtype=torch.uint8)
+        case "uint4":
+            codes, groups = weight.new_empty(*rows, groups * GROUP // 2, dtype=torch.uint8), 2 * groups
         case "fp8":
             codes = weight.new_empty(*rows, columns, dtype=torch.float8_e4m3fn)
             return codes, weight.new_empty(*rows, groups, dtype=torch.float32)
@@ -256,8 +261,8 @@ def packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix or a stack [..., I]: the nearest, by groups.
 
     int8: the scale takes the largest to 127 (GGUF's Q8_0). int4: it takes the value that is largest, with its
-    sign, to -8, since there is one more integer below zero than above (Q4_0). fp8: it takes the largest to
-    448. The scale is rounded first.
+    sign, to -8, since there is one more integer below zero than above (Q4_0). uint4: it takes what is between
+    the lowest and the largest to 15 (Q4_1). fp8: it takes the largest to 448. The scale is rounded first.
     """
     codes, scales = room(weight, packing)
     pack_into(weight, packing, codes, scales)
@@ -283,13 +288,24 @@ def _packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
             codes = _shares(groups, scales).round().clamp(-127, 127).to(torch.int8)
         case "int4":
             scales = (largest / -8).half()
-            low, high = _shares(groups, scales).round().clamp(-8, 7).add(8).to(torch.uint8).chunk(2, -1)
-            codes = low | high << 4
+            codes = halves_of(_shares(groups, scales).round().clamp(-8, 7).add(8).to(torch.uint8))
+        case "uint4":
+            lowest = groups.amin(-1, keepdim=True).clamp(-_HIGHEST, _HIGHEST).half()
+            scales = ((groups.amax(-1, keepdim=True) - lowest.float()) / 15).half()
+            shares = _shares(groups - lowest.float(), scales)
+            codes = halves_of(shares.round().clamp(0, 15).to(torch.uint8))
+            scales = torch.cat((scales, lowest), -2)
         case "fp8":
             scales = largest.abs() / _LARGEST
             codes = _shares(groups, scales).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
             return codes.flatten(-2)[..., : weight.shape[-1]], scales.squeeze(-1)
     return codes.flatten(-2), scales.squeeze(-1)
+
+
+def halves_of(integers: Tensor) -> Tensor:
+    """Bytes [..., 16] of groups of 32 integers from 0 to 15."""
+    low, high = integers.chunk(2, -1)
+    return low | high << 4
 
 
 def _shares(groups: Tensor, scales: Tensor) -> Tensor:
@@ -300,7 +316,21 @@ def unpacked(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     """Float32 values [..., I] of packed ones."""
     if codes.is_floating_point():
         return codes.float() * scales.float().repeat_interleave(FLOAT8_GROUP, -1)[..., :columns]
-    groups = codes.unflatten(-1, (scales.shape[-1], -1))
-    if codes.dtype == torch.uint8:
-        groups = torch.cat((groups & 15, groups >> 4), -1).to(torch.int8) - 8
-    return (groups * scales.float()[..., None]).flatten(-2)[..., :columns]
+    kind = packing_of(codes, scales)
+    groups = codes.unflatten(-1, (-1, GROUP if kind == "int8" else GROUP // 2))
+    if kind != "int8":
+        groups = torch.cat((groups & 15, groups >> 4), -1)
+    if kind == "int4":
+        groups = groups.to(torch.int8) - 8
+    scale, *lowest = scales.float()[..., None].split(groups.shape[-2], -2)
+    values = groups * scale
+    return (values + lowest[0] if lowest else values).flatten(-2)[..., :columns]
+
+
+def packing_of(codes: Tensor, scales: Tensor) -> Packing:
+    """What these were packed into."""
+    if codes.is_floating_point():
+        return "fp8"
+    if codes.dtype == torch.int8:
+        return "int8"
+    return "uint4" if scales.shape[-1] * GROUP // 4 == codes.shape[-1] else "int4"

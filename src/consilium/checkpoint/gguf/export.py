@@ -40,6 +40,7 @@ TYPES: Final[Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]]] = {
     "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
 _ENDS: Final = (GGUFWriter.add_eos_token_id, GGUFWriter.add_eot_token_id, GGUFWriter.add_eom_token_id)
 _SHARED_GATE: Final = "moe.shared.gate.weight"

@@ -24,7 +24,7 @@ from consilium.data.gguf import mark_ids, stop_ids
 from consilium.errors import ConsiliumError
 from consilium.model.build import DTYPES, build
 from consilium.ops.gguf import Entry, Header, damaged, read_header
-from consilium.ops.weights import Packing
+from consilium.ops.weights import GROUP, Packing, halves_of
 
 _PIECE: Final = 2**22
 """Values that are dequantised at a time: what a read costs beside its target."""
@@ -32,8 +32,16 @@ _STORED: Final = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16
 _PACKED: Final[Mapping[GGMLQuantizationType, Packing]] = {
     GGMLQuantizationType.Q8_0: "int8",
     GGMLQuantizationType.Q4_0: "int4",
+    GGMLQuantizationType.Q4_1: "uint4",
+    GGMLQuantizationType.Q4_K: "uint4",
 }
-"""Types that ``ops.weights`` has too, apart from where scales lie."""
+"""Types that ``ops.weights`` has too, apart from where scales lie and, of the last, from their rounding."""
+_INTEGERS: Final[Mapping[GGMLQuantizationType, int]] = {
+    GGMLQuantizationType.Q8_0: 32,
+    GGMLQuantizationType.Q4_0: 16,
+    GGMLQuantizationType.Q4_1: 16,
+}
+"""Bytes that end a block of those which are one group."""
 _ARCHS: Final[Mapping[str, MODEL_ARCH]] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 
 
@@ -146,14 +154,36 @@ def _read_into(entry: Entry, target: Tensor, first: int = 0, *, check_finite: bo
 
 
 def _read_packed(entry: Entry, integers: Tensor, scales: Tensor, *, check_finite: bool) -> None:
-    """Blocks of 32 values, each a float16 scale and then its integers."""
+    """Rows of blocks as they lie, apart from where scales are."""
     for part, stored in _pieces(entry, integers):
-        blocks = torch.from_numpy(stored).unflatten(1, (scales.shape[-1], -1))
-        found = blocks[..., :2].contiguous().view(torch.float16)
+        blocks = torch.from_numpy(stored).unflatten(1, (-1, GGML_QUANT_SIZES[entry.kind][1]))
+        own = _INTEGERS.get(entry.kind)
+        codes, found = _of_superblocks(blocks) if own is None else _of_blocks(blocks, own)
         if check_finite:
             _refuse_infinite(entry, found)
         scales[part].copy_(found.view(scales[part].shape))
-        integers[part].copy_(blocks[..., 2:].contiguous().view(integers.dtype).view(integers[part].shape))
+        integers[part].copy_(codes.view(integers.dtype).view(integers[part].shape))
+
+
+def _of_blocks(blocks: Tensor, integers: int) -> tuple[Tensor, Tensor]:
+    """Integers, and what lies before them in float16: of a row first all scales, then all lowest values."""
+    found = blocks[..., :-integers].contiguous().view(torch.float16)
+    return blocks[..., -integers:].contiguous(), found.mT.flatten(1)
+
+
+def _of_superblocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of 256 values: two in float16, by which 8 scales and 8 depths of 6 bits are multiplied.
+
+    The first four of both are in bytes of their own; the last four have their lower bits in the next bytes,
+    and the upper two in what the first leave free. Products are rounded to float16.
+    """
+    wide = blocks[..., :4].contiguous().view(torch.float16).float()
+    first, second, rest = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scale = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1) * wide[..., :1]
+    below = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1) * wide[..., 1:]
+    pairs = blocks[..., 16:].unflatten(-1, (4, GROUP))
+    integers = torch.stack((pairs & 15, pairs >> 4), -2)
+    return halves_of(integers).contiguous(), torch.cat((scale.flatten(1), -below.flatten(1)), 1).half()
 
 
 def _refuse_infinite(entry: Entry, values: Tensor) -> None:

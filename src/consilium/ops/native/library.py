@@ -30,6 +30,8 @@ SCALED: Final[Mapping[torch.dtype, tuple[int, torch.dtype]]] = MappingProxyType(
     }
 )
 """The same of packed ones, and the dtype of their scales."""
+_WITH_LOWEST: Final = 5
+"""Of integers in 4 bits with two values in float16 for a group, 16 bytes."""
 CACHES: Final[Mapping[torch.dtype, int]] = MappingProxyType({**TYPES, torch.int8: 2})
 """The same of cached rows: integers are latents in 8 bits (source/latents.h)."""
 MANY: Final = 16
@@ -182,6 +184,8 @@ def native(
     if not readable(values, scales) or not (bias_O is None or readable(bias_O)):
         return None
     kind = TYPES[values.dtype] if scales is None else SCALED[values.dtype][0]
+    if scales is not None and values.dtype == torch.uint8 and scales.shape[-1] * 8 == values.shape[-1]:
+        kind = _WITH_LOWEST
     places = (None if tensor is None else tensor.data_ptr() for tensor in (values, scales, bias_O))
     return NativeMatrix(*places, *shape[-2:], kind, 0 if bias_O is None else TYPES[bias_O.dtype])
 

@@ -195,22 +195,34 @@ template <int BITS> struct Step {
 #endif
 };
 
-template <int R, int B, int BITS>
-static inline void dots(Packed<BITS> rows, int64_t, const Rounded *x, float (*out)[B]) {
+// The sums of an activation's integers for each lane of a step, of which ``offsets`` are minus BIAS times as much.
+template <int BITS> static inline Vector lane_sums(const int32_t *offsets) {
+    Integers found;
+    std::memcpy(&found, offsets, sizeof found);
+    return __builtin_convertvector(found, Vector) * (-1.0f / BIAS<BITS>);
+}
+
+template <int R, int B, int BITS, bool LOWEST>
+static inline void dots(Packed<BITS, LOWEST> rows, int64_t, const Rounded *x, float (*out)[B]) {
     constexpr int BYTES = GROUP * BITS / 8, CHUNK = 32;  // groups whose scales are widened at once
     constexpr int64_t EACH = GROUPS<BITS>;
-    float scales[R][CHUNK + EACH];
+    float scales[R][CHUNK + EACH], added[R][CHUNK + EACH];
     Vector sums[R][B] = {};
     for (int64_t first = 0; first < rows.groups; first += CHUNK) {
         const int64_t count = std::min<int64_t>(CHUNK, rows.groups - first);
         for (int r = 0; r < R; ++r) {
-            widen_halves(rows.scales + r * rows.groups + first, count, scales[r]);
+            rows.from(r).widen_scales(first, count, scales[r], added[r]);
             std::fill_n(scales[r] + count, EACH, 0.0f);
+            if (LOWEST) std::fill_n(added[r] + count, EACH, 0.0f);
         }
         for (int64_t g = 0; g < count; g += EACH) {
             const int64_t at = first + g;
             Vector active[B];
             for (int b = 0; b < B; ++b) active[b] = Step<BITS>::spread_scales(x[b].scales + at);
+            Vector whole[B];  // sums of the activations themselves
+            if (LOWEST)
+                for (int b = 0; b < B; ++b)
+                    whole[b] = lane_sums<BITS>(x[b].offsets + at * PARTS<BITS>) * active[b];
             for (int r = 0; r < R; ++r) {
                 const uint8_t *weights = rows.data + (r * rows.groups + at) * BYTES;
                 if (g % (64 / BYTES) == 0) __builtin_prefetch(weights + R * rows.groups * BYTES);
@@ -218,6 +230,10 @@ static inline void dots(Packed<BITS> rows, int64_t, const Rounded *x, float (*ou
                 const Vector scale = Step<BITS>::spread_scales(scales[r] + g);
                 for (int b = 0; b < B; ++b)
                     sums[r][b] += step.sums(x[b].values + at * GROUP, x[b].offsets + at * PARTS<BITS>) * scale * active[b];
+                if (LOWEST) {
+                    const Vector more = Step<BITS>::spread_scales(added[r] + g);
+                    for (int b = 0; b < B; ++b) sums[r][b] += more * whole[b];
+                }
             }
         }
     }

@@ -16,6 +16,7 @@ template <class Use> void rows_of(const Matrix &matrix, int64_t first, Use &&use
             return use(Dense<Bfloat16>{static_cast<const Bfloat16 *>(matrix.data), matrix.columns}.from(first));
         case INT8: return use(Packed<8>{bytes, scales, groups}.from(first));
         case INT4: return use(Packed<4>{bytes, scales, groups}.from(first));
+        case UINT4: return use(Packed<4, true>{bytes, scales, groups}.from(first));
         case FLOAT8:
             return use(Float8{bytes, static_cast<const float *>(matrix.scales), matrix.columns}.from(first));
         default: return use(Dense<float>{static_cast<const float *>(matrix.data), matrix.columns}.from(first));
@@ -25,7 +26,7 @@ template <class Use> void rows_of(const Matrix &matrix, int64_t first, Use &&use
 template <class T> const float *const *integers_of(Dense<T>, const Active &x) { return x.at.data(); }
 const float *const *integers_of(Float8, const Active &x) { return x.at.data(); }
 const Rounded *integers_of(Packed<8>, const Active &x) { return x.eight.at.data(); }
-const Rounded *integers_of(Packed<4>, const Active &x) { return x.four.at.data(); }
+template <bool LOWEST> const Rounded *integers_of(Packed<4, LOWEST>, const Active &x) { return x.four.at.data(); }
 
 }  // namespace
 

@@ -29,14 +29,15 @@ template <class T> static inline void widen_row(Dense<T> rows, int64_t begin, in
     for (int64_t i = begin; i < end; ++i) to[i - begin] = widen(rows.data[i]);
 }
 
-template <int BITS> static inline void widen_row(Packed<BITS> rows, int64_t begin, int64_t end, float *to) {
+template <int BITS, bool LOWEST>
+static inline void widen_row(Packed<BITS, LOWEST> rows, int64_t begin, int64_t end, float *to) {
     constexpr int EACH = GROUP / LANES;
     for (int64_t g = begin / GROUP; g * GROUP < end; ++g) {
-        float values[GROUP], scale;
+        float values[GROUP], scale, added = 0;
         Vector weights[EACH];
-        widen_halves(rows.scales + g, 1, &scale);
+        rows.widen_scales(g, 1, &scale, &added);
         unpack<BITS>(rows.data + g * GROUP * BITS / 8, weights);
-        for (int v = 0; v < EACH; ++v) store(values + v * LANES, weights[v] * scale);
+        for (int v = 0; v < EACH; ++v) store(values + v * LANES, weights[v] * scale + added);
         std::copy_n(values, std::min<int64_t>(GROUP, end - g * GROUP), to + g * GROUP - begin);
     }
 }

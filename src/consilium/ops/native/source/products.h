@@ -18,15 +18,24 @@ template <class T> struct Dense {
 };
 
 // Rows in groups of 32 integers that share a scale. An 8-bit group is 32 bytes; a 4-bit group 16, of which each
-// holds value j in its lower half and value j + 16 in its upper one, both 8 more than they are.
+// holds value j in its lower half and value j + 16 in its upper one, both 8 more than they are; or, with the LOWEST
+// value of each group behind the scales of its row, what is above that.
 constexpr int GROUP = 32;
-template <int BITS> struct Packed {
+template <int BITS, bool LOWEST = false> struct Packed {
     const uint8_t *data;
     const Half *scales;
     int64_t groups;
 
     Packed from(int64_t row) const {
-        return {data + row * groups * GROUP * BITS / 8, scales + row * groups, groups};
+        return {data + row * groups * GROUP * BITS / 8, scales + row * groups * (LOWEST ? 2 : 1), groups};
+    }
+
+    // Of ``count`` groups from ``first`` on: scales, and what is added to integers less 8, once they are scaled.
+    void widen_scales(int64_t first, int64_t count, float *to, float *added) const {
+        widen_halves(scales + first, count, to);
+        if (!LOWEST) return;
+        widen_halves(scales + groups + first, count, added);
+        for (int64_t g = 0; g < count; ++g) added[g] += 8 * to[g];
     }
 };
 

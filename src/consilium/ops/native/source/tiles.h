@@ -197,16 +197,18 @@ static inline void widen_block(Dense<Bfloat16> rows, int64_t first, int64_t have
 static inline void widen_block(Dense<float> rows, int64_t first, int64_t have, Bfloat16 *to) {
     _mm512_storeu_si512(to, narrowed(rows.data + first, have));
 }
-static inline void store_pair(const Vector *weights, float scale, Bfloat16 *to) {
-    const auto low = reinterpret_cast<__m512>(weights[0] * scale), high = reinterpret_cast<__m512>(weights[1] * scale);
+static inline void store_pair(Vector first, Vector second, Bfloat16 *to) {
+    const auto low = reinterpret_cast<__m512>(first), high = reinterpret_cast<__m512>(second);
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
-template <int BITS>
-static inline void widen_block(Packed<BITS> rows, int64_t first, int64_t, Bfloat16 *to) {
+template <int BITS, bool LOWEST>
+static inline void widen_block(Packed<BITS, LOWEST> rows, int64_t first, int64_t, Bfloat16 *to) {
     const int64_t group = first / GROUP;
     Vector weights[2];
     unpack<BITS>(rows.data + group * GROUP * BITS / 8, weights);
-    store_pair(weights, static_cast<float>(rows.scales[group]), to);
+    float scale, added = 0;
+    rows.widen_scales(group, 1, &scale, &added);
+    store_pair(weights[0] * scale + added, weights[1] * scale + added, to);
 }
 
 static inline void widen_block(Float8 rows, int64_t first, int64_t have, Bfloat16 *to) {
@@ -214,7 +216,8 @@ static inline void widen_block(Float8 rows, int64_t first, int64_t have, Bfloat1
     if (have < TILE_VALUES) std::memcpy(bytes, rows.data + first, have);
     Vector weights[2];
     widen_eights(have < TILE_VALUES ? bytes : rows.data + first, weights);
-    store_pair(weights, EIGHTS * rows.scales[first / FLOAT8_GROUP], to);
+    const float scale = EIGHTS * rows.scales[first / FLOAT8_GROUP];
+    store_pair(weights[0] * scale, weights[1] * scale, to);
 }
 
 // Up to 64 rows as tiles, one behind the other.

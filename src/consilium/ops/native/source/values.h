@@ -5,7 +5,7 @@
 
 #include "active.h"
 
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT8 = 4 };
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT8 = 4, UINT4 = 5 };
 
 // Calls use(pointer) with the type that ``data`` has.
 template <class Use> static inline auto typed(const void *data, int64_t type, Use &&use) {
@@ -18,8 +18,8 @@ template <class Use> static inline auto typed(void *data, int64_t type, Use &&us
 // One row after the other; absent where ``data`` is null.
 struct Matrix {
     const void *data;
-    const void *scales;  // of packed rows: one for each group of 32 columns, the last group filled with zeros, or
-                         // of floats in 8 bits: one for each 128 columns, the last of which may be fewer
+    const void *scales;  // of packed rows: one for each group of 32 columns, the last group filled up; behind those
+                         // of a row of UINT4 the lowest value of each group; of FLOAT8 one for each 128 columns
     const void *bias;    // [rows]; may be null
     int64_t rows, columns, type, bias_type;
 };
@@ -37,7 +37,7 @@ static inline Way exact_way(const Active &x) { return x.many && x.tokens() > FEW
 static inline Way way_of(int64_t type, const Active &x) {
     if (TILED && (type == BFLOAT16 || (x.many && type != FLOAT32))) return TILES;
     if (exact_way(x) == PANELS) return PANELS;
-    return type == INT8 ? INTEGERS8 : type == INT4 ? INTEGERS4 : FLOATS;
+    return type == INT8 ? INTEGERS8 : type == INT4 || type == UINT4 ? INTEGERS4 : FLOATS;
 }
 
 // Puts the products of rows [begin, end) with activation b, packed for ``way``, into to[b], bias included.
