@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium.engine.request import Sampling
-from consilium.engine.sampler import sample
+from consilium.engine.sampler import likeliest, sample
 from consilium.errors import ConsiliumError
 
 
@@ -131,3 +132,44 @@ def test_a_seed_repeats_its_draws() -> None:
 def test_wrong_settings_are_refused_in_one_sentence(wrong: dict[str, float]) -> None:
     with pytest.raises(ConsiliumError, match=next(iter(wrong))):
         Sampling(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+@given(
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    bias=st.dictionaries(st.integers(0, 5), st.floats(-100, 100), max_size=3),
+    seen=st.lists(st.integers(0, 5), max_size=9),
+    data=st.data(),
+)
+def test_penalties_of_the_answer_and_biases_are_added_value_by_value(
+    presence: float, frequency: float, bias: dict[int, float], seen: list[int], data: st.DataObject
+) -> None:
+    """OpenAI's rule: what is in the prompt counts for nothing."""
+    prompt = data.draw(st.integers(0, len(seen)))
+    logits = [0.5, -1.0, 2.0, 0.0, -3.0, 1.0]
+    sampling = Sampling(
+        presence_penalty=presence, frequency_penalty=frequency, logit_bias=tuple(bias.items())
+    )
+    token, logprob = sample(torch.tensor(logits), sampling, torch.Generator(), seen, prompt)
+    answer = seen[prompt:]
+    right = torch.tensor(logits) + torch.tensor([bias.get(i, 0.0) for i in range(6)])
+    for i in range(6):
+        right[i] -= presence * (i in answer) + frequency * answer.count(i)
+    assert right[token] >= right.max() - 1e-4
+    assert logprob == pytest.approx(float(torch.log_softmax(torch.tensor(logits), 0)[token]), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 99])
+def test_the_likeliest_have_the_values_of_all(count: int) -> None:
+    logprobs_V = torch.log_softmax(torch.randn(20, generator=torch.Generator().manual_seed(0)), 0)
+    top = likeliest(logprobs_V, count)
+    assert [value for _, value in top] == sorted(logprobs_V.tolist(), reverse=True)[:count]
+    assert all(float(logprobs_V[token]) == value for token, value in top)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"presence_penalty": 2.1}, {"frequency_penalty": -3.0}, {"logit_bias": ((5, 101.0),)}], ids=str
+)
+def test_what_is_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConsiliumError, match="out of range"):
+        Sampling(**wrong)

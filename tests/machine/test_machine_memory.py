@@ -7,7 +7,7 @@ import pytest
 
 import consilium as cs
 from consilium.machine import memory
-from consilium.machine.memory import memory_limit, physical_memory, refuse_beyond_memory
+from consilium.machine.memory import free_memory, memory_limit, physical_memory, refuse_beyond_memory
 
 FILES = {
     "meminfo": "proc/meminfo",
@@ -41,6 +41,8 @@ def test_swap_counts_and_a_container_limits(tmp_path: Path, monkeypatch: pytest.
 def test_a_system_that_does_not_say_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_limit(tmp_path) is None
     assert memory_limit(machine(tmp_path, meminfo="")) is None
+    assert free_memory(machine(tmp_path, meminfo="MemAvailable: 3 kB\nSwapTotal: 2 kB\n")) == 3072
+    assert free_memory(machine(tmp_path, meminfo="")) == physical_memory()
     monkeypatch.setattr(memory, "memory_limit", lambda: None)
     refuse_beyond_memory(2**80, "it", "no")
 

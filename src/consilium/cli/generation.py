@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     from consilium.engine.engine import Engine
     from consilium.engine.request import Piece, Sampling
     from consilium.kv.rows import CacheFormat
+    from consilium.model.decoder import Decoder
     from consilium.ops.weights import Packing
 
+BESIDE: Final = int(0.4 * 2**30)
+"""Bytes of a process that are neither weights nor cache."""
+LEAST_TOKENS: Final = 256
+"""Below which a cache is of no use."""
 SETTINGS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DRAW: Final = ("top_k", "top_p", "min_p", "seed")
 """What only a draw reads."""
@@ -58,6 +63,11 @@ def generation_arguments(parser: ArgumentParser, *, tokens: str, temperature: st
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+    model_arguments(parser)
+
+
+def model_arguments(parser: ArgumentParser) -> None:
+    """Add how a model is read and computed."""
     running_arguments(parser)
     weights_argument(parser)
     parser.add_argument(
@@ -95,12 +105,12 @@ class Opened:
 
         return chat_format(self.path, self.tokenizer)
 
-    def engine(self) -> Engine:
-        """Read the weights, which may take minutes."""
+    def engine(self, *, memory: int | None = None, most_length: int | None = None) -> Engine:
+        """Read the weights, which may take minutes. ``memory`` is for them, the cache and all else."""
         import torch
 
         from consilium.checkpoint import store
-        from consilium.engine.engine import Engine
+        from consilium.engine.engine import MOST_ROWS, Engine
         from consilium.kv.rows import rows_of
 
         if self.cache != "model":  # told before minutes of reading
@@ -109,9 +119,31 @@ class Opened:
         model = store.load(self.path, dtype=self.place.dtype, weights=self.packing, check_finite=True).to(
             self.place.device
         )
-        engine = Engine(model, self.tokenizer, cache=self.cache)
+        most = None if memory is None else tokens_within(memory, model, self.cache)
+        if most is not None:  # all rows at their longest, and as much again for beginnings
+            most = min(most, 2 * MOST_ROWS * model.config.max_length)
+        engine = Engine(model, self.tokenizer, cache=self.cache, most_tokens=most, most_length=most_length)
         tell_unread(engine)
         return engine
+
+
+def tokens_within(memory: int, model: Decoder, cache: CacheFormat) -> int:
+    """Tokens that the cache may hold beside the weights and what else a process needs.
+
+    Raises ConsiliumError where there is no room for a sequence.
+    """
+    from consilium.kv.build import token_bytes
+
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    each = token_bytes(model.config, model.dtype, cache)
+    tokens = (memory - weights - BESIDE) // each
+    if tokens < LEAST_TOKENS:
+        need = weights + BESIDE + LEAST_TOKENS * each
+        raise ConsiliumError(
+            f"--memory {memory / 2**30:.2f} GiB is too little: weights of {weights / 2**30:.2f} GiB and a"
+            f" cache of {LEAST_TOKENS} tokens need {need / 2**30:.2f} GiB; give more, or --weights int8."
+        )
+    return tokens
 
 
 def tell_kernels() -> None:
@@ -151,10 +183,17 @@ def open_model(options: Namespace) -> Opened:
 
     Raises ConsiliumError for any other path, and for a tokenizer of another model.
     """
-    from consilium.checkpoint.folders import check_vocabulary, checkpoint_in
+    from consilium.checkpoint.folders import checkpoint_in
 
     checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
     check_settings(options)
+    return open_checkpoint(checkpoint, options)
+
+
+def open_checkpoint(checkpoint: Path, options: Namespace) -> Opened:
+    """The same of a folder that is known to hold one."""
+    from consilium.checkpoint.folders import check_vocabulary
+
     place = settle(options)
     from consilium.checkpoint import store
     from consilium.data.tokenizer import Tokenizer

@@ -42,6 +42,7 @@ VERBS = MappingProxyType(
         "eval": Verb("bits per byte of a model on text", "consilium eval runs/demo --data notes.txt"),
         "generate": Verb("continue a prompt", 'consilium generate runs/demo --prompt "def add("'),
         "chat": Verb("talk to a model in the terminal", "consilium chat runs/demo"),
+        "serve": Verb("answer over HTTP as OpenAI's API does", "consilium serve runs/demo"),
         "upcycle": Verb(
             "make a sparse model out of a dense one",
             "consilium upcycle smollm.gguf moe --method copy --experts 4 --top-k 2",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,16 @@ class Template:
     source: str
     where: str
 
-    def ids(self, messages: Sequence[Message], tokenizer: TemplateCodec) -> list[int]:
+    def ids(
+        self, messages: Sequence[Message], tokenizer: TemplateCodec, rendered_by: Render | None = None
+    ) -> list[int]:
         """Return the tokens of ``messages`` and of the opening of the answer.
 
-        Raises ConsiliumError in one sentence where the template refuses them, fails, or does not end.
+        Raises ConsiliumError in one sentence where the template refuses them, fails, or does not end. Without
+        ``rendered_by`` a process is started for it.
         """
-        return tokenizer.encode_parts(self.parts(messages, tokenizer, opened=True))
+        parts = self.parts(messages, tokenizer, opened=True, rendered_by=rendered_by)
+        return tokenizer.encode_parts(parts)
 
     def segments(
         self, messages: Sequence[Message], tokenizer: TemplateCodec, rendered_by: Render, *, opening: str = ""
@@ -129,14 +134,19 @@ class Template:
         }
 
     def parts(
-        self, messages: Sequence[Message], tokenizer: TemplateCodec, *, opened: bool
+        self,
+        messages: Sequence[Message],
+        tokenizer: TemplateCodec,
+        *,
+        opened: bool,
+        rendered_by: Render | None = None,
     ) -> list[str | int]:
         """Return texts and ids of markers in order; ``opened``: with the opening of an answer at the end."""
         markers = tokenizer.markers
         texts = [message.content for message in messages]
         guard = next(_unused("".join((self.source, *texts, *markers))))
         given = [_guarded(message, markers, guard) for message in messages]
-        rendered = _render(self, self._context(given, tokenizer, opened=opened))
+        rendered = (rendered_by or _render)(self, self._context(given, tokenizer, opened=opened))
         return [
             markers[part] if part in markers else part.replace(guard, "")
             for part in _split(rendered, markers)
@@ -158,13 +168,21 @@ Render = Callable[[Template, Mapping[str, Any]], str]
 
 @final
 class Rendering:
-    """Renders many conversations in one confined process, which starts with the first of them."""
+    """Renders many conversations in one confined process, which starts with the first of them.
+
+    Threads take turns.
+    """
 
     def __init__(self) -> None:
         self._process: Confined | None = None
+        self._turn = threading.Lock()
 
     def render(self, template: Template, context: Mapping[str, Any]) -> str:
         """Raises ConsiliumError in one sentence where the template fails or does not end."""
+        with self._turn:
+            return self._render(template, context)
+
+    def _render(self, template: Template, context: Mapping[str, Any]) -> str:
         if self._process is None:
             self._process = Confined(render.__name__, memory=render.MEMORY)
         request = {"template": template.source, "context": context}

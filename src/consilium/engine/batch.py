@@ -9,15 +9,17 @@ Legend: B rows of a pass, S tokens of a part, M pages of a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol, final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from consilium.engine.request import Finish, Request
-from consilium.engine.stops import StopText
+from consilium.engine.request import Routes, Scored
+from consilium.engine.rows import Row, pool
+from consilium.engine.sampler import likeliest
 from consilium.evaluation.loads import LoadCounter
 from consilium.kv.build import build_pool
 from consilium.kv.paged import CachePart
@@ -26,45 +28,16 @@ from consilium.kv.prefixes import Prefixes, digests
 from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
 from consilium.model.native import NativeDecoder
-from consilium.model.types import Inputs, Options, Output
+from consilium.model.types import Inputs, Options
+from consilium.moe.types import Chosen
 
 PROMPT_PART: Final = 512
 """Tokens of a prompt that are computed at once, at fixed places: experts are read once for all of them."""
 PAGE: Final = 64
 """Tokens of a page; parts are whole pages."""
 FEWEST_PAGES: Final = 4
-
-
-class TextStream(Protocol):
-    """Turns tokens into text that is never taken back."""
-
-    def push(self, token: int) -> str: ...
-
-    def finish(self) -> str: ...
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One sequence, waiting or running; owned by the engine."""
-
-    id: int
-    request: Request
-    tokens: list[int]
-    prompt: int
-    """How many of ``tokens`` were given."""
-    most: int
-    """How many ``tokens`` there can be."""
-    ends: frozenset[int]
-    generator: torch.Generator
-    stream: TextStream | None
-    stops: StopText
-    finished: Finish | None = None
-    pages: list[int] = field(default_factory=list)
-    """Of its tokens; none while it waits for its turn."""
-    cached: int = 0
-    """How many of ``tokens`` are in the cache. Beyond the prompt those that are not are decoded anew."""
-    parts: tuple[bytes, ...] = ()
-    """Digests of the whole parts of its prompt."""
+_SCORED: Final = 64
+"""Tokens of a prompt whose logits are there at once."""
 
 
 @final
@@ -77,6 +50,7 @@ class Batch:
         self._model = model
         self._options = options
         self._native = NativeDecoder.of(model) if options.mode.observer is None else None
+        self._reader = self._native if self._native is not None and self._native.reads_prompts else None
         self._pages = Pages()
         self._pool = build_pool(
             model.config, pages=0, page=PAGE, dtype=model.dtype, form=form, device=model.device
@@ -94,19 +68,26 @@ class Batch:
     def by_kernels(self) -> bool:
         return self._native is not None
 
+    @property
+    def use(self) -> float:
+        """The share of pages that somebody owns; 0 without any."""
+        return 1 - self._pages.free / self._pages.total if self._pages.total else 0.0
+
     def admit(self, row: Row) -> bool:
         """Give a row that has no pages those of its tokens and the next; False where there are too few.
 
         Whole parts of its prompt that are in the cache are not read again, but for the last token, whose
         logits nobody kept.
         """
-        row.parts = row.parts or digests(row.tokens[: row.prompt], PROMPT_PART)
-        known = self._prefixes.find(row.parts[: (row.prompt - 1) // PROMPT_PART])
+        row.parts = row.parts or digests(row.tokens[: row.prompt], PROMPT_PART, row.request.salt)
+        useful = 0 if row.request.reads_all else (row.prompt - 1) // PROMPT_PART
+        known = self._prefixes.find(row.parts[:useful])
         needed = len(row.tokens) // PAGE + 1 - len(known)
         if not self._room(needed):
             self._pages.release(known)
             return False
         row.pages, row.cached = known + self._taken(needed), len(known) * PAGE
+        row.shared = row.shared or row.cached
         return True
 
     def extend(self, row: Row) -> bool:
@@ -130,43 +111,79 @@ class Batch:
         first, end = row.cached, min(row.cached + PROMPT_PART, row.prompt)
         position_1S = torch.arange(first, end, device=self._model.device)[None]
         inputs = Inputs(self._tensor([row.tokens[first:end]]), position_BS=position_1S)
-        part = self._part([row])
-        if self._native is not None and self._native.reads_prompts:
-            output = self._native.read(inputs, part, self._options)
-        else:
-            output = self._last(inputs, part)
-        self.loads.add(output.reports.values())
+        x_SD = self._states(inputs, self._part([row]), [row])
         row.cached = end
+        if row.request.scores_prompt:
+            self._score(row, first, x_SD)
+        if row.request.pools is not None:
+            pool(row, x_SD if self._reader is None else self._model.norm(x_SD))
         if end - first == PROMPT_PART:
             pages = row.pages[first // PAGE : end // PAGE]
             self._prefixes.keep(row.parts[first // PROMPT_PART], pages)
         if end < row.prompt:
             return None
         self.rows.append(row)
-        return output.logits[:, 0]
+        return self._logits(x_SD[-1:])
 
     @torch.inference_mode()
-    def decode(self) -> Tensor:
-        """Compute the next token of every row that is not in the cache; logits [B, V] after it."""
+    def decode(self, rows: Sequence[Row]) -> Tensor:
+        """Compute the next token of each that is not in the cache; logits [B, V] after it."""
         inputs = Inputs(
-            self._tensor([[row.tokens[row.cached]] for row in self.rows]),
-            position_BS=self._tensor([[row.cached] for row in self.rows]),
+            self._tensor([[row.tokens[row.cached]] for row in rows]),
+            position_BS=self._tensor([[row.cached] for row in rows]),
         )
-        part = self._part(self.rows)
+        part = self._part(rows)
         if self._native is not None:
-            output = self._native.step(inputs, part, self._options)
+            found = self._native.states(inputs, part, self._options, many=False)
+            self.loads.add(found.reports.values())
+            if any(row.request.routes for row in rows):
+                _route(rows, found.chosen())
+            logits_BV = self._native.logits(found.x_TD)
         else:
-            output = self._model(inputs, cache=part, options=self._options)
-        self.loads.add(output.reports.values())
-        for row in self.rows:
+            output = self._model(inputs, cache=part, options=self._asked(rows))
+            self.loads.add(output.reports.values())
+            _route(rows, {layer: routing.chosen for layer, routing in output.routings.items()})
+            logits_BV = output.logits[:, 0]
+        for row in rows:
             row.cached += 1
-        return output.logits[:, 0]
+        return logits_BV
 
-    def _last(self, inputs: Inputs, part: CachePart) -> Output:
-        """By modules: the head reads the last state alone."""
-        hidden = self._model.hidden(inputs, cache=part, options=self._options)
-        reports = {report.layer: report for report in hidden.reports}
-        return Output(self._model.logits(hidden.final_BSD[:, -1:]), reports, {})
+    def _states(self, inputs: Inputs, part: CachePart, rows: Sequence[Row]) -> Tensor:
+        """What the head reads [S, D] of a part of a prompt of one row."""
+        if self._reader is not None:
+            found = self._reader.states(inputs, part, self._options, many=True)
+            self.loads.add(found.reports.values())
+            if rows[0].request.routes:
+                _route(rows, found.chosen())
+            return found.x_TD
+        hidden = self._model.hidden(inputs, cache=part, options=self._asked(rows))
+        self.loads.add(hidden.reports)
+        _route(rows, {layer: routing.chosen for layer, routing in hidden.routings.items()})
+        return hidden.final_BSD[0]
+
+    def _asked(self, rows: Sequence[Row]) -> Options:
+        """Decisions of routers are kept where somebody wants to know."""
+        wanted = any(row.request.routes for row in rows)
+        return replace(self._options, routings=True) if wanted else self._options
+
+    def _logits(self, x_SD: Tensor) -> Tensor:
+        """[S, V]; the head reads no state but those that somebody asks for."""
+        if self._reader is not None:
+            return self._reader.logits(x_SD)
+        return self._model.logits(x_SD[None])[0]
+
+    def _score(self, row: Row, first: int, x_SD: Tensor) -> None:
+        """Tell how likely the tokens behind those from ``first`` on are, as far as the prompt goes."""
+        if not first:
+            row.scored = [Scored(row.tokens[0], None)]
+        following = row.tokens[first + 1 : min(first + len(x_SD) + 1, row.prompt)]
+        for begin in range(0, len(following), _SCORED):
+            tokens = following[begin : begin + _SCORED]
+            logits_SV = self._logits(x_SD[begin : begin + len(tokens)]).float()
+            logprobs_SV = torch.log_softmax(logits_SV, -1)
+            for token, logprobs_V in zip(tokens, logprobs_SV.cpu(), strict=True):
+                top = likeliest(logprobs_V, row.request.top)
+                row.scored.append(Scored(token, float(logprobs_V[token]), top))
 
     def _part(self, rows: Sequence[Row]) -> CachePart:
         """Tables of one width: beyond its last page a row sees that again, and never one of another."""
@@ -195,3 +212,24 @@ class Batch:
 
     def _tensor(self, values: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, device=self._model.device)
+
+
+def _route(rows: Sequence[Row], chosen: Mapping[int, Chosen]) -> None:
+    """Tell each row that asked where its tokens went: one of each, or all of one row."""
+    if not chosen:
+        return
+    most = max(layer.experts_TK.shape[1] for layer in chosen.values())
+    experts_TMK, weights_TMK = (
+        torch.stack([F.pad(values, (0, most - values.shape[1]), value=spare) for values in layers], 1).cpu()
+        for layers, spare in (
+            ([layer.experts_TK for layer in chosen.values()], -1),
+            ([layer.weights_TK.float() for layer in chosen.values()], 0),
+        )
+    )
+    each = len(experts_TMK) // len(rows)
+    for place, row in enumerate(rows):
+        told = max(row.routed - row.cached, 0)  # of a row that is computed again
+        if row.request.routes and told < each:
+            own = slice(place * each + told, (place + 1) * each)
+            row.routes.append(Routes(tuple(chosen), experts_TMK[own].to(torch.int16), weights_TMK[own]))
+            row.routed = row.cached + each

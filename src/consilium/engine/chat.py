@@ -6,12 +6,12 @@ import bisect
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
 from consilium.data.forms import Message, plain_turn
-from consilium.data.template import Template, TemplateCodec, find_template
+from consilium.data.template import Rendering, Template, TemplateCodec, find_template
 from consilium.disk.atomic import write_file
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
@@ -60,13 +60,14 @@ class Templated:
     tokenizer: ChatCodec
     stop_ids: tuple[int, ...]
     stops: tuple[str, ...] = ()
+    rendering: Rendering = field(default_factory=Rendering)
 
     @property
     def name(self) -> str:
         return say("the model's own chat template ({where})", where=self.template.where)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        return self.template.ids(messages, self.tokenizer)
+        return self.template.ids(messages, self.tokenizer, self.rendering.render)
 
 
 @final

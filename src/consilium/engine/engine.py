@@ -10,19 +10,17 @@ Legend: B rows, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final, Protocol, TypeVar, final
+from typing import Final, TypeVar, final
 
-import torch
 from torch import Tensor
 
-from consilium.engine.batch import PAGE, Batch, Row, TextStream
+from consilium.engine.batch import Batch
+from consilium.engine.intake import Intake, TextCodec
 from consilium.engine.request import Piece, Request, Sampling
-from consilium.engine.sampler import sample
-from consilium.engine.stops import StopText
+from consilium.engine.rows import Row, advance, pooled
 from consilium.errors import ConsiliumError
 from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
@@ -37,25 +35,6 @@ MOST_READ: Final = 2048
 _T = TypeVar("_T")
 
 
-class TextCodec(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def opening_id(self) -> int | None: ...
-
-    @property
-    def known_ids(self) -> Collection[int]:
-        """Ids that mean something: no others are drawn."""
-        ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def stream(self) -> TextStream: ...
-
-
 @final
 class Engine:
     """Generates from a model on its own device: ``submit`` requests, then ``step`` until they are finished.
@@ -65,7 +44,7 @@ class Engine:
     and the cache would change its text), and a tokenizer that is larger than the model's vocabulary.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the public face
         self,
         model: Decoder,
         tokenizer: TextCodec | None = None,
@@ -73,11 +52,13 @@ class Engine:
         mode: Mode = Mode(),
         most_rows: int = MOST_ROWS,
         most_tokens: int | None = None,
+        most_length: int | None = None,
         cache: CacheFormat = "model",
     ) -> None:
         """``cache`` is int8 to keep latents in 8 bits; raises ConsiliumError for a model without.
 
-        ``most_tokens`` is what the cache holds of all that run; without, it grows with need.
+        ``most_tokens`` is what the cache holds of all that run; without, it grows with need. ``most_length``
+        is for a sequence, by default the model's length.
 
         Where it is full the request that joined last waits until there is room, and goes on as if nothing
         had been.
@@ -85,13 +66,11 @@ class Engine:
         _check(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.stop_ids: tuple[int, ...] = model.generation.ends
-        self._meaningless_V: Tensor | None = None
-        if tokenizer is not None:
-            self.stop_ids = self.stop_ids or (tokenizer.eos_id,)
-            self._meaningless_V = _meaningless(tokenizer.known_ids, self.stop_ids, model.config.vocab_size)
-        self._most_rows = most_rows
-        self._most_tokens = None if most_tokens is None else most_tokens // PAGE * PAGE
+        self._intake = Intake.of(model, tokenizer, most_length, most_tokens)
+        self.stop_ids: tuple[int, ...] = self._intake.ends
+        self.length = self._intake.length
+        """Tokens of a sequence at most, prompt and answer."""
+        self.most_rows = most_rows
         options = Options(mode=replace(mode, counts_only=True))
         self._batch = Batch(self.model, options, most_tokens, cache)
         self._waiting: list[Row] = []
@@ -115,8 +94,8 @@ class Engine:
         """Return one more token of every running request, and let waiting ones join, in the order of ids.
 
         A long prompt is read over several steps, so that who runs does not wait for all of it. There may be
-        nothing to return while ``busy``. Raises ConsiliumError for a request whose logits are not finite: it
-        has left then, and the tokens of the others come with the next step.
+        nothing to return while ``busy``. The last piece of a request that cannot go on, such as one whose
+        logits are not finite, says why; the others have the tokens that they would have had.
         """
         self._decode()
         self._read()
@@ -132,6 +111,15 @@ class Engine:
     def waiting(self) -> int:
         """Requests whose prompt is still to be read."""
         return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._batch.rows)
+
+    @property
+    def cache_use(self) -> float:
+        """The share of the cache's pages that are taken, by rows and by beginnings that are kept."""
+        return self._batch.use
 
     @property
     def busy(self) -> bool:
@@ -221,6 +209,8 @@ class Engine:
                 pieces = self.step()
                 self._kept += [piece for piece in pieces if piece.request not in places]
                 for piece in [piece for piece in pieces if piece.request in places]:
+                    if piece.error is not None:
+                        raise piece.error
                     left -= piece.finished is not None
                     yield replace(piece, request=places[piece.request])
         finally:
@@ -236,7 +226,20 @@ class Engine:
             else:
                 self._send_back()
         if self._batch.rows:
-            self._advance(self._batch.rows, self._batch.decode())
+            self._decode_rows(self._batch.rows)
+
+    def _decode_rows(self, rows: Sequence[Row]) -> None:
+        """Where a pass fails, such as for want of memory, each alone: the others have the same tokens so."""
+        try:
+            logits_BV = self._batch.decode(rows)
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+            else:
+                for row in tuple(rows):
+                    self._decode_rows([row])
+            return
+        self._advance(rows, logits_BV)
 
     def _send_back(self) -> None:
         """Let who came last wait again: the prompt that is being read, or else the newest row."""
@@ -250,107 +253,59 @@ class Engine:
     def _read(self) -> None:
         """Parts of waiting prompts in their order, as far as there is room and a step goes."""
         left = MOST_READ
-        while left > 0 and self._waiting and len(self._batch.rows) < self._most_rows:
+        while left > 0 and self._waiting and len(self._batch.rows) < self.most_rows:
             row = self._waiting[0]
             if not row.pages and not self._batch.admit(row):
                 break
             before = row.cached
-            logits_1V = self._batch.read(row)
+            try:
+                logits_1V = self._batch.read(row)
+            except (RuntimeError, MemoryError) as error:
+                self._waiting.pop(0)
+                self._fail(row, error)
+                continue
             left -= row.cached - before
             if logits_1V is not None:
                 self._waiting.pop(0)
                 self._advance([row], logits_1V)
 
+    def _fail(self, row: Row, error: Exception) -> None:
+        told = ConsiliumError(str(error))
+        told.__cause__ = error
+        self._kept.append(Piece(row.id, -1, "", 0.0, "error", error=told))
+        self._batch.leave(row)
+
     def _enter(self, row: Row) -> int:
         self._waiting.append(row)
         return row.id
 
+    def check(self, request: Request, name: str = "the prompt") -> list[int]:
+        """Return the tokens of its prompt, or raise ConsiliumError as ``submit`` would; from any thread."""
+        return self._intake.check(request, name)
+
     def _row(self, request: Request, name: str) -> Row:
         """What will run for ``request``, which the sentence of an error calls ``name``."""
-        if request.stop and self.tokenizer is None:
-            raise ConsiliumError("stop text needs a tokenizer; give Engine(model, tokenizer).")
-        tokens = self._ids(request.prompt)
-        self._check_prompt(name, tokens, request.max_tokens)
+        tokens = self.check(request, name)
         self._next_id += 1
-        longest = min(self.model.config.max_length, self._most_tokens or self.model.config.max_length)
-        new = longest if request.max_tokens is None else request.max_tokens
-        return Row(
-            id=self._next_id,
-            request=request,
-            tokens=tokens,
-            prompt=len(tokens),
-            most=min(len(tokens) + new, longest),
-            ends=frozenset(self.stop_ids if request.stop_ids is None else request.stop_ids),
-            generator=_stream(request.sampling.seed, request.sample),
-            stream=None if self.tokenizer is None else self.tokenizer.stream(),
-            stops=StopText(request.stop),
-        )
-
-    def _check_prompt(self, name: str, tokens: list[int], max_tokens: int | None) -> None:
-        config = self.model.config
-        if not tokens:
-            raise ConsiliumError(f"{name} is empty; give at least one token (the end token starts a text).")
-        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-            raise ConsiliumError(f"{name} has a token id outside 0..{config.vocab_size - 1}.")
-        if len(tokens) + (1 if max_tokens is None else max_tokens) > config.max_length:
-            new = "" if max_tokens is None else f" with {max_tokens} new ones"
-            raise ConsiliumError(
-                f"{name} of {len(tokens)} tokens{new} exceeds the model's length {config.max_length};"
-                " shorten the prompt or lower --max-tokens."
-            )
-        if self._most_tokens is not None and len(tokens) + (max_tokens or 1) > self._most_tokens:
-            raise ConsiliumError(
-                f"{name} of {len(tokens)} tokens with {max_tokens or 1} new ones exceeds the"
-                f" {self._most_tokens} tokens of the cache; shorten it, or give the engine more most_tokens."
-            )
-
-    def _ids(self, prompt: Sequence[int] | str) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise ConsiliumError(
-                "a text prompt needs a tokenizer; give token ids or Engine(model, tokenizer)."
-            )
-        opening = self.tokenizer.opening_id
-        return [*(() if opening is None else (opening,)), *self.tokenizer.encode(prompt)]
-
-    def _drawable(self, logits_V: Tensor, sampling: Sampling) -> Tensor:
-        """Greedy text is what the model says; a draw never gives what its tokenizer has no word for."""
-        if self._meaningless_V is None or sampling.temperature == 0:
-            return logits_V
-        return logits_V.masked_fill(self._meaningless_V, -torch.inf)
+        return self._intake.row(self._next_id, request, tokens)
 
     def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
         """One token for each row whose tokens are all in the cache; who has finished or fails leaves."""
-        failed: dict[Row, ConsiliumError] = {}
         # Streams draw on the CPU, so that a seed means the same on every device.
         for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
             if row.cached < len(row.tokens):
                 continue
-            drawn_V = self._drawable(logits_V, row.request.sampling)
             try:
-                token, logprob = sample(drawn_V, row.request.sampling, row.generator, row.tokens)
+                piece = (
+                    advance(row, logits_V, self._intake.meaningless_V)
+                    if row.request.pools is None
+                    else pooled(row)
+                )
+                self._kept.append(piece)
             except ConsiliumError as error:
-                failed[row] = error
-                continue
-            row.tokens.append(token)
-            self._kept.append(_piece(row, token, logprob))
-        for row in [row for row in rows if row.finished is not None or row in failed]:
+                self._fail(row, error)
+        for row in [row for row in rows if row.finished is not None]:
             self._batch.leave(row)
-        for error in failed.values():
-            raise error
-
-
-def _piece(row: Row, token: int, logprob: float) -> Piece:
-    ended = token in row.ends
-    text = "" if row.stream is None or ended else row.stops.push(row.stream.push(token))
-    if ended or row.stops.found:
-        row.finished = "stop"
-    elif len(row.tokens) >= row.most:
-        row.finished = "length"
-    if row.finished is not None and row.stream is not None:
-        text += row.stops.push(row.stream.finish()) + row.stops.finish()
-    return Piece(row.id, token, text, logprob, row.finished)
 
 
 def _check(model: Decoder) -> None:
@@ -364,25 +319,6 @@ def _check(model: Decoder) -> None:
         )
 
 
-def _meaningless(known: Collection[int], ends: Collection[int], size: int) -> Tensor | None:
-    """Bool [V] of ids that neither tokenizer nor ends have, or None; on the CPU, where tokens are drawn."""
-    if max(known) >= size:
-        raise ConsiliumError(
-            f"the tokenizer has token {max(known)} but the model's vocabulary ends at {size - 1}; give the"
-            " tokenizer that the model was trained with."
-        )
-    meaningless_V = torch.ones(size, dtype=torch.bool, device="cpu")
-    named = [token for token in {*known, *ends} if token < size]
-    meaningless_V[torch.tensor(sorted(named), device="cpu")] = False
-    return meaningless_V if meaningless_V.any() else None
-
-
 def _listed(texts: Sequence[_T] | str) -> Sequence[_T | str]:
     """A text is a sequence of characters in Python: here it is one text."""
     return (texts,) if isinstance(texts, str) else texts
-
-
-def _stream(seed: int, occurrence: int) -> torch.Generator:
-    """The randomness of one sample, from the seed and the number of equal prompts before it."""
-    digest = hashlib.sha256(f"{seed}/{occurrence}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

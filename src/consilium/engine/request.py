@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, Protocol
+
+from torch import Tensor
 
 from consilium.errors import ConsiliumError
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "error"]
+Pooling = Literal["mean", "last"]
+MOST_TOP: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,12 @@ class Sampling:
     """Keep what is at least this times as likely as the likeliest token."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of the tokens in the prompt and the answer."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of the tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """The same for each time that a token is there."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their logits, before all else."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,6 +53,38 @@ class Sampling:
                 f"repetition_penalty {self.repetition_penalty} is out of range; use a factor above 0,"
                 " 1 is off."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ConsiliumError(f"{name} {getattr(self, name)} is out of range; use -2 to 2, 0 is off.")
+        for token, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise ConsiliumError(
+                    f"the logit bias {bias} of token {token} is out of range; use -100 to 100."
+                )
+
+
+class Matching(Protocol):
+    """One answer on its way through a form."""
+
+    def allowed(self) -> Tensor:
+        """Bool [V]: tokens that may follow, on the CPU."""
+        ...
+
+    def accept(self, token: int) -> None: ...
+
+    @property
+    def may_end(self) -> bool: ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+
+class Constraint(Protocol):
+    """A form that answers have to have."""
+
+    def begin(self) -> Matching: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +101,55 @@ class Request:
     """Texts that end the answer; neither they nor what follows them is part of its text."""
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end the answer and have no text; None for those of the model's files or its tokenizer."""
+    constraint: Constraint | None = None
+    """The form that the answer has to have."""
+    top: int = 0
+    """How many of the likeliest tokens are told with each token."""
+    scores_prompt: bool = False
+    """Whether the tokens of the prompt are told with the first piece, as likely as they were."""
+    routes: bool = False
+    """Whether each piece tells which experts computed the tokens that led to it."""
+    pools: Pooling | None = None
+    """What of the prompt's last states is told with the only piece, instead of an answer."""
+    salt: bytes = b""
+    """Requests share what is computed for their prompts with those of the same salt alone."""
 
     def __post_init__(self) -> None:
         if "" in self.stop:
             raise ConsiliumError("a stop text is empty and would end every answer at once; leave it out.")
+        if not 0 <= self.top <= MOST_TOP:
+            raise ConsiliumError(f"the likeliest {self.top} tokens cannot be told; ask for 0 to {MOST_TOP}.")
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every token of the prompt has to be computed for this request alone."""
+        return self.scores_prompt or self.routes or self.pools is not None
+
+
+Top = tuple[tuple[int, float], ...]
+"""The likeliest tokens and natural logs of their probabilities, before penalty, temperature and filters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token of a prompt."""
+
+    token: int
+    logprob: float | None
+    """Natural log of its probability after those before it; None for the first."""
+    top: Top = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which experts computed tokens. T tokens, M MoE layers, K choices, of which a layer may have fewer."""
+
+    layers: tuple[int, ...]
+    """Indices of the blocks with experts."""
+    experts_TMK: Tensor
+    """int16; -1 where there is none."""
+    weights_TMK: Tensor
+    """float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +167,15 @@ class Piece:
     logprob: float
     """Natural log of the token's probability before penalty, temperature and filters."""
     finished: Finish | None
-    """None, 'stop' (end token or stop text) or 'length'."""
+    """None, 'stop' (end token or stop text), 'length', or 'error' of a request that cannot go on."""
+    top: Top = ()
+    prompt: tuple[Scored, ...] = ()
+    """Of the first piece, where that was asked for."""
+    routes: Routes | None = None
+    """Of the prompt with the first piece, then of the token before, where that was asked for."""
+    error: ConsiliumError | None = None
+    """Why it cannot; what Python raised is its cause."""
+    state: tuple[float, ...] = ()
+    """What was pooled, of length 1 in all."""
+    cached: int = 0
+    """Tokens of the prompt that were not computed for this request, because others began with the same."""

@@ -11,21 +11,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from consilium.engine.request import Sampling
+from consilium.engine.request import Sampling, Top
 from consilium.errors import ConsiliumError
 
 
 def sample(
-    logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()
+    logits_V: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    seen: Sequence[int] = (),
+    prompt: int = 0,
 ) -> tuple[int, float]:
     """Return the token and its log-probability under the unfiltered distribution. float32 throughout.
 
-    A logit of -inf is never drawn. ``seen`` are the tokens that a repetition penalty counts. Equal logits
-    rank by index. Raises ConsiliumError where the model gave no number.
+    A logit of -inf is never drawn. ``seen`` are the tokens that penalties count, the first ``prompt`` of them
+    those that were given. Equal logits rank by index. Raises ConsiliumError where the model gave no number.
     """
     logits_V = logits_V.float()
     logprobs_V = torch.log_softmax(logits_V, dim=-1)
-    penalised_V = _penalised(logits_V, sampling.repetition_penalty, seen)
+    biased_V = _biased(logits_V, sampling.logit_bias)
+    penalised_V = _penalised(biased_V, sampling.repetition_penalty, seen)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        penalised_V = penalised_V - _answered(penalised_V, sampling, seen[prompt:])
     if sampling.temperature == 0:
         token = int(penalised_V.argmax())
     else:
@@ -38,6 +45,27 @@ def sample(
         token = int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
     _check(logprobs_V[token])
     return token, float(logprobs_V[token])
+
+
+def likeliest(logprobs_V: Tensor, count: int) -> Top:
+    """The ``count`` tokens that are likeliest, with the very values of ``logprobs_V``."""
+    found = logprobs_V.topk(min(count, len(logprobs_V)))
+    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
+def _biased(logits_V: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+    if not bias:
+        return logits_V
+    tokens, values = zip(*bias, strict=True)
+    index = torch.tensor(tokens, device=logits_V.device)
+    return logits_V.index_add(0, index, torch.tensor(values, device=logits_V.device))
+
+
+def _answered(logits_V: Tensor, sampling: Sampling, answer: Sequence[int]) -> Tensor:
+    """What the tokens of the answer so far lose [V]."""
+    index = torch.tensor(answer, dtype=torch.int64, device=logits_V.device)
+    counts_V = torch.bincount(index, minlength=len(logits_V)).to(logits_V.dtype)
+    return sampling.presence_penalty * (counts_V > 0) + sampling.frequency_penalty * counts_V
 
 
 def _penalised(logits_V: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:

@@ -26,6 +26,12 @@ def build_pool(
     return PagedCache(layers=config.layers, pages=pages, page=page, rows=rows, device=device)
 
 
+def token_bytes(config: Model, dtype: torch.dtype, form: CacheFormat = "model") -> int:
+    """Bytes that a token takes in all layers."""
+    rows = rows_of(config.attention, form, dtype)
+    return config.layers * rows.width * rows.dtype.itemsize
+
+
 def build_cache(
     config: Model,
     *,

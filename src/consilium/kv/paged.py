@@ -102,8 +102,10 @@ class PagedCache:
             storage_NPX[list(pages)] = 0
 
     def grow(self, pages: int) -> None:
-        """Add ``pages``; those that are there stay as they are. A layer at a time is held twice."""
+        """Add ``pages``; those that are there stay as they are. A layer at a time is held twice.
+
+        What is in them has no meaning, and takes no memory, until they are cleared for their first owner.
+        """
         for index, storage_NPX in enumerate(self._layers):
-            more = storage_NPX.new_zeros(pages, *storage_NPX.shape[1:])
-            # Zeros that nobody has touched take no memory, which a copy of them would.
+            more = storage_NPX.new_empty(pages, *storage_NPX.shape[1:])
             self._layers[index] = torch.cat((storage_NPX, more)) if len(storage_NPX) else more

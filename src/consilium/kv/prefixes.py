@@ -15,11 +15,11 @@ from typing import final
 from consilium.kv.pages import Pages
 
 
-def digests(tokens: Sequence[int], size: int) -> tuple[bytes, ...]:
-    """SHA-256 of each whole part of ``size`` tokens, chained to the part before."""
+def digests(tokens: Sequence[int], size: int, salt: bytes = b"") -> tuple[bytes, ...]:
+    """SHA-256 of each whole part of ``size`` tokens, chained to the part before, the first to ``salt``."""
     found: list[bytes] = []
     for first in range(0, len(tokens) - size + 1, size):
-        before = found[-1] if found else b""
+        before = found[-1] if found else hashlib.sha256(salt).digest()
         found.append(hashlib.sha256(before + array("q", tokens[first : first + size]).tobytes()).digest())
     return tuple(found)
 

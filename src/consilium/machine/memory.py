@@ -57,6 +57,13 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return min([*found, *(() if swap is None else (physical_memory() + swap,))], default=None)
 
 
+def free_memory(root: Path = ROOT) -> int:
+    """Bytes that could be had now without taking any from other programs, 0 where the system does not say."""
+    available = _told("MemAvailable", root)
+    found = [value for value in (available, memory_limit(root)) if value is not None]
+    return min(found, default=physical_memory())
+
+
 def refuse_beyond_memory(need: int, what: str, remedy: str, *, limit: int | None = None) -> None:
     """Raise ConsiliumError where ``need`` bytes are more than the process can have."""
     limit = memory_limit() if limit is None else limit
@@ -75,8 +82,12 @@ def _limits(root: Path) -> Iterator[Path]:
 
 
 def _swap(root: Path) -> int | None:
-    """``SwapTotal:  8388604 kB`` of Linux's /proc/meminfo; None elsewhere."""
+    return _told("SwapTotal", root)
+
+
+def _told(name: str, root: Path) -> int | None:
+    """Bytes by a line of Linux's /proc/meminfo such as ``SwapTotal:  8388604 kB``; None elsewhere."""
     for line in read(root / "proc/meminfo").splitlines():
-        if line.startswith("SwapTotal:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None

@@ -23,7 +23,7 @@ from consilium.model.decoder import Decoder
 from consilium.model.types import Inputs, Options, Output
 from consilium.moe.layer import MoELayer
 from consilium.moe.shared import GatedNetwork, Nobody
-from consilium.moe.types import Report, Tokens
+from consilium.moe.types import Chosen, Report, Tokens
 from consilium.ops.feed_forward import DenseNetwork
 from consilium.ops.linear import Linear
 from consilium.ops.native.library import (
@@ -107,8 +107,8 @@ class NativeDecoder:
 
         ``options`` ask for nothing that training or an observer needs.
         """
-        x_BD, reports = self._pass(inputs, cache, options, many=False)
-        return Output(self._logits(x_BD)[:, None], reports, {})
+        found = self.states(inputs, cache, options, many=False)
+        return Output(self.logits(found.x_TD)[:, None], found.reports, {})
 
     @torch.inference_mode()
     def read(self, inputs: Inputs, cache: Cache, options: Options) -> Output:
@@ -116,13 +116,12 @@ class NativeDecoder:
 
         A token's values depend on what came before it and on the tokens of its part, on nothing else.
         """
-        x_SD, reports = self._pass(inputs, cache, options, many=True)
-        return Output(self._logits(x_SD[-1:])[:, None], reports, {})
+        found = self.states(inputs, cache, options, many=True)
+        return Output(self.logits(found.x_TD[-1:])[:, None], found.reports, {})
 
-    def _pass(
-        self, inputs: Inputs, cache: Cache, options: Options, *, many: bool
-    ) -> tuple[Tensor, Mapping[int, Report]]:
-        """States after all layers [B, D], or [S, D] of a part of a prompt."""
+    @torch.inference_mode()
+    def states(self, inputs: Inputs, cache: Cache, options: Options, *, many: bool) -> States:
+        """After all layers: of a token of each sequence, or ``many``, the tokens of a part of a prompt."""
         context = build_context(self.model.config.attention, inputs.positions().contiguous(), cached=True)
         x_BD = self.model.embedded(inputs.ids_BS, options).flatten(0, 1).float()
         buffers = _Buffers.of(x_BD, self.choices, len(self.moe_layers), self.experts)
@@ -132,7 +131,9 @@ class NativeDecoder:
         for layer, view in zip(layers, views, strict=True):
             _fill(layer.attend, view)
             layer.routed = layer.routed and options.mode.override is None
-        return buffers.x_BD, self._run(shared, layers, buffers, inputs.tokens(), options)
+        reports = self._run(shared, layers, buffers, inputs.tokens(), options)
+        choices = {index: layers[index].feed.choices for index in self.moe_layers}
+        return States(buffers.x_BD, reports, choices, buffers)
 
     def _run(
         self, shared: Pass, layers: ctypes.Array[Layer], buffers: _Buffers, tokens: Tokens, options: Options
@@ -141,23 +142,24 @@ class NativeDecoder:
         moe_layers = self.moe_layers
         for place, index in enumerate(moe_layers):
             layers[index].route.counts = buffers.counts_ME[place].data_ptr()
-            layers[index].route.chosen = layers[index].feed.chosen = buffers.chosen_BK.data_ptr()
-            layers[index].route.weights = layers[index].feed.weights = buffers.weights_BK.data_ptr()
+            layers[index].route.chosen = layers[index].feed.chosen = buffers.chosen_MBK[place].data_ptr()
+            layers[index].route.weights = layers[index].feed.weights = buffers.weights_MBK[place].data_ptr()
         reports = {i: _counted(i, buffers.counts_ME[place], tokens) for place, i in enumerate(moe_layers)}
         first = 0
         while (first := self.kernels.layers(shared, layers, first)) < len(layers):
-            reports[first] = self._ask(shared, layers[first].feed, first, buffers.normed_BD, tokens, options)
+            reports[first] = self._ask(shared, layers[first].feed, first, buffers, tokens, options)
             first += 1
         return reports
 
     def _ask(
-        self, shared: Pass, feed: Feed, index: int, normed_BD: Tensor, tokens: Tokens, options: Options
+        self, shared: Pass, feed: Feed, index: int, buffers: _Buffers, tokens: Tokens, options: Options
     ) -> Report:
         block = self.model.layers[index]
         assert isinstance(block, DecoderBlock), "blocks are prepared by their class"
         assert block.moe is not None, "only routers are asked"
         moe, mode = block.moe, options.mode.at(index)
-        routing = moe.decide(normed_BD, tokens, mode)
+        routing = moe.decide(buffers.normed_BD, tokens, mode)
+        buffers.asked[self.moe_layers.index(index)] = routing.chosen
         chosen_BK, keep_BK = routing.experts_TK.contiguous(), routing.keep_TK.contiguous()
         weights_BK = routing.weights_TK.contiguous()
         feed.chosen, feed.keep, feed.weights = (t.data_ptr() for t in (chosen_BK, keep_BK, weights_BK))
@@ -165,9 +167,29 @@ class NativeDecoder:
         self.kernels.feed(shared, feed)
         return moe.balance(routing, tokens, replace(mode, counts_only=True))
 
-    def _logits(self, x_BD: Tensor) -> Tensor:
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """Logits [B, V] of states, each the same whatever states are beside it."""
         normed_BD = self.model.norm(x_BD) * self.model.config.logit_scale
         return self.kernels.product(self.head, normed_BD.contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a pass leaves behind, before the head."""
+
+    x_TD: Tensor
+    """Before the last norm."""
+    reports: Mapping[int, Report]
+    choices: Mapping[int, int]
+    """K by index of the MoE layer."""
+    buffers: _Buffers
+
+    def chosen(self) -> Mapping[int, Chosen]:
+        """Where tokens went, by index of the MoE layer."""
+        return {
+            index: self.buffers.chosen(place, choices)
+            for place, (index, choices) in enumerate(self.choices.items())
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +198,11 @@ class _Buffers:
 
     x_BD: Tensor
     normed_BD: Tensor
-    chosen_BK: Tensor
-    weights_BK: Tensor
+    chosen_MBK: Tensor
+    weights_MBK: Tensor
     counts_ME: Tensor
+    asked: dict[int, Chosen]
+    """Of layers whose routers the kernels do not know, by their place."""
 
     @staticmethod
     def of(x_BD: Tensor, choices: int, moe_layers: int, experts: int) -> _Buffers:
@@ -186,10 +210,20 @@ class _Buffers:
         return _Buffers(
             x_BD.contiguous(),
             torch.empty_like(x_BD, memory_format=torch.contiguous_format),
-            torch.empty(batch, choices, dtype=torch.int64),
-            torch.empty(batch, choices),
+            torch.empty(moe_layers, batch, choices, dtype=torch.int64),
+            torch.empty(moe_layers, batch, choices),
             torch.zeros(moe_layers, experts, dtype=torch.int64),
+            {},
         )
+
+    def chosen(self, place: int, choices: int) -> Chosen:
+        """Where the tokens of a layer went, which may have fewer choices than others."""
+        if place in self.asked:
+            return self.asked[place]
+        batch = len(self.x_BD)
+        both = (values[place].flatten()[: batch * choices] for values in (self.chosen_MBK, self.weights_MBK))
+        experts_BK, weights_BK = (values.view(batch, choices) for values in both)
+        return Chosen(experts_BK, weights_BK)
 
 
 def _counted(index: int, counts_E: Tensor, tokens: Tokens) -> Report:

@@ -151,6 +151,17 @@ def alone(values: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Where the tokens of a layer went."""
+
+    experts_TK: Tensor
+    """int64; -1 where a copy went nowhere."""
+    weights_TK: Tensor
+    """float32."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Counted:
     """What the router of a layer chose, in integers that add up over micro-batches and ranks."""
 
@@ -298,6 +309,10 @@ class Routing:
     Its sum over valid tokens is the load whose variation the load loss measures.
     """
     weight_on_input: bool = False
+
+    @property
+    def chosen(self) -> Chosen:
+        return Chosen(self.experts_TK.masked_fill(~self.keep_TK, -1), self.weights_TK)
 
     @staticmethod
     def joined(parts: Sequence[Routing]) -> Routing:

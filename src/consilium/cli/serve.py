@@ -1,0 +1,150 @@
+"""``consilium serve``: a model behind the HTTP API that OpenAI's clients speak."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from consilium.cli.arguments import path, size
+from consilium.cli.generation import model_arguments, open_checkpoint
+from consilium.cli.progress import note
+from consilium.errors import ConsiliumError
+from consilium.machine.memory import free_memory
+from consilium.words.say import say
+
+if TYPE_CHECKING:
+    from consilium.serving.limits import Settings
+
+HOST: Final = "127.0.0.1"
+PORT: Final = 8000
+_SHARE: Final = 0.8
+"""Of the memory that is free, unless told otherwise."""
+_LARGEST_KEYS: Final = 2**16
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=path, metavar="MODEL", help="a run, a checkpoint, a downloaded folder or a .gguf file"
+    )
+    parser.add_argument("--host", default=HOST, metavar="NAME", help="address to listen on")
+    parser.add_argument("--port", type=_port, default=PORT, metavar="N", help="0 takes one that is free")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="what opens the server; may be repeated; needed to listen beyond this machine",
+    )
+    parser.add_argument("--api-key-file", type=path, metavar="FILE", help="a key a line, likewise")
+    parser.add_argument(
+        "--max-queue", type=_count, default=64, metavar="N", help="sequences that may wait; more get a 429"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=_positive,
+        metavar="N",
+        help="tokens of a prompt with its answer; default: the model's length",
+    )
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="of weights, cache and all else; default: four fifths of what is free",
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="how clients call it; default: the name of the folder"
+    )
+    model_arguments(parser)
+
+
+def run(options: Namespace) -> int:
+    from consilium.checkpoint.folders import checkpoint_in
+
+    checkpoint = checkpoint_in(options.folder)
+    settings = _settings(options)
+    _check_installed()
+    from consilium.serving.run import is_loopback, listening
+
+    if not settings.keys and not is_loopback(options.host):
+        raise ConsiliumError(
+            f"serve: without a key {options.host} would be open to everybody; give --api-key, or leave"
+            " --host out."
+        )
+    with listening(options.host, options.port) as listener:
+        opened = open_checkpoint(checkpoint, options)
+        form = opened.form()
+        memory = options.memory or int(_SHARE * free_memory())
+        engine = opened.engine(memory=memory, most_length=options.max_model_len)
+        from consilium.serving.answers import Spelling
+        from consilium.serving.grammar import Grammars
+        from consilium.serving.metrics import Metrics
+        from consilium.serving.run import serve
+        from consilium.serving.service import Service
+        from consilium.serving.worker import Worker
+
+        worker = Worker(engine, most_waiting=settings.most_waiting)
+        metrics = Metrics(settings.name)
+        grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
+        spelling = Spelling(opened.tokenizer)
+        service = Service(engine, worker, opened.tokenizer, form, settings, metrics, grammars, spelling)
+        note(say("format: {name}", name=form.name))
+        place = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
+        note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
+        serve(service, listener, host=options.host)
+    return 0
+
+
+def _settings(options: Namespace) -> Settings:
+    from consilium.serving.limits import Settings
+
+    keys = (*options.api_key, *(() if options.api_key_file is None else _keys(options.api_key_file)))
+    if "" in keys:
+        raise ConsiliumError("serve: a key is empty and would open the server to everybody; leave it out.")
+    name = options.served_model_name or options.folder.resolve().name
+    return Settings(name=name, keys=keys, most_waiting=options.max_queue)
+
+
+def _keys(file: Path) -> tuple[str, ...]:
+    try:
+        text = file.read_bytes()[:_LARGEST_KEYS].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConsiliumError(f"serve: cannot read the keys in {file} ({error}); give a text file.") from None
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not keys:
+        raise ConsiliumError(f"serve: {file} holds no key; write one a line.")
+    return keys
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [
+        name for name in ("fastapi", "llguidance", "prometheus_client", "uvicorn") if find_spec(name) is None
+    ]
+    if missing:
+        raise ConsiliumError(
+            f"serve needs {', '.join(missing)}, which are not installed; pip install 'consilium-moe[serve]'."
+        )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise ArgumentTypeError(f"{text!r} is no port; use 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise ArgumentTypeError(f"{text!r} is no number of things; use 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (number := _count(text)):
+        raise ArgumentTypeError("0 is too few; use 1 or more")
+    return number

@@ -1,0 +1,313 @@
+"""What each request of the API asks of the engine, and what of its pieces is sent back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from consilium.config.generation import GenerationDefaults
+from consilium.data.forms import Message
+from consilium.data.tokenizer import Tokenizer
+from consilium.engine.chat import Format
+from consilium.engine.engine import Engine
+from consilium.engine.request import Piece, Pooling, Request, Sampling
+from consilium.serving import limits
+from consilium.serving.answers import (
+    Answer,
+    Heading,
+    Spelling,
+    chat_logprobs,
+    completion_logprobs,
+    routed,
+    told,
+    usage,
+)
+from consilium.serving.body import Refused
+from consilium.serving.grammar import Grammars, form_of
+from consilium.serving.limits import Settings
+from consilium.serving.metrics import Metrics
+from consilium.serving.protocol import ChatMessage, ChatRequest, CompletionRequest, Generating
+from consilium.serving.worker import Worker
+
+Object = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One model and how it is asked. All of it may be called from the event loop."""
+
+    engine: Engine
+    worker: Worker
+    tokenizer: Tokenizer
+    form: Format
+    settings: Settings
+    metrics: Metrics
+    grammars: Grammars
+    spelling: Spelling
+
+    @property
+    def length(self) -> int:
+        return self.engine.length
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.settings.name:
+            raise Refused(
+                404,
+                f"the model {name[:80]!r} is not served here, only {self.settings.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def prompts(self, given: object, *, special: bool) -> list[tuple[int, ...]]:
+        """Tokens of each prompt: texts are encoded off the event loop."""
+        match given:
+            case str() as text:
+                return [await asyncio.to_thread(self.encoded, text, special)]
+            case [int(), *_] as ids:
+                return [tuple(ids)]
+            case [str(), *_] as texts:
+                return [await asyncio.to_thread(self.encoded, text, special) for text in texts]
+            case list() as several:
+                return [tuple(ids) for ids in several]
+            case _:
+                raise Refused(400, "prompt is neither text nor tokens", param="prompt")
+
+    def encoded(self, text: str, special: bool) -> tuple[int, ...]:  # noqa: FBT001 - by asyncio.to_thread
+        opening = self.tokenizer.opening_id if special else None
+        return (*(() if opening is None else (opening,)), *self.tokenizer.encode(text))
+
+    def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
+        """New tokens of an answer: those asked for, else ``default``, and no more than the context has."""
+        left = max(self.length - len(prompt), 1)
+        return asked if asked is not None else left if default is None else min(default, left)
+
+    async def request(
+        self, asked: Generating, prompt: tuple[int, ...], most: int, ends: Sequence[int]
+    ) -> Request:
+        """Raises Refused, and ConsiliumError for what the engine does not take."""
+        form = form_of(asked)
+        request = Request(
+            prompt=prompt,
+            max_tokens=max(most, 1),
+            sampling=sampling_of(asked, self.engine.model.generation),
+            stop=asked.stops,
+            stop_ids=tuple({*(() if asked.ignore_eos else ends), *(asked.stop_token_ids or ())}),
+            constraint=None if form is None else await self.grammars.constraint(form),
+            routes=asked.return_routed_experts,
+        )
+        self.engine.check(request)
+        return request
+
+
+def sampling_of(asked: Generating, defaults: GenerationDefaults) -> Sampling:
+    """What was asked for, else what the model's files say, else OpenAI's defaults: a temperature of 1."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    theirs = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
+    own = {name: getattr(asked, name) for name in (*names, "presence_penalty", "frequency_penalty")}
+    said: dict[str, Any] = (
+        {"temperature": 1.0} | theirs | {name: value for name, value in own.items() if value is not None}
+    )
+    if not said.get("top_p", 1.0):
+        del said["top_p"]  # some files write 0 for off
+    said["top_k"] = max(int(said.get("top_k", 0)), 0)
+    bias = tuple((int(token), value) for token, value in (asked.logit_bias or {}).items())
+    seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+    return Sampling(**said, logit_bias=bias, seed=seed)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Sequences to generate for one request, ``each`` of every prompt, of which ``kept`` are sent back."""
+
+    heading: Heading
+    requests: Sequence[Request]
+    prompts: int
+    kept: int
+    choice: Callable[[int, Answer, int], Object]
+    """The choice of an index, from the piece of a number on."""
+    silent: bool = False
+    """Whether the prompt alone was asked for: a token is made, and not told."""
+    opening: Callable[[int], Object] | None = None
+    """What a stream begins each choice with."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [Answer(request.prompt) for request in self.requests if not isinstance(request.prompt, str)]
+
+    def usage(self, answers: Sequence[Answer]) -> Object:
+        return usage(answers, self.prompts, silent=self.silent)
+
+
+async def completion(service: Service, asked: CompletionRequest, salt: bytes) -> Job:
+    """Raises Refused and ConsiliumError for what cannot be."""
+    service.check_model(asked.model)
+    samples = asked.n or 1
+    drawn = max(asked.best_of or samples, samples)
+    if asked.stream and drawn > samples:
+        raise Refused(400, "best_of chooses once all are there, and cannot be streamed", param="best_of")
+    requests: list[Request] = []
+    for prompt in await service.prompts(asked.prompt, special=asked.add_special_tokens):
+        most = service.room(prompt, asked.max_tokens, limits.COMPLETION_TOKENS)
+        one = replace(
+            await service.request(asked, prompt, most, service.engine.stop_ids),
+            top=asked.logprobs or 0,
+            scores_prompt=bool(asked.echo) and asked.logprobs is not None,
+            salt=salt,
+        )
+        requests += [replace(one, sample=sample) for sample in range(drawn)]
+
+    def choice(index: int, answer: Answer, first: int) -> Object:
+        return _completion_choice(service, asked, index, answer, first)
+
+    heading = Heading("text_completion", service.settings.name)
+    silent = asked.max_tokens == 0
+    return Job(heading, requests, len(requests) // drawn, samples, choice, silent=silent)
+
+
+def _completion_choice(
+    service: Service, asked: CompletionRequest, index: int, answer: Answer, first: int
+) -> Object:
+    pieces = answer.pieces[first:] if asked.max_tokens != 0 else []
+    begins = bool(asked.echo) and first == 0
+    before = service.tokenizer.decode(answer.prompt) if asked.echo else ""
+    text = "".join(piece.text for piece in pieces)
+    logprobs = None
+    if asked.logprobs is not None:
+        scored = list(answer.pieces[0].prompt) if begins else []
+        offset = 0 if begins else len(before) + sum(len(piece.text) for piece in answer.pieces[:first])
+        logprobs = completion_logprobs(told([*scored, *pieces]), service.spelling, offset)
+    return {
+        "index": index,
+        "text": (before if begins else "") + text,
+        "logprobs": logprobs,
+        "finish_reason": "length" if asked.max_tokens == 0 else answer.finish,
+        **_routed(asked, answer, first),
+    }
+
+
+def _routed(asked: Generating, answer: Answer, first: int) -> Object:
+    return routed(answer.pieces[first:], begins=first == 0) if asked.return_routed_experts else {}
+
+
+async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
+    """Raises Refused and ConsiliumError for what cannot be."""
+    service.check_model(asked.model)
+    if asked.top_logprobs and not asked.logprobs:
+        raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    messages = conversation(asked.messages)
+    prompt = tuple(await asyncio.to_thread(service.form.ids, messages))
+    asked_for = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    most = service.room(prompt, asked_for, None)
+    ends = (*service.engine.stop_ids, *service.form.stop_ids)
+    one = await service.request(asked, prompt, most, ends)
+    one = replace(one, top=asked.top_logprobs or 0, stop=(*one.stop, *service.form.stops), salt=salt)
+    requests = [replace(one, sample=sample) for sample in range(asked.n or 1)]
+
+    def choice(index: int, answer: Answer, first: int) -> Object:
+        pieces = answer.pieces[first:]
+        said = {"content": "".join(piece.text for piece in pieces)}
+        message = (
+            {"delta": said} if asked.stream else {"message": {"role": "assistant", **said, "refusal": None}}
+        )
+        logprobs = chat_logprobs(told(pieces), service.spelling) if asked.logprobs else None
+        more = _routed(asked, answer, first)
+        return {"index": index, **message, "logprobs": logprobs, "finish_reason": answer.finish, **more}
+
+    heading = Heading("chat.completion", service.settings.name)
+    return Job(heading, requests, 1, len(requests), choice, opening=_opening)
+
+
+def _opening(index: int) -> Object:
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as templates know them: what system and developer say is one message, in front."""
+    told = [message.text for message in messages if message.role in {"system", "developer"}]
+    rest = [Message(m.role, m.text) for m in messages if m.role not in {"system", "developer"}]
+    return [*([Message("system", "\n\n".join(told))] if told else ()), *rest]
+
+
+async def whole(service: Service, job: Job) -> Object:
+    """The answer to a request that is not streamed."""
+    answers = job.answers
+    async for place, piece in _counted(service, job.requests):
+        answers[place].pieces.append(piece)
+    kept = [answer for group in _groups(answers, job.prompts) for answer in _best(group, job.kept)]
+    choices = [job.choice(index, answer, 0) for index, answer in enumerate(kept)]
+    return job.heading.object(choices) | {"usage": job.usage(answers)}
+
+
+def _groups(answers: Sequence[Answer], prompts: int) -> list[Sequence[Answer]]:
+    each = len(answers) // prompts
+    return [answers[first : first + each] for first in range(0, len(answers), each)]
+
+
+def _best(answers: Sequence[Answer], count: int) -> Sequence[Answer]:
+    return sorted(answers, key=lambda a: -a.likelihood)[:count] if count < len(answers) else answers
+
+
+async def streamed(service: Service, job: Job, *, with_usage: bool) -> AsyncGenerator[Object, None]:
+    """Objects of a stream. A piece whose text is still incomplete is sent with the next that has some."""
+    answers, sent = job.answers, [0] * len(job.requests)
+    usage_field = {"usage": None} if with_usage else {}
+    if job.opening is not None:
+        for index in range(len(answers)):
+            yield job.heading.object([job.opening(index)], streamed=True) | usage_field
+    async for place, piece in _counted(service, job.requests):
+        answer = answers[place]
+        answer.pieces.append(piece)
+        if piece.text or piece.finished is not None:
+            choice = job.choice(place, answer, sent[place])
+            sent[place] = len(answer.pieces)
+            yield job.heading.object([choice], streamed=True) | usage_field
+    if with_usage:
+        yield job.heading.object([], streamed=True) | {"usage": job.usage(answers)}
+
+
+async def embeddings(
+    service: Service, prompts: Sequence[tuple[int, ...]], pooling: Pooling, salt: bytes
+) -> list[list[float]]:
+    """A vector of length 1 for each prompt, of the states behind the last norm."""
+    requests = [
+        Request(prompt=prompt, max_tokens=0, pools=pooling, salt=salt, stop_ids=()) for prompt in prompts
+    ]
+    for index, request in enumerate(requests):
+        service.engine.check(request, f"input {index}")
+    found: list[list[float]] = [[] for _ in requests]
+    async for place, piece in _counted(service, requests):
+        found[place] = list(piece.state)
+    return found
+
+
+async def _counted(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces, measured on their way."""
+    began = time.monotonic()
+    last: list[float | None] = [None] * len(requests)
+    pieces = service.worker.pieces(requests, service.settings.seconds)
+    async with contextlib.aclosing(pieces):
+        async for place, piece in pieces:
+            now, before = time.monotonic(), last[place]
+            prompt = len(requests[place].prompt) if before is None else None
+            service.metrics.count(piece, prompt, now - (began if before is None else before))
+            last[place] = now
+            if piece.finished is not None:
+                service.metrics.whole.observe(now - began)
+            yield place, piece
+
+
+async def metrics_text(service: Service) -> bytes:
+    """What /metrics tells, as of the step that ends next."""
+    loads = await service.worker.ask(lambda: service.engine.loads)
+    service.metrics.running.set(service.engine.running)
+    service.metrics.waiting.set(service.engine.waiting)
+    service.metrics.usage.set(service.engine.cache_use)
+    return service.metrics.text(loads)

@@ -1,0 +1,182 @@
+"""``consilium serve`` as its users start and stop it: a process, an address, a signal."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from consilium.checkpoint import store
+from consilium.cli.main import main
+from consilium.data.tokenizer import Tokenizer
+from consilium.errors import ConsiliumError
+from consilium.serving.run import is_loopback, listening
+from small import DEEPSEEK, lively
+
+pytestmark = pytest.mark.enable_socket
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("serve") / "tiny-model"
+    store.save(lively(DEEPSEEK), made, tokenizer=Tokenizer.of_bytes())
+    return made
+
+
+class Started:
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "consilium", "serve", str(folder), "--port", "0", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self.told: list[str] = []
+        for line in self.process.stderr:
+            self.told.append(line)
+            if found := re.search(r"http://\S+(?=/v1)", line):
+                self.url = found[0]
+                break
+        else:
+            raise AssertionError("".join(self.told))
+        self.rest = threading.Thread(target=lambda: self.told.extend(self.process.stderr or ()), daemon=True)
+        self.rest.start()
+
+    def end(self) -> str:
+        self.process.wait(60)
+        self.rest.join(10)
+        return "".join(self.told)
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Any]:
+    started: list[Started] = []
+
+    def begin(*options: str) -> Started:
+        started.append(Started(folder, *options))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.process.kill()
+        one.end()
+        assert one.process.stderr is not None
+        one.process.stderr.close()
+
+
+def test_a_folder_is_served_until_a_signal(start: Any) -> None:
+    server = start()
+    found = httpx.get(f"{server.url}/v1/models", timeout=30).json()
+    assert [model["id"] for model in found["data"]] == ["tiny-model"]
+    body = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    told = server.end()
+    assert server.process.returncode == 0
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_runs_finishes_and_who_comes_is_refused(number: signal.Signals, start: Any) -> None:
+    server = start()
+    body = {"prompt": "a", "max_tokens": 250, "temperature": 0, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        server.process.send_signal(number)
+        rest = [line for line in lines if line]
+    assert first.startswith("data: {")
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    server.end()
+    assert server.process.returncode == 0
+
+
+def test_a_second_signal_ends_it_at_once(start: Any) -> None:
+    server = start()
+    body = {"prompt": "a", "max_tokens": 250, "n": 8, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    server.end()
+    assert server.process.returncode == 0
+
+
+def test_options_reach_the_server(start: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\ntwo\n")
+    server = start(
+        "--api-key-file",
+        str(keys),
+        "--served-model-name",
+        "mine",
+        "--max-model-len",
+        "50",
+        "--weights",
+        "int8",
+    )
+    assert httpx.get(f"{server.url}/v1/models", timeout=30).status_code == 401
+    model = httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer two"}, timeout=30).json()[
+        "data"
+    ][0]
+    assert (model["id"], model["max_model_len"]) == ("mine", 50)
+    assert httpx.get(f"{server.url}/health", headers={"host": "evil.example"}, timeout=30).status_code == 421
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--host", "0.0.0.0"), "would be open to everybody; give --api-key"),
+        (("--api-key", ""), "a key is empty and would"),
+        (("--port", "70000"), "no port"),
+        (("--max-queue", "-1"), "--max-queue"),
+        (("--max-model-len", "0"), "too few"),
+        (("--memory", "1MiB"), "is too little: weights of"),
+        (("--memory", "5"), "size with its unit"),
+        (("--api-key-file", "nowhere"), "cannot read the keys"),
+        (("--weight", "int8"), "Did you mean"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_sentence(
+    words: tuple[str, ...], sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(folder), "--port", "0", *words]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told, told
+    assert "Traceback" not in told
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with (
+        listening("127.0.0.1", 0) as first,
+        pytest.raises(ConsiliumError, match=r"cannot listen on 127\.0\.0\.1:\d+ \(address already in use\)"),
+    ):
+        listening("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(ConsiliumError, match=r"cannot listen on no\.such\.host"):
+        listening("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("127.8.8.8", True),
+        ("0.0.0.0", False),
+        ("example.org", False),
+    ],
+)
+def test_which_addresses_are_this_machine_alone(host: str, own: bool) -> None:
+    assert is_loopback(host) == own
