@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -15,9 +17,9 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.gguf_models import CASES, deepseek_v2, llama, qwen3
+from checkpoint.gguf_models import CASES, deepseek_v2, llama, mixtral, qwen3
 from checkpoint.models import trained
-from consilium.checkpoint import store
+from consilium.checkpoint import packed, store
 from consilium.checkpoint.convert import convert
 from consilium.checkpoint.gguf import source as reading
 from consilium.checkpoint.gguf.export import export
@@ -28,6 +30,7 @@ from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
 from consilium.ops.gguf import read_header
+from consilium.ops.weights import Packing
 from support import relative_error
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
@@ -184,24 +187,77 @@ def test_the_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
         store.load(tmp_path / "split" / "model.gguf")
 
 
-def test_older_files_hold_the_matrix_of_keys_and_values_whole(tmp_path: Path) -> None:
-    model, path = file_of(tmp_path, deepseek_v2())
+Tensors = Iterator[tuple[str, np.ndarray, gguf.GGMLQuantizationType]]
+
+
+def renamed(path: Path, arch: str, tensors: Callable[[gguf.ReaderTensor], Tensors], more: Tensors) -> Path:
+    """The file with others in the place of each tensor, ``more`` of them, and its keys of ``arch``."""
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "deepseek2")
+    writer = gguf.GGUFWriter(path.with_name("old.gguf"), arch)
     for field in reader.fields.values():
-        if field.name.startswith("deepseek2."):
+        if field.name.startswith(f"{arch}."):
             writer.add_key_value(field.name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        if "_b." not in tensor.name or "attn_q_b" in tensor.name:
-            writer.add_tensor(tensor.name, tensor.data)
-    for i in range(model.config.layers):
-        kv_up = model.state_dict()[f"layers.{i}.attention.kv_up.weight"].numpy()
-        writer.add_tensor(f"blk.{i}.attn_kv_b.weight", kv_up)
+    for name, values, kind in (*itertools.chain.from_iterable(map(tensors, reader.tensors)), *more):
+        writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert torch.equal(logits(store.load(tmp_path / "old.gguf")), logits(model))
+    return path.with_name("old.gguf")
+
+
+def test_older_files_hold_the_matrix_of_keys_and_values_whole(tmp_path: Path) -> None:
+    model, path = file_of(tmp_path, deepseek_v2())
+
+    def kept(tensor: gguf.ReaderTensor) -> Tensors:
+        if "_b." not in tensor.name or "attn_q_b" in tensor.name:
+            yield tensor.name, tensor.data, tensor.tensor_type
+
+    def whole() -> Tensors:
+        for i in range(model.config.layers):
+            kv_up = model.state_dict()[f"layers.{i}.attention.kv_up.weight"].numpy()
+            yield f"blk.{i}.attn_kv_b.weight", kv_up, gguf.GGMLQuantizationType.F32
+
+    old = renamed(path, "deepseek2", kept, whole())
+    assert torch.equal(logits(store.load(old)), logits(model))
+
+
+def apart(tensor: gguf.ReaderTensor) -> Tensors:
+    """A tensor for each expert of a stack, as in files of before March 2024."""
+    if not tensor.name.endswith("_exps.weight"):
+        yield tensor.name, tensor.data, tensor.tensor_type
+        return
+    for expert, values in enumerate(tensor.data):
+        name = tensor.name.replace("_exps", f".{expert}")
+        yield name, np.ascontiguousarray(values), tensor.tensor_type
+
+
+@pytest.mark.parametrize("part", [packed.PART_BYTES, 1], ids=["whole", "an expert at a time"])
+@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+def test_older_files_hold_each_expert_apart(
+    packing: Packing | None, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken as they lie in 8 bits, packed anew in 4."""
+    _, path = file_of(tmp_path, mixtral(), "q8_0")
+    old = renamed(path, "llama", apart, iter(()))
+    monkeypatch.setattr(packed, "PART_BYTES", part)
+    right = store.load(path, weights=packing).state_dict()
+    found = store.load(old, weights=packing).state_dict()
+    assert all(torch.equal(found[name], values) for name, values in right.items())
+
+
+def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
+    _, path = file_of(tmp_path, mixtral())
+
+    def kept(tensor: gguf.ReaderTensor) -> Tensors:
+        if tensor.name != "blk.1.ffn_down.2.weight":
+            yield tensor.name, tensor.data, tensor.tensor_type
+
+    old = renamed(
+        renamed(path, "llama", apart, iter(())).rename(tmp_path / "a.gguf"), "llama", kept, iter(())
+    )
+    with pytest.raises(ConsiliumError, match=r"its own keys: 1 missing \(blk\.1\.ffn_down\.2\.weight\)"):
+        store.load(old)
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,13 @@ from consilium.data.tokenizer import Tokenizer
 from consilium.disk import manifest
 from consilium.engine.engine import Engine
 from consilium.errors import ConsiliumError
+from consilium.model.packing import pack as pack_all
 from consilium.model.packing import packings
 from consilium.ops.gguf import Entry, read_header
-from consilium.ops.weights import PACKINGS, Packing, room, unpacked
+from consilium.ops.weights import PACKINGS, Packing, range_of, room, unpacked
+from consilium.ops.weights import packed as pack_values
 from small import DEEPSEEK, KINDS, SWITCH, lively
+from support import relative_error
 
 TYPES: Mapping[Packing, str] = {"int8": "q8_0", "int4": "q4_0", "uint4": "q4_1"}
 
@@ -235,6 +238,46 @@ def test_a_file_with_minus_128_is_packed_anew_and_one_with_nan_refused(tmp_path:
     (tmp_path / "nan.gguf").write_bytes(content)
     with pytest.raises(ConsiliumError, match="not finite"):
         store.load(tmp_path / "nan.gguf", weights="int8", check_finite=True)
+
+
+@pytest.mark.parametrize("packing", TYPES)
+@pytest.mark.parametrize("far", [2.0**-30, 2.0**30], ids=["small", "large"])
+def test_values_beyond_the_range_of_scales_are_refused_by_name(
+    packing: Packing, far: float, tmp_path: Path
+) -> None:
+    """Keys behind a norm may have any size, and small ones became zeros that nobody saw."""
+    model = lively(DEEPSEEK)
+    weight = model.get_parameter("layers.1.attention.kv_down.weight")
+    with torch.no_grad():
+        weight.mul_(far)
+    store.save(model, tmp_path / "model")
+    message = rf"kv_down\.weight has [\d.e+-]+ as its largest value, and {packing} is for .* take fp8"
+    with pytest.raises(ConsiliumError, match=message):
+        store.load(tmp_path / "model", weights=packing)
+    with pytest.raises(ConsiliumError, match=message):
+        pack_all(model, packing)
+    found = store.load(tmp_path / "model", dtype="float32", weights="fp8").state_dict()
+    values = (found[f"layers.1.attention.kv_down.{part}"] for part in ("weight", "weight_scales"))
+    assert relative_error(unpacked(*values, weight.shape[1]), weight) < 0.03
+
+
+@pytest.mark.parametrize("packing", TYPES)
+@pytest.mark.parametrize("end", [0, 1], ids=["least", "most"])
+def test_values_at_the_ends_of_the_range_keep_their_bits(packing: Packing, end: int) -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    least, error = range_of(packing)[end] / weight.abs().amax(), {"int8": 0.02, "int4": 0.1, "uint4": 0.1}
+    assert (
+        relative_error(unpacked(*pack_values(weight * least, packing), 96), weight * least) < error[packing]
+    )
+
+
+def test_a_matrix_of_zeros_is_packed(tmp_path: Path) -> None:
+    model = lively(DEEPSEEK)
+    with torch.no_grad():
+        model.get_parameter("layers.1.attention.o.weight").zero_()
+    store.save(model, tmp_path / "model")
+    found = store.load(tmp_path / "model", weights="int4").state_dict()
+    assert (found["layers.1.attention.o.weight_scales"] == 0).all()
 
 
 def test_progress_ends_with_all_bytes(tmp_path: Path) -> None:

@@ -41,6 +41,23 @@ def test_kernels_write_the_bytes_of_the_twin(tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("tier", HERE)
+def test_a_latent_that_overflows_is_no_number_again_and_one_of_zeros_is_zeros(tier: Tier) -> None:
+    """Zeros in its place would let the text go on."""
+    model, cache = lively(ONE), cache_of("int8")
+    with torch.no_grad():
+        down = model.get_parameter("layers.0.attention.kv_down.weight")
+        embed = model.get_parameter("embed.weight")
+        down[: ROWS.rank] = 0
+        down[0, 3], embed[:, 3], embed[7, 3] = 3e38, 0, 5
+    prepared = prepare(model, tier)
+    for place, token in enumerate((6, 7)):
+        prepared.step(Inputs(torch.tensor([[token]]), position_BS=torch.tensor([[place]])), cache, COUNTS)
+    zeros, overflown = ROWS.read(cache.layers[0][0, :2], torch.float32)[:, : ROWS.rank]
+    assert (zeros == 0).all()
+    assert overflown.isnan().all()
+
+
+@pytest.mark.parametrize("tier", HERE)
 @pytest.mark.parametrize("parts", [[75], [40, 35], [512, 38]], ids=str)
 def test_prompts_are_read_as_modules_read_them(parts: list[int], tier: Tier) -> None:
     model = lively(ONE).eval()

@@ -1,4 +1,4 @@
-"""Native kernels are compiled once, safely, for what this processor has; without a compiler nothing fails."""
+"""Products of native kernels are those of float64, and their threads serve whoever calls."""
 
 from __future__ import annotations
 
@@ -9,40 +9,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from consilium.errors import ConsiliumError
-from consilium.machine import amx
-from consilium.machine.amx import permitted
-from consilium.ops.native import compile as native
-from consilium.ops.native.compile import VARIABLE, Built, Missing, Planned, Tier, built, planned, tiers
+from consilium.ops.native.compile import Built, Tier
 from consilium.ops.native.library import Kernels, opened
 from consilium.ops.weights import Dense
 from kernels import HERE, compiled, kernels_of, whole_numbers, within
-
-
-@pytest.fixture
-def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.delenv("CXX", raising=False)
-
-
-@pytest.fixture
-def quick(wanted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A compiler that only writes its arguments, in a folder that is the whole PATH."""
-    script = tmp_path / "bin" / "g++"
-    script.parent.mkdir()
-    script.write_text(
-        f"#!{sys.executable}\nimport sys, pathlib\n"
-        "if '--version' in sys.argv: print('quick 1.0'); sys.exit()\n"
-        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).write_text(' '.join(sys.argv))\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(script.parent))
-    return script
 
 
 @pytest.mark.parametrize("tier", HERE)
@@ -139,154 +113,6 @@ def test_lower_tiers_hold_no_instruction_of_higher_ones(tier: Tier) -> None:
     assert len(text) > 10_000
     assert not re.search(r"%zmm|%k[1-7]", text)
     assert bool(re.search(r"%ymm", text)) == (tier == "avx2")
-
-
-def test_what_is_compiled_is_found_again(quick: Path, tmp_path: Path) -> None:
-    plan = planned(tmp_path / "kept")
-    assert isinstance(plan, Planned)
-    assert not plan.is_there
-    assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
-    made = plan.path.read_text()
-    quick.write_text("#!/bin/sh\necho quick 1.0\n")
-    assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
-    assert plan.path.read_text() == made
-
-
-def test_another_compiler_source_or_tier_is_another_file(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def path() -> Path:
-        plan = planned(tmp_path)
-        assert isinstance(plan, Planned)
-        return plan.path
-
-    seen = {path()}
-    quick.write_text(quick.read_text().replace("1.0", "2.0"))
-    seen.add(path())
-    monkeypatch.setenv(VARIABLE, "portable")
-    seen.add(path())
-    changed = shutil.copytree(Path(native.__file__).parent / "source", tmp_path / "source")
-    (changed / "feed.cpp").write_text("// other\n")
-    monkeypatch.setattr(native, "_SOURCES", changed)
-    seen.add(path())
-    assert len(seen) == (4 if tiers()[-1] != "portable" else 3)
-
-
-def test_a_file_that_others_can_write_is_not_loaded(quick: Path, tmp_path: Path) -> None:
-    plan = planned(tmp_path)
-    assert isinstance(plan, Planned)
-    plan.path.write_text("planted")
-    plan.path.chmod(0o666)
-    assert not plan.is_there
-    assert built(tmp_path) == Built(plan.path, plan.tier)
-    assert plan.path.read_text() != "planted"
-    assert plan.is_there
-
-
-def test_where_nothing_can_be_kept_kernels_are_compiled_for_the_process(quick: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    found = built(tmp_path / "file" / "native")
-    assert isinstance(found, Built)
-    assert found.path.exists()
-    assert not found.kept
-    assert not found.path.is_relative_to(tmp_path)
-    found.path.unlink()
-
-
-def test_without_a_compiler_the_reason_is_told(
-    wanted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = built(tmp_path)
-    assert found == Missing("there is no C++ compiler", "install g++ or clang++")
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        ("#!/bin/sh\necho 'x.cpp:1: error: no such header' >&2\nexit 1\n", "x.cpp:1: error: no such header"),
-        ("#!/bin/sh\nexit 3\n", "exit code 3"),
-    ],
-)
-def test_a_compiler_that_fails_is_told(quick: Path, tmp_path: Path, script: str, reason: str) -> None:
-    quick.write_text(script)
-    found = built(tmp_path)
-    assert isinstance(found, Missing)
-    assert reason in found.reason
-    assert "\n" not in found.reason
-
-
-def test_a_compiler_older_than_the_processor_makes_a_lower_tier(quick: Path, tmp_path: Path) -> None:
-    quick.write_text(
-        quick.read_text().replace(
-            "pathlib.Path(", "if '-mavx2' in sys.argv: sys.exit('unknown -mavx2')\npathlib.Path(", 1
-        )
-    )
-    found = built(tmp_path)
-    assert isinstance(found, Built)
-    assert found.tier == "portable"
-
-
-def test_a_tier_that_was_asked_for_is_no_other(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(VARIABLE, HERE[-1])
-    quick.write_text("#!/bin/sh\necho 'unknown flag' >&2\nexit 1\n")
-    found = built(tmp_path)
-    assert isinstance(found, Missing)
-    assert "unknown flag" in found.reason
-
-
-def test_they_can_be_switched_off(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "off")
-    assert built() == Missing(f"{VARIABLE} is off", f"unset {VARIABLE}")
-
-
-def test_an_unknown_tier_is_refused_with_the_nearest(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "portble")
-    with pytest.raises(ConsiliumError, match=r"CONSILIUM_NATIVE=portble.*portable"):
-        built()
-
-
-def test_a_tier_that_the_processor_lacks_is_refused(wanted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setenv(VARIABLE, "avx512")
-    with pytest.raises(ConsiliumError, match="no such kernels run on this processor"):
-        built()
-
-
-@pytest.mark.parametrize(
-    ("capability", "found", "fastest"),
-    [
-        ("DEFAULT", set(), "portable"),
-        ("AVX2", {"avx512_vnni"}, "avx2"),
-        ("AVX512", set(), "avx2"),
-        ("AVX512", {"avx512_vnni"}, "avx512"),
-        ("AVX512", {"avx512_vnni", "amx_tile"}, "avx512"),
-    ],
-)
-def test_the_fastest_tier_is_one_whose_every_instruction_is_here(
-    monkeypatch: pytest.MonkeyPatch, capability: str, found: set[str], fastest: str
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(native, "instructions", lambda: found)
-    monkeypatch.setattr(amx, "instructions", lambda: found)
-    permitted.cache_clear()
-    try:
-        assert tiers()[-1] == fastest
-    finally:
-        permitted.cache_clear()
-
-
-def test_processes_that_start_together_all_get_kernels(quick: Path, tmp_path: Path) -> None:
-    found: list[Built | Missing] = []
-    starters = [threading.Thread(target=lambda: found.append(built(tmp_path))) for _ in range(6)]
-    for starter in starters:
-        starter.start()
-    for starter in starters:
-        starter.join()
-    assert len(set(found)) == 1
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".lock", ".so"]
 
 
 def _busy(kernels: Kernels, calls: int) -> torch.Tensor:

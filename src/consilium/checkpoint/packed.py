@@ -25,8 +25,8 @@ from consilium.errors import ConsiliumError
 from consilium.machine.allocator import huge
 from consilium.model.build import allocate
 from consilium.model.decoder import Decoder
-from consilium.model.packing import hold, packings
-from consilium.ops.weights import BITS, PACKINGS, Packing, pack_into, room
+from consilium.model.packing import hold, packings, refuse_size
+from consilium.ops.weights import BITS, PACKINGS, Packing, largest_of, pack_into, room
 
 Progress = Callable[[int, int], None]
 """Hears of bytes of the files that are done, and of all."""
@@ -119,9 +119,12 @@ def _unread(codes: Tensor) -> str | None:
 
 def _packed(source: Source, name: str, like: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     codes, scales = (huge(part) for part in room(like, packing))
+    largest = 0.0
     for first, part in _parts(source, name, like):
         rows = slice(first, first + len(part))
         pack_into(part, packing, codes[rows], scales[rows])
+        largest = max(largest, largest_of(part))
+    refuse_size(name, largest, packing)
     return codes, scales
 
 

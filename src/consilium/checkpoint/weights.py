@@ -84,9 +84,10 @@ def match(
     ]
     faults += _list("of another shape", shapes)
     if faults:
+        folder_of_two = ("its config.json", "use the two files of one save")
+        described, remedy = folder_of_two if folder.is_dir() else ("its own keys", "download the file again")
         raise ConsiliumError(
-            f"the weights in {folder} do not fit its config.json: {'; '.join(faults)};"
-            " use the two files of one save."
+            f"the weights in {folder} do not fit {described}: {'; '.join(faults)}; {remedy}."
         )
 
 

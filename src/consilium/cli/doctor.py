@@ -180,11 +180,10 @@ def _dtype(place: Place, say: Say) -> str:
 
 
 def _kernels(say: Say) -> str:
-    from consilium.ops.native.compile import Built
-    from consilium.ops.native.library import found
+    from consilium.ops.native.library import Kernels, found
 
     kernels = found()
-    if isinstance(kernels, Built):
+    if isinstance(kernels, Kernels):
         return say("native, {tier}", tier=kernels.tier)
     missing = {"reason": kernels.reason, "remedy": kernels.remedy}
     return say("none, a step of generation takes several times as long: {reason}; {remedy}", **missing)

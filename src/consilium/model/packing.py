@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from consilium.errors import ConsiliumError
 from consilium.model.decoder import Decoder
 from consilium.model.vocabulary import Vocabulary
 from consilium.moe.experts import Experts
 from consilium.moe.shared import GatedNetwork
 from consilium.ops.linear import Linear
-from consilium.ops.weights import PACKINGS, Packing, packed, packing_of
+from consilium.ops.weights import PACKINGS, Packing, largest_of, packed, packing_of, range_of
 
 
 def packings(model: Decoder, packing: Packing) -> Mapping[str, Packing]:
@@ -56,8 +57,20 @@ def hold(model: Decoder, name: str, codes: Tensor, scales: Tensor) -> None:
     setattr(module, f"{leaf}_scales", scales)
 
 
+def refuse_size(name: str, largest: float, packing: Packing) -> None:
+    """Raise ConsiliumError for a weight whose largest value no scale of ``packing`` is made for."""
+    least, most = range_of(packing)
+    if largest != 0 and not least <= largest <= most:
+        raise ConsiliumError(
+            f"{name} has {largest:.3g} as its largest value, and {packing} is for {least:.3g} to {most:.3g},"
+            " since its scales are float16; leave --weights out or take fp8, whose scales are float32."
+        )
+
+
 def pack(model: Decoder, packing: Packing) -> None:
     """Pack all weights that can be, in place: what is trained on is no longer there."""
     weights = dict(model.named_parameters())
     for name, kind in packings(model, packing).items():
-        hold(model, name, *packed(weights.pop(name).detach(), kind))
+        weight = weights.pop(name).detach()
+        refuse_size(name, largest_of(weight), kind)
+        hold(model, name, *packed(weight, kind))

@@ -32,6 +32,10 @@ FLOAT8_GROUP: Final = 128
 """Floats in 8 bits that share one."""
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 _HIGHEST: Final = torch.finfo(torch.float16).max
+_STEPS: Final[Mapping[Packing, int]] = MappingProxyType({"int8": 127, "int4": 8, "uint4": 15})
+"""Of a scale, that make the largest value of a group."""
+_LEAST: Final = 2.0**-20
+"""A scale of which float16 rounds off about as much as integers in 8 bits do of their values."""
 _AT_ONCE: Final = 2**18
 """Values that are packed at once."""
 
@@ -300,6 +304,22 @@ def _packed(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
             codes = _shares(groups, scales).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
             return codes.flatten(-2)[..., : weight.shape[-1]], scales.squeeze(-1)
     return codes.flatten(-2), scales.squeeze(-1)
+
+
+def range_of(packing: Packing) -> tuple[float, float]:
+    """Between what the largest value of a matrix has to be, if it is not 0.
+
+    Scales in float16 hold no larger ones, and of smaller ones too little.
+    """
+    if packing == "fp8":
+        return 0.0, torch.finfo(torch.float32).max
+    steps = _STEPS[packing]
+    return steps * _LEAST, _HIGHEST if packing == "uint4" else steps * _HIGHEST
+
+
+def largest_of(weight: Tensor) -> float:
+    """The largest absolute value, without a copy of all."""
+    return max(abs(float(end)) for end in weight.aminmax())
 
 
 def halves_of(integers: Tensor) -> Tensor:

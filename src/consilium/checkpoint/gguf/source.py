@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consilium.checkpoint import weights
 from consilium.checkpoint.gguf.keys import model_of
-from consilium.checkpoint.gguf.tensors import views
+from consilium.checkpoint.gguf.tensors import is_by_expert, views
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.data.gguf import mark_ids, stop_ids
@@ -65,6 +65,9 @@ class FileSource:
         """Copy the rows of our tensor ``name`` from ``first`` on, as many as ``target`` has."""
         if target.shape == self.state[name].shape:
             self.fill(name, target)
+        elif is_by_expert(name, self.header.tensors):
+            for theirs, view in _views(self.config, self.header, name, target.detach(), first):
+                _read_into(self.header.tensors[theirs], view, check_finite=self.check_finite)
         elif target.ndim == 3:  # a stack, whose experts lie one after the other
             for theirs, view in _views(self.config, self.header, name, target.detach()):
                 _read_into(self.header.tensors[theirs], view, first, check_finite=self.check_finite)
@@ -118,9 +121,11 @@ def _generation(path: Path) -> GenerationDefaults:
     return GenerationDefaults(begin=begin, ends=stop_ids(path), padding=padding)
 
 
-def _views(config: Model, header: Header, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _views(
+    config: Model, header: Header, name: str, tensor: Tensor, first: int = 0
+) -> Iterator[tuple[str, Tensor]]:
     arch = _ARCHS[header.keys["general.architecture"]]
-    return views(config, arch, name, tensor, held=header.tensors)
+    return views(config, arch, name, tensor, held=header.tensors, first=first)
 
 
 def _flat(view: Tensor) -> tuple[int, ...]:

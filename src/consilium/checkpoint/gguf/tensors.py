@@ -51,8 +51,11 @@ _MLA: Final[Mapping[str, tuple[MODEL_TENSOR, ...]]] = {
     "attention.kv_up": (_T.ATTN_K_B, _T.ATTN_V_B),
 }
 _NAME: Final = re.compile(r"(?:layers\.(\d+)\.)?(.+?)(?:\.(weight|bias))?")
+_STACK: Final = re.compile(r"layers\.(\d+)\.moe\.experts\.(?:up|down)")
 _ALWAYS_FLOAT32: Final = re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b|ffn_gate_inp_shexp)\..*")
 _MOST_SIDES: Final = 3
+_BY_EXPERT: Final = {_T.FFN_GATE_EXP: "ffn_gate", _T.FFN_UP_EXP: "ffn_up", _T.FFN_DOWN_EXP: "ffn_down"}
+"""What files of 2023 call the matrix of one expert, whose number comes behind it."""
 _ROTATES_NEIGHBOURS: Final = frozenset({MODEL_ARCH.LLAMA, MODEL_ARCH.DEEPSEEK})
 """Where llama.cpp rotates pairs of neighbours in grouped-query attention, and we rotate halves."""
 
@@ -68,13 +71,14 @@ def exported(config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor) -> Iter
 
 
 def views(
-    config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor, held: Container[str] = ()
+    config: Model, arch: MODEL_ARCH, name: str, tensor: Tensor, held: Container[str] = (), first: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of a file that our tensor ``name`` is made of, and its values as a view of ours.
 
     A view may have more sides than the file's tensor has; their values are in the same order. Latent
     attention whose rotation is by halves is written and never read: there it is a copy. ``held`` are the
-    names of the file: older ones hold the matrix of keys and values whole.
+    names of the file: older ones hold the matrix of keys and values whole, and that of each expert apart, of
+    which ``tensor`` begins with the ``first``.
     """
     match = _NAME.fullmatch(name)
     assert match is not None, name
@@ -86,7 +90,17 @@ def views(
     kinds = (_SHARED | (_GQA if isinstance(config.attention, GQA) else _MLA))[stem]
     suffix = "bias" if kinds == (_T.FFN_EXP_PROBS_B,) else suffix
     for kind, part in zip(kinds, _parts(config, arch, stem, tensor, len(kinds)), strict=True):
-        yield f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}", part
+        if is_by_expert(name, held):
+            for expert, matrix in enumerate(part, first):
+                yield f"blk.{layer}.{_BY_EXPERT[kind]}.{expert}.{suffix}", matrix
+        else:
+            yield f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}", part
+
+
+def is_by_expert(name: str, held: Container[str]) -> bool:
+    """Whether a file with the names ``held`` has a tensor for each expert of our stack ``name``."""
+    match = _STACK.fullmatch(name)
+    return match is not None and f"blk.{match[1]}.ffn_down.0.weight" in held
 
 
 def stored_as(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +112,8 @@ def planned(folder: Path | None = None) -> Planned | Missing:
     if compiler is None or os.name != "posix":
         return Missing("there is no C++ compiler", "install g++ or clang++")
     tier = _taken(compiler, wanted)
-    command = (compiler, *_COMMON, *FLAGS[tier])
-    return Planned((folder or cache_folder() / "native") / f"{_key(command)}.so", tier, command)
+    command = (*compiler, *_COMMON, *FLAGS[tier])
+    return Planned((folder or cache_folder() / "native") / f"{_key(compiler, command)}.so", tier, command)
 
 
 def built(folder: Path | None = None) -> Built | Missing:
@@ -130,6 +132,12 @@ def built(folder: Path | None = None) -> Built | Missing:
             return Built(plan.path, plan.tier) if plan.is_there else _made(plan, keep=True)
     except ConsiliumError:
         return _made(plan, keep=False)
+
+
+def built_alone() -> Built | Missing:
+    """Compile them for this process, whatever the cache holds. Raises as ``built`` does, and OSError."""
+    plan = planned()
+    return plan if isinstance(plan, Missing) else _made(plan, keep=False)
 
 
 def _made(plan: Planned, *, keep: bool) -> Built | Missing:
@@ -162,29 +170,43 @@ def _tiers(asked: str) -> tuple[Tier, ...]:
     )
 
 
-def _compiler() -> str | None:
-    chosen = os.environ.get("CXX", "").split(" ")[0]
-    found = (shutil.which(name) for name in (chosen, *_COMPILERS) if name)
-    return next((path for path in found if path is not None), None)
+def _compiler() -> tuple[str, ...] | None:
+    """The compiler's program and its own arguments: CXX may be ``ccache g++`` or ``g++ --sysroot=...``."""
+    for name, *arguments in filter(None, (_chosen(), *((name,) for name in _COMPILERS))):
+        if (path := shutil.which(name)) is not None:
+            return path, *arguments
+    return None
 
 
-def _taken(compiler: str, wanted: tuple[Tier, ...]) -> Tier:
+def _chosen() -> Sequence[str]:
+    """The words of CXX as a shell reads them, unless all of it is a path with blanks."""
+    chosen = os.environ.get("CXX", "")
+    if shutil.which(chosen) is not None:
+        return (chosen,)
+    try:
+        return shlex.split(chosen)
+    except ValueError:  # a quotation mark without its other half
+        return ()
+
+
+def _taken(compiler: tuple[str, ...], wanted: tuple[Tier, ...]) -> Tier:
     for tier in wanted:
-        if _takes(compiler, FLAGS[tier]):
+        if _takes((*compiler, *FLAGS[tier])):
             return tier
     return wanted[-1]
 
 
 @functools.cache
-def _takes(compiler: str, flags: tuple[str, ...]) -> bool:
+def _takes(command: tuple[str, ...]) -> bool:
     """Whether the compiler knows the flags: one that is older than the processor makes a lower tier."""
-    return _run((compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull)) is None
+    return _run((*command, "-E", "-x", "c++", os.devnull, "-o", os.devnull)) is None
 
 
-def _key(command: tuple[str, ...]) -> str:
-    """The hash of all that decides what the compiler makes."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False, timeout=_SECONDS)  # noqa: S603 - the compiler that the user has
-    digest = hashlib.sha256(repr((command, version.stdout, sys.platform)).encode())
+def _key(compiler: tuple[str, ...], command: tuple[str, ...]) -> str:
+    """The hash of all that decides what the compiler makes: machines may share a home."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS)  # noqa: S603 - the compiler that the user has
+    made_for = (command, version.stdout, sys.platform, platform.machine())
+    digest = hashlib.sha256(repr(made_for).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:32]

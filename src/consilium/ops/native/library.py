@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from consilium.config.feed_forward import Activation
-from consilium.ops.native.compile import Built, Missing, Tier, built
+from consilium.ops.native.compile import Built, Missing, Tier, built, built_alone
 
 TYPES: Final[Mapping[torch.dtype, int]] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
 """Formats that the kernels read, by their number there."""
@@ -144,21 +144,34 @@ class Kernels:
 
 
 @functools.cache
-def found() -> Built | Missing:
-    """Where the kernels of this process are, compiled where they were not, or why there are none."""
-    return built()
+def found() -> Kernels | Missing:
+    """The kernels of this process, compiled where they were not, or why there are none.
+
+    What cannot be loaded from the cache is compiled anew for this process: nothing may run from that folder,
+    or a machine of another kind wrote it.
+    """
+    reason = ""
+    for make in (built, built_alone):
+        try:
+            made = make()
+            return made if isinstance(made, Missing) else _loaded(made)
+        except OSError as error:
+            reason = str(error)
+    return Missing(reason, "set CONSILIUM_CACHE to a folder with room from which programs may run")
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    match found():
-        case Built(path=path, tier=tier, kept=kept):
-            loaded = opened(path, tier)
-            if not kept:
-                path.unlink()
-            return loaded
-        case Missing():
-            return None
+    here = found()
+    return None if isinstance(here, Missing) else here
+
+
+def _loaded(made: Built) -> Kernels:
+    try:
+        return opened(made.path, made.tier)
+    finally:
+        if not made.kept:
+            made.path.unlink()
 
 
 def opened(path: Path, tier: Tier) -> Kernels:

@@ -13,13 +13,16 @@
 
 static inline void put_latent(const float *from, int64_t rank, int64_t rotated, int8_t *to) {
     float largest = 0;
-    for (int64_t i = 0; i < rank; ++i) largest = std::max(largest, std::fabs(from[i]));
+    for (int64_t i = 0; i < rank; ++i) {
+        const float size = std::fabs(from[i]);
+        largest = size <= largest || std::isnan(largest) ? largest : size;  // none is larger than what is no number
+    }
     Bfloat16 scale;
     narrow(largest / 127.0f, &scale);
     const float step = widen(scale);
     for (int64_t i = 0; i < rank; ++i) {
-        const float share = step == 0 ? 0.0f : std::nearbyint(from[i] / step);
-        to[i] = static_cast<int8_t>(std::clamp(share, -127.0f, 127.0f));
+        const float share = std::nearbyint(from[i] / step);
+        to[i] = step == 0 || std::isnan(share) ? 0 : static_cast<int8_t>(std::clamp(share, -127.0f, 127.0f));
     }
     for (int64_t i = 0; i < rotated; ++i) {
         Bfloat16 value;
