@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from consilium.errors import ConsiliumError, nearest
 
@@ -13,9 +13,22 @@ _PLAIN: Final = {"system": "{}\n\n", "user": "Q: {}\nA:", "assistant": " {}\n"}
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A tool that an assistant asked for."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     role: str
     content: str
+    calls: tuple[Call, ...] = ()
+    """Of an assistant."""
+    answers: str | None = None
+    """The id of the call whose result this is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,15 +74,23 @@ class Template:
     where: str
 
     def ids(
-        self, messages: Sequence[Message], tokenizer: TemplateCodec, rendered_by: Render | None = None
+        self,
+        messages: Sequence[Message],
+        tokenizer: TemplateCodec,
+        rendered_by: Render | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Return the tokens of ``messages`` and of the opening of the answer.
 
         Raises ConsiliumError in one sentence where the template refuses them, fails, or does not end. Without
-        ``rendered_by`` a process is started for it.
+        ``rendered_by`` a process is started for it. ``tools`` are described as OpenAI's API does.
         """
-        parts = self.parts(messages, tokenizer, opened=True, rendered_by=rendered_by)
+        parts = self.parts(messages, tokenizer, opened=True, rendered_by=rendered_by, tools=tools)
         return tokenizer.encode_parts(parts)
+
+    @property
+    def knows_tools(self) -> bool:
+        return "tools" in self.source
 
     def segments(
         self, messages: Sequence[Message], tokenizer: TemplateCodec, rendered_by: Render, *, opening: str = ""
@@ -140,22 +149,30 @@ class Template:
         *,
         opened: bool,
         rendered_by: Render | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[str | int]:
         """Return texts and ids of markers in order; ``opened``: with the opening of an answer at the end."""
         markers = tokenizer.markers
         texts = [message.content for message in messages]
-        guard = next(_unused("".join((self.source, *texts, *markers))))
+        more = [
+            json.dumps([call.arguments for message in messages for call in message.calls]),
+            *map(str, tools),
+        ]
+        guard = next(_unused("".join((self.source, *texts, *more, *markers))))
         given = [_guarded(message, markers, guard) for message in messages]
-        rendered = (rendered_by or _render)(self, self._context(given, tokenizer, opened=opened))
+        context = self._context(given, tokenizer, opened=opened)
+        if tools:
+            context["tools"] = _guarded_value(tools, markers, guard)
+        rendered = (rendered_by or _render)(self, context)
         return [
             markers[part] if part in markers else part.replace(guard, "")
             for part in _split(rendered, markers)
         ]
 
-    def end_of_turn(self, tokenizer: TemplateCodec) -> tuple[int, ...]:
+    def end_of_turn(self, tokenizer: TemplateCodec, rendered_by: Render | None = None) -> tuple[int, ...]:
         """Return the marker that the template puts behind an answer, if it puts one."""
         asked = (Message("user", "Hello"), Message("assistant", _PROBE))
-        parts = self.parts(asked, tokenizer, opened=False)
+        parts = self.parts(asked, tokenizer, opened=False, rendered_by=rendered_by)
         answer = next((i for i, part in enumerate(parts) if isinstance(part, str) and _PROBE in part), None)
         if answer is None or str(parts[answer]).partition(_PROBE)[2].strip():
             return ()
@@ -330,12 +347,38 @@ def _ends_turn(pieces: Sequence[str], place: int, markers: Mapping[str, int], en
     return not piece.strip() and before == end and behind in markers
 
 
-def _guarded(message: Message, markers: Mapping[str, int], guard: str) -> dict[str, str]:
+def _guarded(message: Message, markers: Mapping[str, int], guard: str) -> dict[str, Any]:
     """The message with ``guard`` inside all that is a marker or may become one beside the template's text."""
     role = message.role if message.role.isidentifier() else _guard(message.role, markers, guard)
     own = {marker for marker in markers if message.role == "assistant" and _THOUGHT.fullmatch(marker)}
     foreign = {marker: index for marker, index in markers.items() if marker not in own}
-    return {"role": role, "content": _guard(message.content, foreign, guard)}
+    told: dict[str, Any] = {"role": role, "content": _guard(message.content, foreign, guard)}
+    if message.calls:
+        calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
+        guarded = _guarded_value(calls, foreign, guard)
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": function}
+            for call, function in zip(message.calls, guarded, strict=True)
+        ]
+    if message.answers is not None:
+        told["tool_call_id"] = _guard(message.answers, foreign, guard)
+    return told
+
+
+def _guarded_value(value: Any, markers: Mapping[str, int], guard: str) -> Any:
+    """A value of JSON, all texts in it guarded."""
+    match value:
+        case str():
+            return _guard(value, markers, guard)
+        case Mapping():
+            return {
+                _guard(str(name), markers, guard): _guarded_value(one, markers, guard)
+                for name, one in value.items()
+            }
+        case list() | tuple():
+            return [_guarded_value(one, markers, guard) for one in value]
+        case _:
+            return value
 
 
 def _guard(text: str, markers: Mapping[str, int], guard: str) -> str:

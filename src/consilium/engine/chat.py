@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, final
@@ -48,7 +47,12 @@ class Format(Protocol):
         """Tokens that end an answer, beside those that end every text of the model."""
         ...
 
-    def ids(self, messages: Sequence[Message]) -> list[int]: ...
+    @property
+    def source(self) -> str:
+        """The template, '' without one."""
+        ...
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]: ...
 
 
 @final
@@ -66,8 +70,12 @@ class Templated:
     def name(self) -> str:
         return say("the model's own chat template ({where})", where=self.template.where)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        return self.template.ids(messages, self.tokenizer, self.rendering.render)
+    @property
+    def source(self) -> str:
+        return self.template.source
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return self.template.ids(messages, self.tokenizer, self.rendering.render, tools)
 
 
 @final
@@ -83,7 +91,12 @@ class Questions:
     def name(self) -> str:
         return say('plain text, "Q: ..." and "A: ...", because the model brings no chat template')
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def source(self) -> str:
+        return ""
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        assert not tools, "they are told in text"
         text = "".join(map(plain_turn, messages))
         opening = self.tokenizer.opening_id
         return [*(() if opening is None else (opening,)), *self.tokenizer.encode(text)]
@@ -97,7 +110,9 @@ def chat_format(model: Path, tokenizer: ChatCodec) -> Format:
     template = find_template(model, tokenizer)
     if template is None:
         return Questions(tokenizer)
-    return Templated(template, tokenizer, template.end_of_turn(tokenizer))
+    rendering = Rendering()
+    ends = template.end_of_turn(tokenizer, rendering.render)
+    return Templated(template, tokenizer, ends, rendering=rendering)
 
 
 @final
@@ -171,7 +186,8 @@ def write_conversation(conversation: Conversation, path: Path) -> None:
             raise ConsiliumError(
                 f"{path} exists and is no conversation of ours, so it is left alone; choose another name."
             ) from None
-    said = {"kind": KIND, "version": 1, "messages": [dataclasses.asdict(m) for m in conversation.messages]}
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    said = {"kind": KIND, "version": 1, "messages": messages}
     write_file(path, f"{json.dumps(said, indent=1)}\n".encode())
 
 

@@ -29,9 +29,12 @@ _COMPACT: Final[Any] = {"whitespace_flexible": False}
 """Where blanks may be without end, some models write nothing else."""
 
 
-def form_of(asked: Generating) -> str | None:
-    """The grammar of what was asked for; None where any text will do. Raises Refused for what is no form."""
-    forms: list[str] = []
+def form_of(asked: Generating, schema: Mapping[str, Any] | None = None) -> str | None:
+    """The grammar of what was asked for, or of ``schema``; None where any text will do.
+
+    Raises Refused for what is no form.
+    """
+    forms = [] if schema is None else [_schema(schema)]
     match asked.response_format:
         case None:
             pass

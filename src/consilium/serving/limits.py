@@ -25,6 +25,9 @@ BIASES: Final = 1024
 FORM_CHARACTERS: Final = 2**16
 """Of a schema, a regular expression, or all choices."""
 MESSAGES: Final = 1024
+TOOLS: Final = 128
+CALLS: Final = 128
+"""Of tools, in one message."""
 COMPLETION_TOKENS: Final = 16
 """New tokens of a completion that names no number, as with OpenAI; a chat goes on to the model's length."""
 COMMENT_SECONDS: Final = 5.0

@@ -19,6 +19,7 @@ Ids = Annotated[list[Id], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=limits.STOPS)]
 Prompts = str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=limits.PROMPTS)]
@@ -135,13 +136,69 @@ class TextPart(BaseModel):
 
 
 @final
+class Function(BaseModel):
+    model_config = _STRICT
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+@final
+class Tool(BaseModel):
+    model_config = _STRICT
+
+    type: Literal["function"]
+    function: Function
+
+
+@final
+class ChosenFunction(BaseModel):
+    model_config = _STRICT
+
+    name: Name
+
+
+@final
+class ChosenTool(BaseModel):
+    model_config = _STRICT
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+@final
+class CalledFunction(BaseModel):
+    model_config = _STRICT
+
+    name: str
+    arguments: str
+
+
+@final
+class ToolCall(BaseModel):
+    model_config = _STRICT
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+@final
 class ChatMessage(BaseModel):
     model_config = _STRICT
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.CALLS)] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
@@ -159,6 +216,9 @@ class ChatRequest(Generating):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES)]
     logprobs: bool | None = None
     max_completion_tokens: Count | None = None
+    parallel_tool_calls: bool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=limits.TOOLS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=limits.TOP)] | None = None
 
 

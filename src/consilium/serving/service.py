@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from consilium.config.generation import GenerationDefaults
-from consilium.data.forms import Message
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.chat import Format
 from consilium.engine.engine import Engine
@@ -31,7 +30,8 @@ from consilium.serving.body import Refused
 from consilium.serving.grammar import Grammars, form_of
 from consilium.serving.limits import Settings
 from consilium.serving.metrics import Metrics
-from consilium.serving.protocol import ChatMessage, ChatRequest, CompletionRequest, Generating
+from consilium.serving.protocol import ChatRequest, CompletionRequest, Generating, Tool
+from consilium.serving.tools import Reading, conversation, schema_of, told_in_text, way_of
 from consilium.serving.worker import Worker
 
 Object = dict[str, Any]
@@ -88,10 +88,15 @@ class Service:
         return asked if asked is not None else left if default is None else min(default, left)
 
     async def request(
-        self, asked: Generating, prompt: tuple[int, ...], most: int, ends: Sequence[int]
+        self,
+        asked: Generating,
+        prompt: tuple[int, ...],
+        most: int,
+        ends: Sequence[int],
+        schema: Object | None = None,
     ) -> Request:
         """Raises Refused, and ConsiliumError for what the engine does not take."""
-        form = form_of(asked)
+        form = form_of(asked, schema)
         request = Request(
             prompt=prompt,
             max_tokens=max(most, 1),
@@ -201,39 +206,62 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
     service.check_model(asked.model)
     if asked.top_logprobs and not asked.logprobs:
         raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    messages = conversation(asked.messages)
-    prompt = tuple(await asyncio.to_thread(service.form.ids, messages))
+    tools = [] if asked.tool_choice == "none" else asked.tools or []
+    schema = schema_of(asked)
+    prompt = await asyncio.to_thread(_asked_ids, service.form, asked, tools)
     asked_for = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     most = service.room(prompt, asked_for, None)
     ends = (*service.engine.stop_ids, *service.form.stop_ids)
-    one = await service.request(asked, prompt, most, ends)
+    one = await service.request(asked, prompt, most, ends, schema)
     one = replace(one, top=asked.top_logprobs or 0, stop=(*one.stop, *service.form.stops), salt=salt)
     requests = [replace(one, sample=sample) for sample in range(asked.n or 1)]
 
+    reading = Reading(
+        way="json" if schema is not None else way_of(service.form.source) if tools else None,
+        spelling=service.spelling,
+        key=secrets.token_hex(8),
+    )
+
     def choice(index: int, answer: Answer, first: int) -> Object:
-        pieces = answer.pieces[first:]
-        said = {"content": "".join(piece.text for piece in pieces)}
-        message = (
-            {"delta": said} if asked.stream else {"message": {"role": "assistant", **said, "refusal": None}}
-        )
-        logprobs = chat_logprobs(told(pieces), service.spelling) if asked.logprobs else None
-        more = _routed(asked, answer, first)
-        return {"index": index, **message, "logprobs": logprobs, "finish_reason": answer.finish, **more}
+        return _chat_choice(service, asked, reading, index, answer, first)
 
     heading = Heading("chat.completion", service.settings.name)
     return Job(heading, requests, 1, len(requests), choice, opening=_opening)
 
 
+def _asked_ids(form: Format, asked: ChatRequest, tools: Sequence[Tool]) -> tuple[int, ...]:
+    """Tokens of a conversation. Raises Refused and ConsiliumError for what the template does not take."""
+    messages = conversation(asked.messages)
+    if "tools" in form.source:
+        return tuple(form.ids(messages, [tool.model_dump(exclude_none=True) for tool in tools]))
+    return tuple(form.ids(told_in_text(messages, tools)))
+
+
+def _chat_choice(
+    service: Service, asked: ChatRequest, reading: Reading, index: int, answer: Answer, first: int
+) -> Object:
+    """What the pieces from ``first`` on add, or all of an answer."""
+    said, calls = reading.added(answer, first, index)
+    logprobs = None
+    if asked.logprobs:
+        logprobs = chat_logprobs(told(answer.pieces[first:]), service.spelling)
+    message: Object = {"content": said}
+    if calls:
+        message = {"content": said or None, "tool_calls": calls}
+    if not asked.stream:
+        message |= {"role": "assistant", "refusal": None}
+    return {
+        "index": index,
+        "delta" if asked.stream else "message": message,
+        "logprobs": logprobs,
+        "finish_reason": reading.finish(answer),
+        **_routed(asked, answer, first),
+    }
+
+
 def _opening(index: int) -> Object:
     delta = {"role": "assistant", "content": ""}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages as templates know them: what system and developer say is one message, in front."""
-    told = [message.text for message in messages if message.role in {"system", "developer"}]
-    rest = [Message(m.role, m.text) for m in messages if m.role not in {"system", "developer"}]
-    return [*([Message("system", "\n\n".join(told))] if told else ()), *rest]
 
 
 async def whole(service: Service, job: Job) -> Object:

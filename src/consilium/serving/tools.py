@@ -1,0 +1,242 @@
+"""Calls of tools: how a model is told of them, and how its calls are read out of what it writes.
+
+Models write calls in a few ways, which their chat templates show. A model whose template knows no tools is
+told of them in its system message, in the commonest of these ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from consilium.data.forms import Call, Message
+from consilium.serving.answers import Answer, Spelling
+from consilium.serving.body import Refused
+from consilium.serving.protocol import ChatMessage, ChatRequest, Tool
+
+Way = Literal["hermes", "mistral", "json"]
+
+_BEGIN: Final[Mapping[Way, str]] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "json": "{"}
+_END: Final = "</tool_call>"
+_NOTHING: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
+"""What a function takes that names no parameters."""
+_TOLD: Final = """# Tools
+
+You may call one or more functions to answer the question. Their signatures are in <tools></tools>:
+<tools>
+{tools}
+</tools>
+
+For each call write a JSON object with the function's name and arguments in <tool_call></tool_call>:
+<tool_call>
+{{"name": <name>, "arguments": <arguments>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What an answer says so far: of a longer one both are longer, never other."""
+
+    content: str
+    calls: tuple[Call, ...] = ()
+
+
+def way_of(template: str) -> Way:
+    """How a model writes calls, by its chat template."""
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    return "json" if "<tool_call>" not in template and '"parameters": ' in template else "hermes"
+
+
+def read(text: str, way: Way, *, whole: bool) -> Read:
+    """Take calls out of an answer. What may still become one is held back until the answer is ``whole``.
+
+    What is cut in the middle of a call is no call, and no text either.
+    """
+    match way:
+        case "hermes":
+            return _hermes(text, whole=whole)
+        case "mistral":
+            before, mark, rest = text.partition(_BEGIN[way])
+            if not mark:
+                return Read(before if whole else _without_beginning(before, _BEGIN[way]))
+            return Read(before.rstrip(), _listed(rest))
+        case "json":
+            if not text.lstrip().startswith("{") and (whole or text.strip()):
+                return Read(text)
+            call = _call(text) if whole else None
+            return Read("", (call,)) if call is not None else Read(text if whole else "")
+
+
+def _hermes(text: str, *, whole: bool) -> Read:
+    content, calls, begin = "", list[Call](), _BEGIN["hermes"]
+    while True:
+        before, mark, rest = text.partition(begin)
+        content += before.strip() if calls else before
+        if not mark:
+            held = content if whole else _without_beginning(content, begin)
+            return Read(held.rstrip() if calls else held, tuple(calls))
+        body, end, text = rest.partition(_END)
+        if not end:
+            return Read(content.rstrip(), tuple(calls))
+        call = _call(body)
+        content = content.rstrip()
+        if call is None:
+            content += body
+        else:
+            calls.append(call)
+
+
+def _without_beginning(text: str, mark: str) -> str:
+    """``text`` but for blanks and what may be the beginning of ``mark`` at its end."""
+    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
+    size = next((size for size in sizes if text.endswith(mark[:size])), 0)
+    return text[: len(text) - size].rstrip() if size else text.rstrip()
+
+
+def _call(text: str) -> Call | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    match found:
+        case {"name": str() as name, "arguments": dict() as arguments}:
+            return Call(name, arguments)
+        case {"name": str() as name, "parameters": dict() as arguments}:
+            return Call(name, arguments)
+        case {"name": str() as name} if len(found) == 1:
+            return Call(name, {})
+        case _:
+            return None
+
+
+def _listed(text: str) -> tuple[Call, ...]:
+    """A list of objects, as far as it is whole."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    calls = [_call(json.dumps(one)) for one in (found if isinstance(found, list) else [found])]
+    return tuple(call for call in calls if call is not None)
+
+
+def schema_of(asked: ChatRequest) -> dict[str, Any] | None:
+    """What a call has to be where one is required; None where the model may answer as it likes.
+
+    Raises Refused for a tool that is not there.
+    """
+    tools, choice = asked.tools or [], asked.tool_choice
+    if choice in (None, "none", "auto"):
+        return None
+    wanted = tools if choice == "required" else [t for t in tools if t.function.name == _chosen(choice)]
+    if not wanted:
+        raise Refused(400, "tool_choice asks for a tool that is not among tools", param="tool_choice")
+    return {"anyOf": [_as_schema(tool) for tool in wanted]}
+
+
+def _chosen(choice: object) -> str | None:
+    return getattr(getattr(choice, "function", None), "name", None)
+
+
+def _as_schema(tool: Tool) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": tool.function.name},
+            "arguments": tool.function.parameters or _NOTHING,
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as templates know them: what system and developer say is one message, in front.
+
+    Raises Refused for a call in them that cannot have been one.
+    """
+    told = [message.text for message in messages if message.role in {"system", "developer"}]
+    rest = [_message(m) for m in messages if m.role not in {"system", "developer"}]
+    return [*([Message("system", "\n\n".join(told))] if told else ()), *rest]
+
+
+def _message(message: ChatMessage) -> Message:
+    calls = []
+    for number, call in enumerate(message.tool_calls or ()):
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise Refused(
+                400,
+                f"tool_calls {number}: arguments are no JSON object: {call.function.arguments[:60]!r}",
+                param="messages",
+            )
+        calls.append(Call(call.function.name, arguments, call.id))
+    return Message(message.role, message.text, tuple(calls), message.tool_call_id)
+
+
+def told_in_text(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The same conversation for a template that knows neither tools nor their answers."""
+    signatures = "\n".join(json.dumps(tool.model_dump(exclude_none=True)) for tool in tools)
+    system = [message.content for message in messages if message.role == "system"]
+    texts = [*system, *([_TOLD.format(tools=signatures)] if tools else ())]
+    rest = [_in_text(message) for message in messages if message.role != "system"]
+    return [*([Message("system", "\n\n".join(texts))] if texts else ()), *rest]
+
+
+def _in_text(message: Message) -> Message:
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+    if not message.calls:
+        return message
+    calls = [
+        f"<tool_call>\n{json.dumps({'name': call.name, 'arguments': call.arguments})}\n</tool_call>"
+        for call in message.calls
+    ]
+    return Message(message.role, "\n".join([*filter(None, (message.content,)), *calls]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Reads answers that may hold calls; without a ``way`` all of them is text."""
+
+    way: Way | None
+    spelling: Spelling
+    key: str
+    """What the ids of calls begin with."""
+
+    def read(self, answer: Answer, count: int) -> Read:
+        """What the first ``count`` pieces say."""
+        pieces = answer.pieces[:count]
+        if self.way is None:
+            return Read("".join(piece.text for piece in pieces))
+        mark = _BEGIN[self.way]
+        texts = [
+            piece.text or (mark if piece.token >= 0 and self.spelling.text(piece.token) == mark else "")
+            for piece in pieces
+        ]
+        return read("".join(texts), self.way, whole=bool(pieces) and pieces[-1].finished is not None)
+
+    def added(self, answer: Answer, first: int, index: int) -> tuple[str, list[dict[str, Any]]]:
+        """Text and calls that the pieces from ``first`` on add."""
+        before, now = self.read(answer, first), self.read(answer, len(answer.pieces))
+        calls = [
+            {
+                "index": number,
+                "id": f"call_{self.key}{index:02}{number:02}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+            }
+            for number, call in enumerate(now.calls)
+        ]
+        return now.content[len(before.content) :], calls[len(before.calls) :]
+
+    def finish(self, answer: Answer) -> str | None:
+        calls = (
+            self.way is not None and answer.finish == "stop" and self.read(answer, len(answer.pieces)).calls
+        )
+        return "tool_calls" if calls else answer.finish

@@ -1,0 +1,260 @@
+"""Calls of tools: read out of every way of writing them, kept by a schema, told to every template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilium.data.forms import Call, Message
+from consilium.data.template import Template
+from consilium.data.tokenizer import Tokenizer
+from consilium.engine.chat import Templated
+from consilium.serving.tools import Way, read, told_in_text, way_of
+from serving.served import NAME, Server, engine_of, serving
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"enum": [1, 2, 3]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+ADD = {"type": "function", "function": {"name": "add"}}
+
+texts = st.text('ab <>[]{}\n"tol_cTOLCAS/', max_size=12)
+calls = st.lists(
+    st.builds(
+        Call, st.sampled_from(["f", "g"]), st.dictionaries(st.sampled_from("xy"), st.integers() | texts)
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def written(before: str, some: list[Call], way: Way) -> str:
+    objects = [json.dumps({"name": call.name, "arguments": dict(call.arguments)}) for call in some]
+    match way:
+        case "hermes":
+            return before + "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
+        case "mistral":
+            return f"{before}[TOOL_CALLS][{', '.join(objects)}]"
+        case "json":
+            return objects[0]
+
+
+@pytest.mark.parametrize("way", ["hermes", "mistral", "json"])
+@given(before=texts, some=calls)
+def test_calls_are_read_at_every_cut_and_no_markup_is_text(way: Way, before: str, some: list[Call]) -> None:
+    before = re.sub(r"<tool_call>|\[TOOL_CALLS\]", "", before)
+    text = written(before, some, way)
+    if way != "json" and (text.count("<tool_call>") + text.count("[TOOL_CALLS]")) not in {1, len(some)}:
+        return  # a beginning in the text made another mark with what follows
+    right = read(text, way, whole=True)
+    if way != "json":
+        assert right.content == before.rstrip()
+    assert right.calls == tuple(some[:1] if way == "json" else some)
+    last = read("", way, whole=False)
+    for size in range(len(text) + 1):
+        found = read(text[:size], way, whole=size == len(text))
+        assert found.content.startswith(last.content), "what is sent is never taken back"
+        assert found.calls[: len(last.calls)] == last.calls
+        cut = read(text[:size], way, whole=True)
+        assert "<tool_call>" not in cut.content
+        assert "[TOOL_CALLS]" not in cut.content
+        last = found
+
+
+@pytest.mark.parametrize("way", ["hermes", "mistral", "json"])
+@given(text=texts)
+def test_an_answer_without_calls_is_its_text(way: Way, text: str) -> None:
+    if "<tool_call>" in text or "[TOOL_CALLS]" in text:
+        return
+    assert read(text, way, whole=True).content == text
+
+
+def test_what_is_no_call_is_text_without_its_marks() -> None:
+    assert read("a<tool_call>no json</tool_call>b", "hermes", whole=True).content == "ano jsonb"
+    assert read('{"x": 1}', "json", whole=True).content == '{"x": 1}'
+    assert read("[TOOL_CALLS]no", "mistral", whole=True).calls == ()
+
+
+def test_the_way_is_that_of_the_template() -> None:
+    assert way_of("{% if tools %}<tool_call>{% endif %}") == "hermes"
+    assert way_of("[AVAILABLE_TOOLS] [TOOL_CALLS]") == "mistral"
+    assert way_of('Respond with {"name": x, "parameters": y} for tools') == "json"
+    assert way_of("") == "hermes"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(engine_of(length=2048)) as found:
+        yield found
+
+
+def create(server: Server, **more: Any) -> Any:
+    asked: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Weather?"}],
+        "max_tokens": 300,
+    }
+    return server.client().chat.completions.create(**(asked | {"tools": [WEATHER, ADD]} | more))
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_asked_for_keeps_its_schema(choice: Any, stream: bool, server: Server) -> None:
+    for seed in range(4):
+        found = create(server, tool_choice=choice, stream=stream, seed=seed, temperature=1.2)
+        if stream:
+            chunks = [chunk.choices[0] for chunk in found]
+            reason = chunks[-1].finish_reason
+            (call,) = [one for chunk in chunks for one in chunk.delta.tool_calls or ()]
+            assert not "".join(chunk.delta.content or "" for chunk in chunks)
+        else:
+            reason, message = found.choices[0].finish_reason, found.choices[0].message
+            (call,) = message.tool_calls
+            assert message.content is None
+        assert reason == "tool_calls"
+        arguments = json.loads(call.function.arguments)
+        if choice != "required":
+            assert call.function.name == "weather"
+        if call.function.name == "weather":
+            assert set(arguments) == {"city", "days"}
+            assert arguments["days"] in {1, 2, 3}
+
+
+FORCED = """Sure. <tool_call>
+{"name": "add", "arguments": {"x": [1, "a"]}}
+</tool_call>
+<tool_call>
+{"name": "add", "arguments": {}}
+</tool_call>"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [5, 40, 90, 300])
+def test_calls_among_text_are_told_apart_at_every_end(most: int, stream: bool, server: Server) -> None:
+    extra = {"structured_outputs": {"choice": [FORCED]}}
+    found = create(server, max_tokens=most, stream=stream, extra_body=extra)
+    if stream:
+        chunks = [chunk.choices[0] for chunk in found]
+        content = "".join(chunk.delta.content or "" for chunk in chunks)
+        called = [one for chunk in chunks for one in chunk.delta.tool_calls or ()]
+        reason = chunks[-1].finish_reason
+    else:
+        content, called = found.choices[0].message.content or "", found.choices[0].message.tool_calls or []
+        reason = found.choices[0].finish_reason
+    assert "Sure.".startswith(content)
+    assert [json.loads(one.function.arguments) for one in called] == [{"x": [1, "a"]}, {}][: len(called)]
+    assert [one.index for one in called] == list(range(len(called))) if stream else True
+    assert (reason, len(called)) == ("tool_calls", 2) if most == 300 else reason == "length"
+
+
+def test_a_conversation_with_calls_goes_on(server: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+    ]
+    found = create(server, messages=messages, max_tokens=4)
+    assert found.choices[0].finish_reason in {"length", "stop"}
+    text = server.service.tokenizer.decode(server.service.form.ids(told_in_text([Message("user", "x")], ())))
+    assert "Q: x" in text
+
+
+@pytest.mark.parametrize("arguments", ["{", "[]", "1", "nan", '"x"', "{'a': 1}"])
+def test_broken_arguments_in_a_conversation_are_refused_and_the_next_turn_works(
+    arguments: str, server: Server
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    body = {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}],
+        "max_tokens": 2,
+    }
+    with server.http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert "no JSON object" in answer.json()["error"]["message"]
+        call["function"]["arguments"] = "{}"
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tool_choice": {"type": "function", "function": {"name": "nobody"}}},
+        {"tool_choice": "always"},
+        {"tools": [{"type": "function", "function": {"name": "with blank"}}]},
+        {"tools": [{"type": "retrieval"}]},
+        {"tools": [ADD] * 129},
+        {"tool_choice": "required", "response_format": {"type": "json_object"}},
+        {
+            "tool_choice": "required",
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}],
+        },
+    ],
+    ids=lambda wrong: str(wrong)[:50],
+)
+def test_what_is_no_tool_is_refused(wrong: dict[str, Any], server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [ADD], "max_tokens": 2} | wrong
+    answer = server.http().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+
+
+def test_templates_that_know_tools_are_given_them_and_texts_stay_texts() -> None:
+    """Markers in names, arguments and results are text there, as in all else that comes from outside."""
+    tokenizer = Tokenizer.of_bytes()
+    source = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}{{ m.tool_call_id }}"
+        "{% endfor %}"
+    )
+    form = Templated(Template(source, "here"), tokenizer, ())
+    marker = next(iter(tokenizer.markers))
+    messages = [
+        Message("assistant", "", (Call("f", {"x": [marker, {"y": marker}]}, "1"),)),
+        Message("tool", f"a{marker}b", answers="1"),
+    ]
+    ids = form.ids(messages, [{"type": "function", "function": {"name": "f", "description": marker}}])
+    assert not set(ids) & set(tokenizer.markers.values())
+    text = tokenizer.decode(ids)
+    assert text.count(marker) == 4
+    assert '"description"' in text
+    form.rendering.close()
+
+
+def test_ten_turns_compute_what_is_new() -> None:
+    """Beginnings are kept by whole parts: each turn computes its own tokens and at most a part more."""
+    random = Random(0)
+    with serving(engine_of(most_tokens=32768, length=8192)) as server:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": "s" * 700}]
+        last = 0
+        for turn in range(10):
+            messages.append({"role": "user", "content": "".join(random.choices("abc ", k=200))})
+            found = server.client().chat.completions.create(
+                model=NAME, messages=messages, max_tokens=20, temperature=0
+            )
+            usage = found.usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            cached = usage.prompt_tokens_details.cached_tokens or 0
+            if turn:
+                assert usage.prompt_tokens - cached <= usage.prompt_tokens - last + 512
+            last = usage.prompt_tokens
+            messages.append({"role": "assistant", "content": found.choices[0].message.content})
