@@ -60,7 +60,21 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
             *(("decode", 1, 512, "-mixtral"), ("decode", 1, 512, "-qwen3-moe")),
         )
     }
-    return {"filters": sieve, **commands, **scripts, **decoding, "jacobs": study}
+    answering = {
+        name: (
+            sys.executable,
+            str(ROOT / "bench" / "serving.py"),
+            "--out",
+            str(records / f"{name}.json"),
+            *more,
+        )
+        for name, more in (
+            ("serving-8", ("--clients", "8")),
+            ("serving-8-shared-400", ("--clients", "8", "--shared", "400")),
+            ("serving-32", ("--clients", "32")),
+        )
+    }
+    return {"filters": sieve, **commands, **scripts, **decoding, **answering, "jacobs": study}
 
 
 def is_done(record: Path) -> bool:

@@ -179,6 +179,27 @@ def test_one_that_fails_harms_no_other(place: int, server: Server, monkeypatch: 
     assert pages(server) == 0
 
 
+def test_a_fault_of_ours_ends_what_runs_and_not_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = server.http().post(COMPLETIONS, json=CONTROL).json()["choices"]
+    step, left = Engine.step, [5]
+
+    def failing(self: Engine) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise AssertionError("injected")
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    answers = together(server, [[1, 70, 71]] * 3)
+    assert {answer.status_code for answer in answers} <= {200, 500}
+    assert [answer.status_code for answer in answers].count(500) >= 1
+    assert server.http().post(COMPLETIONS, json=CONTROL).json()["choices"] == right
+    server.settle()
+    assert pages(server) == 0
+
+
 def test_minus_infinity_is_a_number_of_json(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     advance = rows.advance
 

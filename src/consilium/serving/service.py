@@ -139,6 +139,8 @@ class Job:
     """The choice of an index, from the piece of a number on."""
     silent: bool = False
     """Whether the prompt alone was asked for: a token is made, and not told."""
+    each: bool = False
+    """Whether a stream tells of every token, also where its text is not whole yet."""
     opening: Callable[[int], Object] | None = None
     """What a stream begins each choice with."""
 
@@ -173,7 +175,8 @@ async def completion(service: Service, asked: CompletionRequest, salt: bytes) ->
 
     heading = Heading("text_completion", service.settings.name)
     silent = asked.max_tokens == 0
-    return Job(heading, requests, len(requests) // drawn, samples, choice, silent=silent)
+    each = asked.logprobs is not None
+    return Job(heading, requests, len(requests) // drawn, samples, choice, silent=silent, each=each)
 
 
 def _completion_choice(
@@ -226,7 +229,7 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
         return _chat_choice(service, asked, reading, index, answer, first)
 
     heading = Heading("chat.completion", service.settings.name)
-    return Job(heading, requests, 1, len(requests), choice, opening=_opening)
+    return Job(heading, requests, 1, len(requests), choice, opening=_opening, each=bool(asked.logprobs))
 
 
 def _asked_ids(form: Format, asked: ChatRequest, tools: Sequence[Tool]) -> tuple[int, ...]:
@@ -284,7 +287,7 @@ def _best(answers: Sequence[Answer], count: int) -> Sequence[Answer]:
 
 
 async def streamed(service: Service, job: Job, *, with_usage: bool) -> AsyncGenerator[Object, None]:
-    """Objects of a stream. A piece whose text is still incomplete is sent with the next that has some."""
+    """Objects of a stream. A piece without text waits for the next that has some, unless each is wanted."""
     answers, sent = job.answers, [0] * len(job.requests)
     usage_field = {"usage": None} if with_usage else {}
     if job.opening is not None:
@@ -293,7 +296,7 @@ async def streamed(service: Service, job: Job, *, with_usage: bool) -> AsyncGene
     async for place, piece in _counted(service, job.requests):
         answer = answers[place]
         answer.pieces.append(piece)
-        if piece.text or piece.finished is not None:
+        if job.each or piece.text or piece.finished is not None:
             choice = job.choice(place, answer, sent[place])
             sent[place] = len(answer.pieces)
             yield job.heading.object([choice], streamed=True) | usage_field

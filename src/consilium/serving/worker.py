@@ -136,13 +136,24 @@ class Worker:
 
     def _step(self) -> None:
         """One step, whose pieces go to who waits for them."""
-        pieces = self._engine.step()
+        try:
+            pieces = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - a fault of ours ends what runs, and not the server
+            pieces = self._given_up(error)
         for piece in pieces:
             if piece.error is not None:
                 _LOG.error("a request failed", exc_info=piece.error)
         sent = [(*self._streams[p.request], p) for p in pieces if p.request in self._streams]
         if sent and self._loop is not None:
             self._loop.call_soon_threadsafe(_deliver, sent)
+
+    def _given_up(self, error: Exception) -> list[Piece]:
+        """The last pieces of all requests, which the engine forgets."""
+        last = ConsiliumError("the engine failed")
+        last.__cause__ = error
+        for number in self._streams:
+            self._engine.cancel(number)
+        return [Piece(number, -1, "", 0.0, "error", error=last) for number in self._streams]
 
 
 def _deliver(pieces: Sequence[tuple[_Stream, int, Piece]]) -> None:
