@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, final
 
 from consilium.data import render
 from consilium.data.forms import Message
+from consilium.data.guards import guarded, guarded_value, split_at, unused
 from consilium.data.tokenizer import TEMPLATE_FILE as FILE
 from consilium.errors import ConsiliumError
 from consilium.machine.confined import Confined
@@ -26,10 +27,6 @@ from consilium.machine.confined import Confined
 MORE: Final = "additional_chat_templates"
 DEFAULT: Final = "default"
 _LARGEST: Final = 2**20
-_NONCHARACTERS: Final = (*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900)))
-"""Never exchanged between programs (Unicode 23.7); then private ones, should a text have them all."""
-_THOUGHT: Final = re.compile(r"</?think(ing)?>")
-"""What a model may write itself: templates cut earlier thoughts out by it."""
 _TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE: Final = "Probe"
 _ABSENT: Final = {"tools": None, "documents": None}
@@ -106,8 +103,8 @@ class Template:
         """
         markers = tokenizer.markers
         texts = [message.content for message in messages]
-        guard, begin, end = itertools.islice(_unused("".join((self.source, *texts, *markers))), 3)
-        given = [_guarded(message, markers, guard) for message in messages]
+        guard, begin, end = itertools.islice(unused("".join((self.source, *texts, *markers))), 3)
+        given = [guarded(message, markers, guard) for message in messages]
         marked = [
             one | {"content": _marked(one["content"], begin, end)} if one["role"] == "assistant" else one
             for one in given
@@ -118,7 +115,7 @@ class Template:
         if rendered.replace(begin, "").replace(end, "") != plain:
             raise _mixes(self.where)
         told = _with_leads(rendered, begin, opening)
-        pieces = [piece for part in _split(told, markers) for piece in re.split(f"([{begin}{end}])", part)]
+        pieces = [piece for part in split_at(told, markers) for piece in re.split(f"([{begin}{end}])", part)]
         found = _learned(
             [text for piece in pieces if (text := piece.replace(guard, ""))], markers, begin, end
         )
@@ -158,15 +155,15 @@ class Template:
             json.dumps([call.arguments for message in messages for call in message.calls]),
             *map(str, tools),
         ]
-        guard = next(_unused("".join((self.source, *texts, *more, *markers))))
-        given = [_guarded(message, markers, guard) for message in messages]
+        guard = next(unused("".join((self.source, *texts, *more, *markers))))
+        given = [guarded(message, markers, guard) for message in messages]
         context = self._context(given, tokenizer, opened=opened)
         if tools:
-            context["tools"] = _guarded_value(tools, markers, guard)
+            context["tools"] = guarded_value(tools, markers, guard)
         rendered = (rendered_by or _render)(self, context)
         return [
             markers[part] if part in markers else part.replace(guard, "")
-            for part in _split(rendered, markers)
+            for part in split_at(rendered, markers)
         ]
 
     def end_of_turn(self, tokenizer: TemplateCodec, rendered_by: Render | None = None) -> tuple[int, ...]:
@@ -282,11 +279,6 @@ def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _unused(text: str) -> Iterator[str]:
-    """Characters that are nowhere in ``text``."""
-    return (character for character in _NONCHARACTERS if character not in text)
-
-
 def _mixes(where: str) -> ConsiliumError:
     return ConsiliumError(
         f"{where} writes answers otherwise than they are given, so what of it is learned cannot be told;"
@@ -345,67 +337,6 @@ def _ends_turn(pieces: Sequence[str], place: int, markers: Mapping[str, int], en
         return before == end or (blank and pieces[place - 2] == end)
     behind = pieces[place + 1] if place + 1 < len(pieces) else ""
     return not piece.strip() and before == end and behind in markers
-
-
-def _guarded(message: Message, markers: Mapping[str, int], guard: str) -> dict[str, Any]:
-    """The message with ``guard`` inside all that is a marker or may become one beside the template's text."""
-    role = message.role if message.role.isidentifier() else _guard(message.role, markers, guard)
-    own = {marker for marker in markers if message.role == "assistant" and _THOUGHT.fullmatch(marker)}
-    foreign = {marker: index for marker, index in markers.items() if marker not in own}
-    told: dict[str, Any] = {"role": role, "content": _guard(message.content, foreign, guard)}
-    if message.calls:
-        calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
-        guarded = _guarded_value(calls, foreign, guard)
-        told["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": function}
-            for call, function in zip(message.calls, guarded, strict=True)
-        ]
-    if message.answers is not None:
-        told["tool_call_id"] = _guard(message.answers, foreign, guard)
-    return told
-
-
-def _guarded_value(value: Any, markers: Mapping[str, int], guard: str) -> Any:
-    """A value of JSON, all texts in it guarded."""
-    match value:
-        case str():
-            return _guard(value, markers, guard)
-        case Mapping():
-            return {
-                _guard(str(name), markers, guard): _guarded_value(one, markers, guard)
-                for name, one in value.items()
-            }
-        case list() | tuple():
-            return [_guarded_value(one, markers, guard) for one in value]
-        case _:
-            return value
-
-
-def _guard(text: str, markers: Mapping[str, int], guard: str) -> str:
-    if not markers:
-        return text
-    text = _any_of(markers).sub(lambda found: found[0][:1] + guard + found[0][1:], text)
-    inner = text.strip()
-    begin = text.index(inner)
-    before, after = text[:begin], text[begin + len(inner) :]
-    heads = {marker[:size] for marker in markers for size in range(1, len(marker))}
-    tails = {marker[size:] for marker in markers for size in range(1, len(marker))}
-    if any(inner.endswith(head) for head in heads):
-        inner += guard
-    if any(inner.startswith(tail) for tail in tails):
-        inner = guard + inner
-    return f"{before}{inner}{after}"
-
-
-def _split(text: str, markers: Mapping[str, int]) -> Iterator[str]:
-    """Markers and what is between them; nothing is empty."""
-    pieces = re.split(f"({_any_of(markers).pattern})", text) if markers else [text]
-    return (piece for piece in pieces if piece)
-
-
-def _any_of(markers: Mapping[str, int]) -> re.Pattern[str]:
-    """The leftmost marker and of those the longest, as the tokenizers library finds them."""
-    return re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))))
 
 
 def _render(template: Template, context: Mapping[str, Any]) -> str:
