@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tokenizers
 import transformers
@@ -21,6 +22,7 @@ from checkpoint.gguf_models import DEEPSEEK_LLM, llama
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
+from consilium.data.gguf import stop_ids, tokenizer_files
 from consilium.data.pieces import scores
 from consilium.data.splits import split_of
 from consilium.data.tokenizer import Tokenizer
@@ -64,6 +66,33 @@ def test_a_tokenizer_says_itself_whether_prompts_are_opened(learned: Tokenizer, 
     found = tokenizer_keys(tmp_path, learned, add_bos_token=False, bos_token=None)
     assert found["tokenizer.ggml.add_bos_token"] is False
     assert "tokenizer.ggml.bos_token_id" not in found
+
+
+@pytest.mark.parametrize("kind", [gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED])
+def test_texts_at_which_llama_cpp_ends_are_special_tokens_whatever_their_kind(
+    kind: gguf.TokenType, tmp_path: Path
+) -> None:
+    """Each was drawn once in llama.cpp, the first line ended its answer there and the second did not."""
+    ends = (
+        "<|im_end|> [EOT] _<EOT> <EOT> [EOS] <eos> <|flush|> <|calls|> <turn|> <end_of_turn> </s> <|fim_pad|>"
+    )
+    others = "<_EOT> <|eot|> <|end_of_turn|> <|message_sep|> <|mark|> <|fim_sep|> <file_sep>"
+    tokens = ["a", "b", *ends.split(), *others.split()]
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1, 1, *[int(kind)] * (len(tokens) - 2)])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    writer.add_eos_token_id(1)
+    writer.add_key_value("tokenizer.ggml.fim_rep_token_id", 0, gguf.GGUFValueType.UINT32)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    assert stop_ids(tmp_path / "t.gguf") == (1, 0, *range(2, 2 + len(ends.split())))
+    described = json.loads(tokenizer_files(tmp_path / "t.gguf")[0])
+    special = {token["content"] for token in described["added_tokens"] if token["special"]}
+    assert special == {*ends.split(), *(others.split() if kind == gguf.TokenType.CONTROL else ())}
 
 
 def test_a_tokenizer_of_bytes_has_a_merge_that_no_text_needs(tmp_path: Path) -> None:

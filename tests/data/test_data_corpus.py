@@ -248,6 +248,41 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     assert cache_folder() == tmp_path / "home" / ".cache" / "consilium"
 
 
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user whom the system does not know, as in a container that gives out numbers; what is temporary."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("CONSILIUM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"consilium-{os.getuid()}"
+
+
+def test_who_has_no_home_has_a_cache_that_nobody_else_writes(homeless: Path) -> None:
+    for _ in range(2):
+        assert cache_folder() == homeless
+        assert homeless.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["open", "link", "file"])
+def test_a_cache_that_somebody_planted_is_not_used(homeless: Path, planted: str) -> None:
+    match planted:
+        case "open":
+            homeless.mkdir()
+            homeless.chmod(0o777)
+        case "link":
+            (homeless.parent / "elsewhere").mkdir(mode=0o700)
+            homeless.symlink_to(homeless.parent / "elsewhere")
+        case _:
+            homeless.touch()
+    with pytest.raises(ConsiliumError, match=r"has no home and .* belongs to others; set CONSILIUM_CACHE"):
+        cache_folder()
+
+
 def test_a_vocabulary_without_room_for_bytes_is_refused(data: Data) -> None:
     with pytest.raises(ConsiliumError, match="vocab_size to 259 or more"):
         build_corpus(data, 258)

@@ -24,12 +24,27 @@ _WHOLE_FIRST: Final = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "
 _NONE: Final = (None, "no_vocab", "none")
 _ENDS: Final = frozenset(
     {
-        *("<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|end_of_text|>"),
-        *("<|eot_id|>", "<|eom_id|>", "<EOT>", "<_EOT>", "</s>", "<end_of_turn>", "<end_of_utterance>"),
+        *("<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|endoftext|>"),
+        *(
+            "<|end_of_text|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+            "<EOT>",
+            "_<EOT>",
+            "[EOT]",
+            "[EOS]",
+            "<eos>",
+            "</s>",
+        ),
+        *("<end_of_turn>", "<turn|>", "<end_of_utterance>", "<|tool_response>"),
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }
 )
-"""Texts of special tokens after which llama.cpp ends an answer, whatever ids a file names."""
+"""Texts of tokens that llama.cpp takes for special ones, after which it ends an answer, whatever ids and
+kinds a file names."""
+_END_IDS: Final = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _SPACE: Final = "▁"
 
 
@@ -63,12 +78,14 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def stop_ids(path: Path) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those that the file names, and those known by their text."""
+    """Return the tokens that end an answer: those that the file names, and those known by their text.
+
+    Those that fill or part the text of a file in the middle of code count, as in llama.cpp.
+    """
     keys = read_header(path).keys
-    tokens, kinds = (keys.get(f"{_OWN}{name}") or [] for name in ("tokens", "token_type"))
-    named = [keys.get(f"{_OWN}{name}_token_id") for name in ("eos", "eot", "eom")]
-    marks = zip(tokens, kinds, strict=False)
-    known = [i for i, (token, kind) in enumerate(marks) if kind == TokenType.CONTROL and token in _ENDS]
+    named = [keys.get(f"{_OWN}{name}_token_id") for name in _END_IDS]
+    tokens = keys.get(f"{_OWN}tokens", [])
+    known = [i for i, token in enumerate(tokens) if token in _ENDS] if _texts(tokens) else []
     return tuple(dict.fromkeys(token for token in (*named, *known) if isinstance(token, int)))
 
 
@@ -86,7 +103,8 @@ def _vocabulary(path: Path, keys: Keys) -> tuple[Sequence[str], Sequence[int]]:
     kinds = keys.get("token_type", [TokenType.NORMAL] * len(tokens) if isinstance(tokens, list) else None)
     if not _texts(tokens) or not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise damaged(path, "has a list of tokens that does not fit the list of their kinds")
-    return tokens, kinds
+    pairs = zip(tokens, kinds, strict=True)
+    return tokens, [TokenType.CONTROL if token in _ENDS else kind for token, kind in pairs]
 
 
 def _byte_level(path: Path, keys: Keys, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -111,11 +113,32 @@ def _flush(descriptor: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return CONSILIUM_CACHE, else ``consilium`` under XDG_CACHE_HOME or ``~/.cache``."""
+    """Return CONSILIUM_CACHE, else ``consilium`` under XDG_CACHE_HOME or ``~/.cache``.
+
+    A user without a home, as a container has whose user is a bare number, has a temporary one. Raises
+    ConsiliumError where that is somebody else's.
+    """
     if chosen := os.environ.get("CONSILIUM_CACHE"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "consilium"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "consilium"
+    try:
+        return Path.home() / ".cache" / "consilium"
+    except RuntimeError:
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """A folder that nobody else can write: what lies there is loaded and trained on."""
+    folder = Path(tempfile.gettempdir()) / f"consilium-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConsiliumError(
+            f"this user has no home and {folder} belongs to others; set CONSILIUM_CACHE to a folder."
+        )
+    return folder
 
 
 def make_parents(folder: Path, files: Filesystem) -> None:
