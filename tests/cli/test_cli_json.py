@@ -16,7 +16,7 @@ from consilium.records.run import SUMMARY_FILE, Summary
 from upcycling.sources import LLAMA, saved
 from upcycling.sources import text as lines
 
-WITHOUT = {"chat"}
+WITHOUT = {"chat", "serve"}
 """A conversation has no end to sum up: ``generate --chat --json`` is one turn of it with its figures."""
 WORDS = {
     "demo": ["--minutes", "0.005", "--out", "{new}"],

@@ -196,3 +196,11 @@ def test_the_load_of_every_expert_is_on_record(config: Model, k: int) -> None:
 def test_an_empty_stop_is_refused() -> None:
     with pytest.raises(ConsiliumError, match="stop text is empty"):
         Request(prompt="a", stop=("",))
+
+
+def test_a_request_for_nothing_is_refused() -> None:
+    engine = Engine(lively(DENSE))
+    with pytest.raises(ConsiliumError, match="no new tokens"):
+        engine.submit(Request(prompt=(1, 2), max_tokens=0))
+    assert engine.complete([[1, 2]], max_tokens=0) == [[]]
+    assert not engine.busy

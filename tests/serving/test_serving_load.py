@@ -78,7 +78,7 @@ def check_leaving(server: Server, count: int) -> None:
 
 
 def test_who_leaves_takes_nothing_along(server: Server) -> None:
-    check_leaving(server, 60)
+    check_leaving(server, 30)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def together(server: Server, prompts: list[list[int]]) -> list[httpx.Response]:
         return [one.result() for one in sent]
 
 
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", [0, 4, 2])
 def test_one_that_fails_harms_no_other(place: int, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its prompt, in a pass that all share, and where its token is drawn."""
     prompts = [[1, 90 + i, 100 + place] for i in range(8)]
@@ -264,7 +264,7 @@ def test_many_prompts_stay_within_the_cache_that_was_given() -> None:
     batch: Any = engine._batch  # pyright: ignore[reportPrivateUsage]
     random = Random(0)
     with serving(engine) as server, server.http() as client:
-        for _ in range(40):
+        for _ in range(15):
             prompt = [1] + [random.randrange(60, 200) for _ in range(random.choice([600, 1300]))]
             assert client.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 2}).status_code == 200
         assert batch._pages.total == 64
@@ -304,7 +304,7 @@ def test_equal_ids_of_clients_cross_no_tokens(server: Server) -> None:
         return found["choices"][0]["text"] == server.service.tokenizer.decode([token] * 5)
 
     with ThreadPoolExecutor(8) as clients:
-        assert all(clients.map(ask, [65 + i % 26 for i in range(60)]))
+        assert all(clients.map(ask, [65 + i % 26 for i in range(24)]))
 
 
 def test_the_loop_is_not_blocked_by_a_long_step(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,11 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Let ``request`` wait for its turn and return its id.
 
-        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, or
-        a prompt that with ``max_tokens`` exceeds the model's length.
+        Raises ConsiliumError for an empty prompt, an id outside the vocabulary, text without a tokenizer, a
+        prompt that with ``max_tokens`` exceeds the model's length, and where nothing is asked for.
         """
+        if request.max_tokens == 0 and request.pools is None:
+            raise ConsiliumError("a request of no new tokens has no answer; give max_tokens of 1 or more.")
         return self._enter(self._row(request, "the prompt"))
 
     def step(self) -> list[Piece]:

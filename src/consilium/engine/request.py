@@ -12,6 +12,8 @@ from consilium.errors import ConsiliumError
 Finish = Literal["stop", "length", "error"]
 Pooling = Literal["mean", "last"]
 MOST_TOP: Final = 100
+LEAST_PENALTY: Final = 0.01
+"""Of repetition: far below it quotients of logits are no numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +50,10 @@ class Sampling:
             raise ConsiliumError(f"top_p {self.top_p} is out of range; use a probability above 0, 1 is off.")
         if not 0 <= self.min_p <= 1:
             raise ConsiliumError(f"min_p {self.min_p} is out of range; use 0 (off) to 1.")
-        if not 0 < self.repetition_penalty <= 100:
+        if not LEAST_PENALTY <= self.repetition_penalty <= 100:
             raise ConsiliumError(
-                f"repetition_penalty {self.repetition_penalty} is out of range; use a factor above 0,"
-                " 1 is off."
+                f"repetition_penalty {self.repetition_penalty} is out of range; use a factor of"
+                f" {LEAST_PENALTY} to 100, 1 is off."
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from consilium.engine.request import LEAST_PENALTY
 from consilium.serving import limits
 
 _STRICT: Final = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -82,7 +83,7 @@ class Generating(BaseModel, ABC):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.SAMPLES)] | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=100)] | None = None
     response_format: ResponseFormat | None = None
     return_routed_experts: bool = False
     """Whether the answer says which experts computed which token, under vLLM's names."""
