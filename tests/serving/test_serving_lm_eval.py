@@ -29,12 +29,13 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
 metric_list:
   - metric: acc
 """
 DOCUMENTS = [
     {"question": "def f(", "choices": ["x", "y", " z"], "label": 1},
-    {"question": "import ", "choices": ["os", "sys"], "label": 0},
+    {"question": "import", "choices": [" os", " sys"], "label": 0},
     {"question": "for i", "choices": [" in", "nto", "s"], "label": 2},
 ]
 
