@@ -4,7 +4,7 @@ usage: python bench/balance.py [NAME ...] [--jobs 2] [--again] [--steps 240] [--
 
 NAME is ``softmax-METHOD``, ``sigmoid-METHOD`` or ``kN-METHOD``, all by default. Seeds are paired: every
 method sees the same first weights and the same text in the same order. Each NAME is a record of its own;
-stop it at any time, and it goes on with the first that has no record of these settings and this machine.
+stop it at any time, and it goes on with the first that has no record of these settings.
 Then ``python docs/generate_balance.py`` writes docs/balance.md. Rates are the defaults of each method.
 
 Legend: L MoE layers, E experts.
@@ -172,7 +172,7 @@ def curve(violations: Sequence[float]) -> list[tuple[int, float]]:
     return [(end, statistics.fmean(violations[end - size : end])) for end in ends]
 
 
-def prepare(_: Settings) -> Measure:
+def prepare(_: Settings, _jobs: int) -> Measure:
     """Read the text once; every run reads it in the same order."""
     config = training_of(names()[0], 1, 0)
     corpus = build_corpus(config.data, config.model.vocab_size, start=config.tokenizer)

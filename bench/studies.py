@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TypeVar, final
 
 import torch
 
 from consilium.benchmarking.record import record
 from consilium.errors import ConsiliumError, nearest
-from consilium.machine.processors import cpu_name
 from consilium.records.bench import BenchRecord, Figure
 from consilium.records.io import read_json, write_json
 
+_T = TypeVar("_T")
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -50,8 +50,8 @@ class Study:
     script: str
     names: tuple[str, ...]
     steps: int
-    prepare: Callable[[Settings], Measure]
-    """Is called once, before processes are forked."""
+    prepare: Callable[[Settings, int], Measure]
+    """Is called once, before processes are forked, with the number of these."""
 
     def path_of(self, name: str, settings: Settings) -> Path:
         return settings.records / f"{self.script}-{name}.json"
@@ -60,12 +60,12 @@ class Study:
         return f"python bench/{self.script}.py {name} {settings.command}"
 
     def is_done(self, name: str, settings: Settings) -> bool:
-        """Whether there is a record of these settings and this processor, whatever the commit."""
+        """Whether there is a record of these settings, whatever the commit.
+
+        Of any processor: no figure is a time, and how another one rounds is less than a seed is.
+        """
         path = self.path_of(name, settings)
-        if not path.exists():
-            return False
-        found = read_json(BenchRecord, path)
-        return found.command == self.command_of(name, settings) and found.machine.startswith(cpu_name())
+        return path.exists() and read_json(BenchRecord, path).command == self.command_of(name, settings)
 
     def measure(self, name: str, settings: Settings, measure: Measure) -> None:
         begun = time.monotonic()
@@ -75,27 +75,31 @@ class Study:
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def work(study: Study, waiting: Any, measure: Measure, settings: Settings) -> None:
-    """Take names from the queue until there is none."""
-    torch.set_num_threads(1)
-    while (name := waiting.get()) is not None:
-        study.measure(name, settings, measure)
-
-
-def run(study: Study, chosen: Sequence[str], jobs: int, settings: Settings) -> int:
-    """Processes are forked with what was prepared in memory, before this one has trained anything."""
-    torch.set_num_threads(1)
-    measure = study.prepare(settings)
+def beside(tasks: Sequence[_T], jobs: int, run: Callable[[_T], None]) -> int:
+    """Run all in ``jobs`` forked processes of one thread each; the worst of their exit codes."""
     context = multiprocessing.get_context("fork")
     waiting = context.SimpleQueue()
-    for name in (*chosen, *[None] * jobs):
-        waiting.put(name)
-    workers = [context.Process(target=work, args=(study, waiting, measure, settings)) for _ in range(jobs)]
+    for task in (*tasks, *[None] * jobs):
+        waiting.put(task)
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        while (task := waiting.get()) is not None:
+            run(task)
+
+    workers = [context.Process(target=work) for _ in range(jobs)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     return max(abs(worker.exitcode or 0) for worker in workers)
+
+
+def run(study: Study, chosen: Sequence[str], jobs: int, settings: Settings) -> int:
+    """Processes are forked with what was prepared in memory, before this one has trained anything."""
+    torch.set_num_threads(1)
+    measure = study.prepare(settings, jobs)
+    return beside(chosen, jobs, lambda name: study.measure(name, settings, measure))
 
 
 def main(study: Study, arguments: Sequence[str], about: str) -> int:

@@ -10,7 +10,7 @@ nothing, for the steps after the dense model's training and for both). A random 
 ``copy``, and ``btx`` takes its experts from branches of the dense model, each trained on one domain. Seeds
 are paired: for each seed all begin with the same dense model and, but for those named, read the same text in
 the same order. Each NAME is a record of its own; stop it at any time, and it goes on with the first that has
-no record of these settings and this machine. Settings are the methods' defaults; none was chosen after a
+no record of these settings. Settings are the methods' defaults; none was chosen after a
 result was seen.
 
 Legend: E experts, P values of an expert.
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import Measure, Settings, Study, ended
+from studies import Measure, Settings, Study, beside, ended
 
 from consilium.benchmarking.record import once
 from consilium.checkpoint import store
@@ -225,16 +225,20 @@ def small(model: Model) -> Model:
     return dataclasses.replace(model, dense=dataclasses.replace(model.dense, width=model.dense.width // 2))
 
 
-def prepare(settings: Settings) -> Measure:
-    """Read the text once, and train the dense model of each seed."""
+def prepare(settings: Settings, jobs: int) -> Measure:
+    """Read the text once, and train the dense model of each seed, ``jobs`` at once."""
     corpus = build_corpus(Data(sequence_length=128), DENSE.vocab_size)
     work = Path(tempfile.gettempdir()) / f"consilium-upcycle-{BEFORE}-{corpus.sha256[:12]}"
-    for seed in range(settings.seeds):
-        if not (work / f"dense-{seed}").exists():
-            model = build(DENSE, seed=seed)
-            trained(model, Text(corpus), BEFORE, seed)
-            store.save(model, work / f"dense-{seed}", tokenizer=corpus.tokenizer)
-            print(f"dense model of seed {seed} is trained", flush=True)
+
+    def train_dense(seed: int) -> None:
+        model = build(DENSE, seed=seed)
+        trained(model, Text(corpus), BEFORE, seed)
+        store.save(model, work / f"dense-{seed}", tokenizer=corpus.tokenizer)
+        print(f"dense model of seed {seed} is trained", flush=True)
+
+    beside(
+        [seed for seed in range(settings.seeds) if not (work / f"dense-{seed}").exists()], jobs, train_dense
+    )
 
     def measured(name: str, settings: Settings) -> Iterator[Figure]:
         for seed in range(settings.seeds):

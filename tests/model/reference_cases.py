@@ -210,13 +210,23 @@ def documents_of(rows: Rows) -> list[Document]:
 
 
 def rows_of(lengths: list[list[int]], seed: int = 0) -> Rows:
-    """Random documents; the last token of every second one has a target, as where a row cuts it."""
+    """Random documents; the last token of every second one has a target, as where a row cuts it.
+
+    No two begin with the same token, and none with one twice, whose places have the same state: where experts
+    choose, such twins tie, and how a sum is rounded would decide.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows: Rows = []
+    firsts: set[int] = set()
     for row in lengths:
         rows.append([])
         for length in row:
             tokens = torch.randint(VOCABULARY, (length + 1,), generator=generator)
+            while int(tokens[0]) in firsts:
+                tokens[0] = (tokens[0] + 1) % VOCABULARY
+            firsts.add(int(tokens[0]))
+            if tokens[1] == tokens[0]:
+                tokens[1] = (tokens[1] + 1) % VOCABULARY
             targets_N = tokens[1:].clone()
             if len(rows[-1]) % 2:
                 targets_N[-1] = -1

@@ -148,7 +148,7 @@ def test_kernels_route_as_the_router_does(router: Router) -> None:
     model = lively(moe(router=router)).eval()
     prepared = prepare(model, HERE[-1])
     known = router.offset != "logits" and router.weight_on == "output"
-    assert [bool(layer.routed) for layer in prepared.layers] == [False, known, known]
+    assert [bool(layer.routed) for layer in prepared.blocks.layers] == [False, known, known]
     agree(model, prepared, [5, 1, 9])
 
 

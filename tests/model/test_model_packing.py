@@ -29,12 +29,12 @@ def test_kernels_and_modules_agree(
     """The modules round activations as kernels do.
 
     One that differs in its last place may go the other way: 1/127 of the largest of 32, and some layers of
-    these models have no more.
+    these models have no more. Which do depends on how a processor's matrix products round.
     """
     model = lively(config).eval()
     pack(model, packing)
     round_activations(monkeypatch)
-    agree(model, prepare(model, tier), [3, 9, 1], within=5e-3)
+    agree(model, prepare(model, tier), [3, 9, 1], within=1e-2)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -152,10 +152,10 @@ def test_one_that_fails_harms_no_other(place: int, server: Server, monkeypatch: 
             raise RuntimeError("injected")
         return read(self, row)
 
-    def decoding(self: Batch, some: list[Row]) -> Tensor:
+    def decoding(self: Batch, some: list[Row], guesses: Any) -> Any:
         if any(is_bad(row) and len(row.tokens) > 5 + place for row in some):
             raise RuntimeError("injected")
-        return decode(self, some)
+        return decode(self, some, guesses)
 
     def advancing(row: Row, logits_V: Tensor, *rest: Any) -> Any:
         broken = is_bad(row) and len(row.tokens) > 4

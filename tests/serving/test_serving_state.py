@@ -33,6 +33,8 @@ NAMES = [
     "consilium:prompt_tokens",
     "consilium:request_refused",
     "consilium:request_success",
+    "consilium:spec_decode_num_accepted_tokens",
+    "consilium:spec_decode_num_draft_tokens",
     "consilium:time_to_first_token_seconds",
     "consilium_expert_entropy",
     "consilium_expert_imbalance",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
 from consilium.cli.exits import INTERRUPTED
-from consilium.cli.generation import Clock, generation_arguments, open_model, sampling_of
+from consilium.cli.generation import Clock, generation_arguments, guesses_told, open_model, sampling_of
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError, nearest
 from consilium.words.say import say
@@ -218,7 +218,7 @@ class Session:
         except KeyboardInterrupt:
             ended = None
         print(flush=True)
-        note(f"{clock}{'' if ended else say('; interrupted')}")
+        note(f"{clock}{guesses_told(self._engine)}{'' if ended else say('; interrupted')}")
         self._turns += 1
         self._tokens += clock.tokens
         self._last = clock

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from consilium.config.generation import GenerationDefaults
     from consilium.data.tokenizer import Tokenizer
     from consilium.engine.chat import Format
+    from consilium.engine.drafts import Speculation
     from consilium.engine.engine import Engine
     from consilium.engine.request import Piece, Sampling
     from consilium.kv.rows import CacheFormat
@@ -75,6 +76,15 @@ def model_arguments(parser: ArgumentParser) -> None:
         choices=("int8",),
         help="keep latents in 8 bits, about half of what they take; default: in the dtype of the model",
     )
+    parser.add_argument(
+        "--speculate",
+        choices=("ngram", "mtp"),
+        help="guess tokens and check several in one pass, which changes no text: ngram guesses what followed "
+        "before, mtp by the model's own multi-token prediction modules; default: neither",
+    )
+    parser.add_argument(
+        "--draft", type=int, metavar="N", help="tokens to guess for a pass; default: 4 by ngram, 1 by mtp"
+    )
 
 
 def check_settings(options: Namespace) -> None:
@@ -98,6 +108,7 @@ class Opened:
     place: Place
     packing: Packing | None
     cache: CacheFormat
+    speculation: Speculation | None
 
     def form(self) -> Format:
         """How the model reads a conversation."""
@@ -110,24 +121,34 @@ class Opened:
         import torch
 
         from consilium.checkpoint import store
+        from consilium.engine.drafts import Ahead, check_speculation
         from consilium.engine.engine import MOST_ROWS, Engine
         from consilium.kv.rows import rows_of
 
-        if self.cache != "model":  # told before minutes of reading
-            rows_of(store.open_folder(self.path, packed=True).config.attention, self.cache, torch.bfloat16)
+        config = store.open_folder(self.path, packed=True).config  # told before minutes of reading
+        rows_of(config.attention, self.cache, torch.bfloat16)
+        check_speculation(config, self.speculation)
         tell_kernels()
         model = store.load(self.path, dtype=self.place.dtype, weights=self.packing, check_finite=True).to(
             self.place.device
         )
-        most = None if memory is None else tokens_within(memory, model, self.cache)
+        modules = config.mtp.depth if isinstance(self.speculation, Ahead) else 0
+        most = None if memory is None else tokens_within(memory, model, self.cache, modules)
         if most is not None:  # all rows at their longest, and as much again for beginnings
             most = min(most, 2 * MOST_ROWS * model.config.max_length)
-        engine = Engine(model, self.tokenizer, cache=self.cache, most_tokens=most, most_length=most_length)
+        engine = Engine(
+            model,
+            self.tokenizer,
+            cache=self.cache,
+            most_tokens=most,
+            most_length=most_length,
+            speculation=self.speculation,
+        )
         tell_unread(engine)
         return engine
 
 
-def tokens_within(memory: int, model: Decoder, cache: CacheFormat) -> int:
+def tokens_within(memory: int, model: Decoder, cache: CacheFormat, modules: int) -> int:
     """Tokens that the cache may hold beside the weights and what else a process needs.
 
     Raises ConsiliumError where there is no room for a sequence.
@@ -135,7 +156,7 @@ def tokens_within(memory: int, model: Decoder, cache: CacheFormat) -> int:
     from consilium.kv.build import token_bytes
 
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    each = token_bytes(model.config, model.dtype, cache)
+    each = token_bytes(model.config, model.dtype, cache, modules)
     tokens = (memory - weights - BESIDE) // each
     if tokens < LEAST_TOKENS:
         need = weights + BESIDE + LEAST_TOKENS * each
@@ -200,7 +221,34 @@ def open_checkpoint(checkpoint: Path, options: Namespace) -> Opened:
 
     tokenizer = Tokenizer.load(checkpoint)
     check_vocabulary(tokenizer.vocab_size, store.open_folder(checkpoint, packed=True).config.vocab_size)
-    return Opened(checkpoint, tokenizer, place, options.weights, options.cache or "model")
+    speculation = speculation_of(options)
+    return Opened(checkpoint, tokenizer, place, options.weights, options.cache or "model", speculation)
+
+
+def speculation_of(options: Namespace) -> Speculation | None:
+    """Raises ConsiliumError for a number of tokens that cannot be guessed, or by nobody."""
+    from consilium.engine.drafts import Ahead, NGrams
+
+    kinds = {"ngram": NGrams, "mtp": Ahead}
+    if options.speculate is None:
+        if options.draft is not None:
+            raise ConsiliumError("--draft guesses by no way; add --speculate ngram or mtp.")
+        return None
+    kind = kinds[options.speculate]
+    return kind() if options.draft is None else kind(options.draft)
+
+
+def guesses_told(engine: Engine) -> str:
+    """How many guesses were right; nothing where there were none."""
+    guessed, right = engine.guesses
+    if not guessed:
+        return ""
+    return say(
+        "; {right} of {guessed} guesses right ({share:.0%})",
+        right=right,
+        guessed=guessed,
+        share=right / guessed,
+    )
 
 
 def sampling_of(options: Namespace, defaults: GenerationDefaults | None) -> Sampling:

@@ -1,23 +1,25 @@
 """The sequences that run together, and the only place of the engine that knows their cache.
 
 A prompt is read in parts at fixed places, each a pass of its own; then all rows decode one token a pass, each
-at its own position. Rows own pages of one pool. What a part computes depends on its own prompt alone, so
-prompts that begin with the same whole parts share the pages of these.
+at its own position, and behind it what was guessed: to a pass, tokens of one row are as those of several.
+Rows own pages of one pool. What a part computes depends on its own prompt alone, so prompts that begin with
+the same whole parts share the pages of these.
 
-Legend: B rows of a pass, S tokens of a part, M pages of a row, V vocabulary.
+Legend: B rows of a pass, S tokens of a part, N tokens of a pass, M pages of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from consilium.engine.request import Routes, Scored
+from consilium.engine.drafts import Ahead, Drafts, Modules, NGrams, PartOf, Repeats, Speculation
+from consilium.engine.request import Scored
+from consilium.engine.routes import Routes
 from consilium.engine.rows import Row, pool
 from consilium.engine.sampler import likeliest
 from consilium.evaluation.loads import LoadCounter
@@ -29,7 +31,6 @@ from consilium.kv.rows import CacheFormat
 from consilium.model.decoder import Decoder
 from consilium.model.native import NativeDecoder
 from consilium.model.types import Inputs, Options
-from consilium.moe.types import Chosen
 
 PROMPT_PART: Final = 512
 """Tokens of a prompt that are computed at once, at fixed places: experts are read once for all of them."""
@@ -41,19 +42,41 @@ _SCORED: Final = 64
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a pass found, the tokens of one row after those of another."""
+
+    logits_NV: Tensor
+    routes: Routes | None
+    """Where somebody asked."""
+
+
+@final
 class Batch:
     """Rows of one model and the pages of all, which grow with need, or are so many tokens from the start."""
 
     def __init__(
-        self, model: Decoder, options: Options, most_tokens: int | None = None, form: CacheFormat = "model"
+        self,
+        model: Decoder,
+        options: Options,
+        most_tokens: int | None = None,
+        form: CacheFormat = "model",
+        speculation: Speculation | None = None,
     ) -> None:
         self._model = model
         self._options = options
         self._native = NativeDecoder.of(model) if options.mode.observer is None else None
         self._reader = self._native if self._native is not None and self._native.reads_prompts else None
         self._pages = Pages()
+        self.drafts = _drafts(speculation, model, self._native, options, self._part)
         self._pool = build_pool(
-            model.config, pages=0, page=PAGE, dtype=model.dtype, form=form, device=model.device
+            model.config,
+            pages=0,
+            page=PAGE,
+            dtype=model.dtype,
+            form=form,
+            modules=model.config.mtp.depth if isinstance(speculation, Ahead) else 0,
+            device=model.device,
         )
         self._prefixes = Prefixes(self._pages)
         self._grows = most_tokens is None
@@ -79,7 +102,7 @@ class Batch:
         Whole parts of its prompt that are in the cache are not read again, but for the last token, whose
         logits nobody kept.
         """
-        row.parts = row.parts or digests(row.tokens[: row.prompt], PROMPT_PART, row.request.salt)
+        row.parts = row.parts or digests(row.tokens[: row.prompt], PROMPT_PART, row.request.whole_salt)
         useful = 0 if row.request.reads_all else (row.prompt - 1) // PROMPT_PART
         known = self._prefixes.find(row.parts[:useful])
         needed = len(row.tokens) // PAGE + 1 - len(known)
@@ -90,20 +113,21 @@ class Batch:
         row.shared = row.shared or row.cached
         return True
 
-    def extend(self, row: Row) -> bool:
-        """Give a row the page of its next token, if it is without; False where there is none."""
-        if row.cached < len(row.pages) * PAGE:
+    def extend(self, row: Row, more: int = 0) -> bool:
+        """Give a row the pages that its next token and ``more`` lack; False where there are none."""
+        lacking = (row.cached + more) // PAGE + 1 - len(row.pages)
+        if lacking <= 0:
             return True
-        if not self._room(1):
+        if not self._room(lacking):
             return False
-        row.pages += self._taken(1)
+        row.pages += self._taken(lacking)
         return True
 
     def leave(self, row: Row) -> None:
         """Take a row out, or what is read of it so far; it may come back."""
         self.rows = [other for other in self.rows if other is not row]
         self._pages.release(row.pages)
-        row.pages, row.cached = [], 0
+        row.pages, row.cached, row.states = [], 0, None
 
     @torch.inference_mode()
     def read(self, row: Row) -> Tensor | None:
@@ -111,66 +135,79 @@ class Batch:
         first, end = row.cached, min(row.cached + PROMPT_PART, row.prompt)
         position_1S = torch.arange(first, end, device=self._model.device)[None]
         inputs = Inputs(self._tensor([row.tokens[first:end]]), position_BS=position_1S)
-        x_SD = self._states(inputs, self._part([row]), [row])
+        x_SD, routes = self._states(inputs, self._part([row]), [row], self._reader, many=True)
+        row.tell(first, routes)
         row.cached = end
         if row.request.scores_prompt:
             self._score(row, first, x_SD)
         if row.request.pools is not None:
-            pool(row, x_SD if self._reader is None else self._model.norm(x_SD))
+            pool(row, self._final(x_SD, self._reader))
+        if self.drafts is not None:
+            self.drafts.read(row, first, self._final(x_SD, self._reader))
         if end - first == PROMPT_PART:
             pages = row.pages[first // PAGE : end // PAGE]
             self._prefixes.keep(row.parts[first // PROMPT_PART], pages)
         if end < row.prompt:
             return None
         self.rows.append(row)
-        return self._logits(x_SD[-1:])
+        return self._logits(x_SD[-1:], self._reader)
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row]) -> Tensor:
-        """Compute the next token of each that is not in the cache; logits [B, V] after it."""
+    def decode(self, rows: Sequence[Row], guesses: Sequence[Sequence[int]]) -> Decoded:
+        """Compute the next token of each that is not in the cache, and what was guessed behind it."""
+        runs = [[row.tokens[row.cached], *guess] for row, guess in zip(rows, guesses, strict=True)]
+        places = [
+            [i] for row, run in zip(rows, runs, strict=True) for i in range(row.cached, row.cached + len(run))
+        ]
         inputs = Inputs(
-            self._tensor([[row.tokens[row.cached]] for row in rows]),
-            position_BS=self._tensor([[row.cached] for row in rows]),
+            self._tensor([[token] for run in runs for token in run]), position_BS=self._tensor(places)
         )
-        part = self._part(rows)
-        if self._native is not None:
-            found = self._native.states(inputs, part, self._options, many=False)
-            self.loads.add(found.reports.values())
-            if any(row.request.routes for row in rows):
-                _route(rows, found.chosen())
-            logits_BV = self._native.logits(found.x_TD)
-        else:
-            output = self._model(inputs, cache=part, options=self._asked(rows))
-            self.loads.add(output.reports.values())
-            _route(rows, {layer: routing.chosen for layer, routing in output.routings.items()})
-            logits_BV = output.logits[:, 0]
-        for row in rows:
-            row.cached += 1
-        return logits_BV
+        part = self._part([row for row, run in zip(rows, runs, strict=True) for _ in run])
+        x_ND, routes = self._states(inputs, part, rows, self._native, many=False)
+        if self.drafts is not None:
+            parts = self._final(x_ND, self._native).split([len(run) for run in runs])
+            for row, final_SD in zip(rows, parts, strict=True):
+                row.states = row.cached, final_SD
+        return Decoded(self._logits(x_ND, self._native), routes)
 
-    def _states(self, inputs: Inputs, part: CachePart, rows: Sequence[Row]) -> Tensor:
-        """What the head reads [S, D] of a part of a prompt of one row."""
-        if self._reader is not None:
-            found = self._reader.states(inputs, part, self._options, many=True)
-            self.loads.add(found.reports.values())
-            if rows[0].request.routes:
-                _route(rows, found.chosen())
-            return found.x_TD
-        hidden = self._model.hidden(inputs, cache=part, options=self._asked(rows))
-        self.loads.add(hidden.reports)
-        _route(rows, {layer: routing.chosen for layer, routing in hidden.routings.items()})
-        return hidden.final_BSD[0]
-
-    def _asked(self, rows: Sequence[Row]) -> Options:
-        """Decisions of routers are kept where somebody wants to know."""
+    def _states(
+        self,
+        inputs: Inputs,
+        part: CachePart,
+        rows: Sequence[Row],
+        native: NativeDecoder | None,
+        *,
+        many: bool,
+    ) -> tuple[Tensor, Routes | None]:
+        """What the head reads [N, D] of tokens of several rows, or of a part of the prompt of one."""
         wanted = any(row.request.routes for row in rows)
-        return replace(self._options, routings=True) if wanted else self._options
+        options = replace(self._options_of(rows, inputs), routings=wanted)
+        if native is not None:
+            found = native.states(inputs, part, options, many=many)
+            self.loads.add(found.reports.values())
+            return found.x_TD, Routes.of(found.chosen()) if wanted else None
+        hidden = self._model.hidden(inputs, cache=part, options=options)
+        self.loads.add(hidden.reports)
+        chosen = {layer: routing.chosen for layer, routing in hidden.routings.items()}
+        return hidden.final_BSD.flatten(0, 1), Routes.of(chosen)
 
-    def _logits(self, x_SD: Tensor) -> Tensor:
-        """[S, V]; the head reads no state but those that somebody asks for."""
-        if self._reader is not None:
-            return self._reader.logits(x_SD)
-        return self._model.logits(x_SD[None])[0]
+    def _options_of(self, rows: Sequence[Row], inputs: Inputs) -> Options:
+        """Those of a row that is steered, which runs alone."""
+        steering = rows[0].request.steering
+        if steering is None:
+            return self._options
+        override = steering.override(self._model.config, inputs.positions().flatten())
+        return replace(self._options, mode=replace(self._options.mode, override=override))
+
+    def _final(self, x_ND: Tensor, native: NativeDecoder | None) -> Tensor:
+        """States after the last norm, which the kernels leave to who asks."""
+        return x_ND if native is None else self._model.norm(x_ND)
+
+    def _logits(self, x_ND: Tensor, native: NativeDecoder | None) -> Tensor:
+        """[N, V]; the head reads no state but those that somebody asks for."""
+        if native is not None:
+            return native.logits(x_ND)
+        return self._model.logits(x_ND[None])[0]
 
     def _score(self, row: Row, first: int, x_SD: Tensor) -> None:
         """Tell how likely the tokens behind those from ``first`` on are, as far as the prompt goes."""
@@ -179,7 +216,7 @@ class Batch:
         following = row.tokens[first + 1 : min(first + len(x_SD) + 1, row.prompt)]
         for begin in range(0, len(following), _SCORED):
             tokens = following[begin : begin + _SCORED]
-            logits_SV = self._logits(x_SD[begin : begin + len(tokens)]).float()
+            logits_SV = self._logits(x_SD[begin : begin + len(tokens)], self._reader).float()
             logprobs_SV = torch.log_softmax(logits_SV, -1)
             for token, logprobs_V in zip(tokens, logprobs_SV.cpu(), strict=True):
                 top = likeliest(logprobs_V, row.request.top)
@@ -214,22 +251,17 @@ class Batch:
         return torch.tensor(values, device=self._model.device)
 
 
-def _route(rows: Sequence[Row], chosen: Mapping[int, Chosen]) -> None:
-    """Tell each row that asked where its tokens went: one of each, or all of one row."""
-    if not chosen:
-        return
-    most = max(layer.experts_TK.shape[1] for layer in chosen.values())
-    experts_TMK, weights_TMK = (
-        torch.stack([F.pad(values, (0, most - values.shape[1]), value=spare) for values in layers], 1).cpu()
-        for layers, spare in (
-            ([layer.experts_TK for layer in chosen.values()], -1),
-            ([layer.weights_TK.float() for layer in chosen.values()], 0),
-        )
-    )
-    each = len(experts_TMK) // len(rows)
-    for place, row in enumerate(rows):
-        told = max(row.routed - row.cached, 0)  # of a row that is computed again
-        if row.request.routes and told < each:
-            own = slice(place * each + told, (place + 1) * each)
-            row.routes.append(Routes(tuple(chosen), experts_TMK[own].to(torch.int16), weights_TMK[own]))
-            row.routed = row.cached + each
+def _drafts(
+    speculation: Speculation | None,
+    model: Decoder,
+    native: NativeDecoder | None,
+    options: Options,
+    part: PartOf,
+) -> Drafts | None:
+    match speculation:
+        case None:
+            return None
+        case NGrams():
+            return Repeats()
+        case Ahead():
+            return Modules(model, native, options, part)

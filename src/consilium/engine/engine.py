@@ -10,7 +10,6 @@ Legend: B rows, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar, final
@@ -18,8 +17,10 @@ from typing import Final, TypeVar, final
 from torch import Tensor
 
 from consilium.engine.batch import Batch
+from consilium.engine.drafts import Speculation, check_speculation
 from consilium.engine.intake import Intake, TextCodec
-from consilium.engine.request import Piece, Request, Sampling
+from consilium.engine.request import Piece, Request, Sampling, requests_of
+from consilium.engine.routes import Routes
 from consilium.engine.rows import Row, advance, pooled
 from consilium.errors import ConsiliumError
 from consilium.kv.rows import CacheFormat
@@ -54,8 +55,12 @@ class Engine:
         most_tokens: int | None = None,
         most_length: int | None = None,
         cache: CacheFormat = "model",
+        speculation: Speculation | None = None,
     ) -> None:
         """``cache`` is int8 to keep latents in 8 bits; raises ConsiliumError for a model without.
+
+        ``speculation`` guesses tokens, which changes how fast they come and not which. Raises ConsiliumError
+        for modules that the model does not have.
 
         ``most_tokens`` is what the cache holds of all that run; without, it grows with need. ``most_length``
         is for a sequence, by default the model's length.
@@ -64,6 +69,7 @@ class Engine:
         had been.
         """
         _check(model)
+        check_speculation(model.config, speculation)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._intake = Intake.of(model, tokenizer, most_length, most_tokens)
@@ -72,7 +78,9 @@ class Engine:
         """Tokens of a sequence at most, prompt and answer."""
         self.most_rows = most_rows
         options = Options(mode=replace(mode, counts_only=True))
-        self._batch = Batch(self.model, options, most_tokens, cache)
+        self._batch = Batch(self.model, options, most_tokens, cache, speculation)
+        self._speculation = speculation
+        self._guessed = self._right = 0
         self._waiting: list[Row] = []
         self._kept: list[Piece] = []
         self._next_id = 0
@@ -93,11 +101,12 @@ class Engine:
         return self._enter(self._row(request, "the prompt"))
 
     def step(self) -> list[Piece]:
-        """Return one more token of every running request, and let waiting ones join, in the order of ids.
+        """Return a token of every running request, and let waiting ones join, in the order of ids.
 
-        A long prompt is read over several steps, so that who runs does not wait for all of it. There may be
-        nothing to return while ``busy``. The last piece of a request that cannot go on, such as one whose
-        logits are not finite, says why; the others have the tokens that they would have had.
+        Where tokens are guessed there may be several of a request. A long prompt is read over several steps,
+        so that who runs does not wait for all of it. There may be nothing to return while ``busy``. The last
+        piece of a request that cannot go on, such as one whose logits are not finite, says why; the others
+        have the tokens that they would have had.
         """
         self._decode()
         self._read()
@@ -108,6 +117,11 @@ class Engine:
     def by_kernels(self) -> bool:
         """Whether native kernels decode, and not PyTorch's modules."""
         return self._batch.by_kernels
+
+    @property
+    def guesses(self) -> tuple[int, int]:
+        """How many tokens were guessed since the engine began, and how many of these were right."""
+        return self._guessed, self._right
 
     @property
     def waiting(self) -> int:
@@ -187,22 +201,21 @@ class Engine:
         The same prompt for the n-th time is its n-th sample: other prompts change nothing. ``max_tokens`` of
         None goes on until the end. Raises ConsiliumError as ``submit`` does, in the call, before any piece.
         """
-        rows, equal = [], Counter[tuple[int, ...] | str]()
-        for index, prompt in enumerate(_listed(prompts)):
-            given = prompt if isinstance(prompt, str) else tuple(prompt)
-            request = Request(
-                prompt=given,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                sample=equal[given],
-                stop=tuple(_listed(stop)),
-                stop_ids=None if stop_ids is None else tuple(stop_ids),
-            )
-            rows.append(self._row(request, f"prompt {index}"))
-            equal[given] += 1
-        return self._stream(rows if max_tokens is None or max_tokens > 0 else [])
+        common = Request(
+            prompt=(),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=tuple(_listed(stop)),
+            stop_ids=None if stop_ids is None else tuple(stop_ids),
+        )
+        return self.stream(requests_of(common, _listed(prompts)))
 
-    def _stream(self, rows: Sequence[Row]) -> Iterator[Piece]:
+    def stream(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """What ``generate`` does, for all that requests may ask; nothing where one asks for no tokens."""
+        rows = [self._row(request, f"prompt {index}") for index, request in enumerate(requests)]
+        return self._pieces(rows if all(request.max_tokens != 0 for request in requests) else [])
+
+    def _pieces(self, rows: Sequence[Row]) -> Iterator[Piece]:
         """The pieces of ``rows``, numbered by their place; what belongs to others is kept for them."""
         places = {self._enter(row): place for place, row in enumerate(rows)}
         try:
@@ -227,21 +240,43 @@ class Engine:
                 place += 1
             else:
                 self._send_back()
-        if self._batch.rows:
-            self._decode_rows(self._batch.rows)
+        rows = self._batch.rows
+        free = [row for row in rows if row.request.steering is None]
+        for together in (free, *([row] for row in rows if row.request.steering is not None)):
+            if together:
+                self._decode_rows(together, self._guesses(together))
 
-    def _decode_rows(self, rows: Sequence[Row]) -> None:
+    def _guesses(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Of rows that lack no other token, as far as there are pages."""
+        most = [self._most_guessed(row) for row in rows]
+        drafts = self._batch.drafts
+        return [[] for _ in rows] if drafts is None else drafts.guess(rows, most)
+
+    def _most_guessed(self, row: Row) -> int:
+        """A guess is a place of a pass: where many rows run there is no room for it."""
+        if self._speculation is None or row.cached + 1 < len(row.tokens) or row.request.steering is not None:
+            return 0
+        most = min(self._speculation.tokens, row.most - len(row.tokens) - 1)
+        return most if most > 0 and self._batch.extend(row, most) else 0
+
+    def _decode_rows(self, rows: Sequence[Row], guesses: Sequence[list[int]]) -> None:
         """Where a pass fails, such as for want of memory, each alone: the others have the same tokens so."""
         try:
-            logits_BV = self._batch.decode(rows)
+            decoded = self._batch.decode(rows, guesses)
         except (RuntimeError, MemoryError) as error:
             if len(rows) == 1:
                 self._fail(rows[0], error)
             else:
                 for row in tuple(rows):
-                    self._decode_rows([row])
+                    self._decode_rows([row], [[]])
             return
-        self._advance(rows, logits_BV)
+        # Streams draw on the CPU, so that a seed means the same on every device.
+        logits_NV, first = decoded.logits_NV.cpu(), 0
+        for row, guess in zip(rows, guesses, strict=True):
+            end = first + 1 + len(guess)
+            routes = None if decoded.routes is None else decoded.routes.part(first, end)
+            self._advance(row, guess, logits_NV[first:end], routes)
+            first = end
 
     def _send_back(self) -> None:
         """Let who came last wait again: the prompt that is being read, or else the newest row."""
@@ -269,7 +304,8 @@ class Engine:
             left -= row.cached - before
             if logits_1V is not None:
                 self._waiting.pop(0)
-                self._advance([row], logits_1V)
+                if row.cached == len(row.tokens):
+                    self._give(row, logits_1V[0].cpu())
 
     def _fail(self, row: Row, error: Exception) -> None:
         told = ConsiliumError(str(error))
@@ -291,22 +327,28 @@ class Engine:
         self._next_id += 1
         return self._intake.row(self._next_id, request, tokens)
 
-    def _advance(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
-        """One token for each row whose tokens are all in the cache; who has finished or fails leaves."""
-        # Streams draw on the CPU, so that a seed means the same on every device.
-        for row, logits_V in zip(rows, logits_BV.cpu(), strict=True):
+    def _advance(self, row: Row, guess: Sequence[int], logits_SV: Tensor, routes: Routes | None) -> None:
+        """Tokens of a row, as long as they are those that were guessed."""
+        self._guessed += len(guess)
+        for place, logits_V in enumerate(logits_SV):
+            row.tell(row.cached, None if routes is None else routes.part(place, place + 1))
+            row.cached += 1
             if row.cached < len(row.tokens):
-                continue
-            try:
-                piece = (
-                    advance(row, logits_V, self._intake.meaningless_V)
-                    if row.request.pools is None
-                    else pooled(row)
-                )
-                self._kept.append(piece)
-            except ConsiliumError as error:
-                self._fail(row, error)
-        for row in [row for row in rows if row.finished is not None]:
+                return
+            self._give(row, logits_V)
+            if row.finished is not None or place == len(guess) or row.tokens[-1] != guess[place]:
+                return
+            self._right += 1
+
+    def _give(self, row: Row, logits_V: Tensor) -> None:
+        """One token for a row whose tokens are all in the cache; who has finished or fails leaves."""
+        try:
+            pooling, meaningless_V = row.request.pools is not None, self._intake.meaningless_V
+            self._kept.append(pooled(row) if pooling else advance(row, logits_V, meaningless_V))
+        except ConsiliumError as error:
+            self._fail(row, error)
+            return
+        if row.finished is not None:
             self._batch.leave(row)
 
 

@@ -13,6 +13,7 @@ from typing import Protocol, Self, final
 import torch
 from torch import Tensor
 
+from consilium.config.model import Model
 from consilium.engine.batch import PAGE
 from consilium.engine.request import Request
 from consilium.engine.rows import Row, TextStream
@@ -46,7 +47,7 @@ class Intake:
     """Checks requests for one model; nothing of it changes, so that any thread may ask."""
 
     tokenizer: TextCodec | None
-    vocab_size: int
+    config: Model
     length: int
     """Tokens of a sequence at most, prompt and answer."""
     most_tokens: int | None
@@ -66,7 +67,7 @@ class Intake:
             meaningless_V = _meaningless(tokenizer.known_ids, ends, config.vocab_size)
         return cls(
             tokenizer,
-            config.vocab_size,
+            config,
             min(config.max_length, length or config.max_length),
             None if most_tokens is None else most_tokens // PAGE * PAGE,
             ends,
@@ -79,10 +80,12 @@ class Intake:
             raise ConsiliumError("stop text needs a tokenizer; give Engine(model, tokenizer).")
         tokens = self._ids(request.prompt)
         self._check_prompt(name, tokens, request.max_tokens)
+        if request.steering is not None:
+            request.steering.check(self.config, len(tokens), name)
         for token, _ in request.sampling.logit_bias:
-            if not 0 <= token < self.vocab_size:
+            if not 0 <= token < self.config.vocab_size:
                 raise ConsiliumError(
-                    f"logit_bias names token {token}, which is outside 0..{self.vocab_size - 1};"
+                    f"logit_bias names token {token}, which is outside 0..{self.config.vocab_size - 1};"
                     " leave it out."
                 )
         return tokens
@@ -106,8 +109,8 @@ class Intake:
     def _check_prompt(self, name: str, tokens: list[int], max_tokens: int | None) -> None:
         if not tokens:
             raise ConsiliumError(f"{name} is empty; give at least one token (the end token starts a text).")
-        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            raise ConsiliumError(f"{name} has a token id outside 0..{self.vocab_size - 1}.")
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise ConsiliumError(f"{name} has a token id outside 0..{self.config.vocab_size - 1}.")
         if len(tokens) + (1 if max_tokens is None else max_tokens) > self.length:
             new = "" if max_tokens is None else f" with {max_tokens} new ones"
             raise ConsiliumError(

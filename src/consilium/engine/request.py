@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
 from torch import Tensor
 
+from consilium.engine.routes import Routes
+from consilium.engine.steering import Steering
 from consilium.errors import ConsiliumError
 
 Finish = Literal["stop", "length", "error"]
@@ -111,6 +115,8 @@ class Request:
     """Whether the tokens of the prompt are told with the first piece, as likely as they were."""
     routes: bool = False
     """Whether each piece tells which experts computed the tokens that led to it."""
+    steering: Steering | None = None
+    """What is forced on routing."""
     pools: Pooling | None = None
     """What of the prompt's last states is told with the only piece, instead of an answer."""
     salt: bytes = b""
@@ -123,9 +129,23 @@ class Request:
             raise ConsiliumError(f"the likeliest {self.top} tokens cannot be told; ask for 0 to {MOST_TOP}.")
 
     @property
+    def whole_salt(self) -> bytes:
+        return self.salt if self.steering is None else self.salt + self.steering.salt
+
+    @property
     def reads_all(self) -> bool:
         """Whether every token of the prompt has to be computed for this request alone."""
         return self.scores_prompt or self.routes or self.pools is not None
+
+
+def requests_of(common: Request, prompts: Iterable[Sequence[int] | str]) -> list[Request]:
+    """A request a prompt, else alike; the same prompt for the n-th time is its n-th sample."""
+    requests, equal = list[Request](), Counter[tuple[int, ...] | str]()
+    for prompt in prompts:
+        given = prompt if isinstance(prompt, str) else tuple(prompt)
+        requests.append(replace(common, prompt=given, sample=equal[given]))
+        equal[given] += 1
+    return requests
 
 
 Top = tuple[tuple[int, float], ...]
@@ -140,18 +160,6 @@ class Scored:
     logprob: float | None
     """Natural log of its probability after those before it; None for the first."""
     top: Top = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Which experts computed tokens. T tokens, M MoE layers, K choices, of which a layer may have fewer."""
-
-    layers: tuple[int, ...]
-    """Indices of the blocks with experts."""
-    experts_TMK: Tensor
-    """int16; -1 where there is none."""
-    weights_TMK: Tensor
-    """float32."""
 
 
 @dataclass(frozen=True, slots=True)

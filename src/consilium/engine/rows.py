@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from consilium.engine.request import Finish, Matching, Piece, Request, Routes, Scored
+from consilium.engine.request import Finish, Matching, Piece, Request, Scored
+from consilium.engine.routes import Routes
 from consilium.engine.sampler import likeliest, sample
 from consilium.engine.stops import StopText
 from consilium.errors import ConsiliumError
@@ -59,6 +60,23 @@ class Row:
     """Tokens whose routes were taken down."""
     shared: int = 0
     """Tokens of its prompt that were in the cache when it joined first."""
+    states: tuple[int, Tensor] | None = None
+    """Where tokens are guessed by modules: a place, and the states [S, D] of the tokens from there on."""
+
+    def settled(self) -> tuple[int, Tensor]:
+        """Of ``states``, those of tokens that stayed."""
+        assert self.states is not None, "its prompt is read"
+        first, states_SD = self.states
+        return first, states_SD[: self.cached - first]
+
+    def tell(self, place: int, routes: Routes | None) -> None:
+        """Take down where the tokens from ``place`` on went, but for those of which that is known."""
+        if routes is None or not self.request.routes:
+            return
+        known = max(self.routed - place, 0)  # of a row that is computed again
+        if known < routes.tokens:
+            self.routes.append(routes.part(known, routes.tokens))
+            self.routed = place + routes.tokens
 
 
 def _fitting(matching: Matching, ends: frozenset[int]) -> Tensor:
@@ -130,7 +148,4 @@ def _joined(row: Row) -> Routes | None:
     if not row.routes:
         return None
     parts, row.routes = row.routes, []
-    experts_TMK, weights_TMK = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("experts_TMK", "weights_TMK")
-    )
-    return Routes(parts[0].layers, experts_TMK, weights_TMK)
+    return Routes.joined(parts)

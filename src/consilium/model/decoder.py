@@ -128,14 +128,25 @@ class Decoder(nn.Module):
         where that token is in the same document.
         """
         outputs: list[Hidden] = []
-        for k, module in enumerate(self.mtp):
-            ahead = shifted(inputs, k + 1)
-            embedded_BSD = self.embedded(ahead.ids_BS, options)
-            context = self._context(ahead, options, cached=False)
-            result: BlockResult = module(hidden_BSD, embedded_BSD, context, ahead.tokens(), options)
+        for k in range(len(self.mtp)):
+            result = self.module(k, hidden_BSD, shifted(inputs, k + 1), options)
             hidden_BSD = result.x_BSD
             outputs.append(_hidden(hidden_BSD, {self.config.layers + k: result}, options))
         return tuple(outputs)
+
+    def module(
+        self, k: int, hidden_BSD: Tensor, ahead: Inputs, options: Options, cache: Cache | None = None
+    ) -> BlockResult:
+        """Run multi-token prediction module ``k``: token i + k + 1 is at place i of ``ahead``."""
+        embedded_BSD = self.embedded(ahead.ids_BS, options)
+        context = self._context(ahead, options, cached=cache is not None)
+        result: BlockResult = self.mtp[k](hidden_BSD, embedded_BSD, context, ahead.tokens(), options, cache)
+        return result
+
+    @property
+    def modules_ahead(self) -> tuple[MTPModule, ...]:
+        """Multi-token prediction modules, from the one behind the model on."""
+        return tuple(module for module in self.mtp if isinstance(module, MTPModule))
 
     def moe_modules(self) -> Mapping[int, MoELayer]:
         """Every MoE layer by its index, multi-token prediction modules included."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from consilium.attention.types import Context
 from consilium.config.model import Model
+from consilium.kv.types import Cache
 from consilium.model.block import Block, Blocks, run_block
 from consilium.model.types import BlockResult, Inputs, Objective, Options
 from consilium.moe.types import Tokens
@@ -40,12 +41,22 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(size, epsilon)
 
     def forward(
-        self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: Context, tokens: Tokens, options: Options
+        self,
+        hidden_BSD: Tensor,
+        embedded_BSD: Tensor,
+        context: Context,
+        tokens: Tokens,
+        options: Options,
+        cache: Cache | None = None,
     ) -> BlockResult:
         """Eq. 21 to 23: one projection of both normalised inputs, the block, and its states normalised."""
-        x_BSD = self.project(torch.cat((self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1))
-        result = run_block(self.block, x_BSD, context, tokens, options, None)
+        x_BSD = self.project(self.joined(hidden_BSD, embedded_BSD))
+        result = run_block(self.block, x_BSD, context, tokens, options, cache)
         return dataclasses.replace(result, x_BSD=self.norm(result.x_BSD))
+
+    def joined(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
+        """What is projected [..., 2D]."""
+        return torch.cat((self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1)
 
 
 def shift(values_BS: Tensor, by: int, fill: int) -> Tensor:

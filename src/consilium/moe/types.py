@@ -158,6 +158,13 @@ class Chosen:
     """int64; -1 where a copy went nowhere."""
     weights_TK: Tensor
     """float32."""
+    second_T: Tensor | None = None
+    """int64: the expert that was closest to being used, in whatever group it is; -1 where all were."""
+    margin_T: Tensor | None = None
+    """float32: by how much what was compared is lower than that of the last one used; 0 where all were.
+
+    Below 0 where a group was closed to a better one.
+    """
 
 
 @final
@@ -309,10 +316,26 @@ class Routing:
     Its sum over valid tokens is the load whose variation the load loss measures.
     """
     weight_on_input: bool = False
+    values_TE: Tensor | None = None
+    """float32 without gradient: what selection compared, before groups and overrides."""
 
     @property
     def chosen(self) -> Chosen:
-        return Chosen(self.experts_TK.masked_fill(~self.keep_TK, -1), self.weights_TK)
+        experts_TK = self.experts_TK.masked_fill(~self.keep_TK, -1)
+        if self.values_TE is None:
+            return Chosen(experts_TK, self.weights_TK)
+        last_T = self.values_TE.gather(1, self.experts_TK).masked_fill(~self.keep_TK, torch.inf).amin(1)
+        used_TE = torch.zeros_like(self.values_TE, dtype=torch.uint8).scatter_add(
+            1, self.experts_TK, self.keep_TK.to(torch.uint8)
+        )
+        value_T, second_T = self.values_TE.masked_fill(used_TE > 0, -torch.inf).max(1)
+        is_one_T = (value_T > -torch.inf) & (last_T < torch.inf)
+        return Chosen(
+            experts_TK,
+            self.weights_TK,
+            second_T.masked_fill(~is_one_T, -1),
+            (last_T - value_T).masked_fill(~is_one_T, 0),
+        )
 
     @staticmethod
     def joined(parts: Sequence[Routing]) -> Routing:

@@ -155,9 +155,13 @@ def routed(pieces: Iterable[Piece], *, begins: bool) -> dict[str, Any]:
         told["routed_layers"] = list(prompt.layers)
         told["prompt_routed_experts"] = prompt.experts_TMK.tolist()
         told["prompt_routed_weights"] = _rounded(prompt.weights_TMK)
+        told["prompt_runner_up_experts"] = prompt.seconds_TM.tolist()
+        told["prompt_routed_margins"] = _rounded(prompt.margins_TM)
     own = [one for one in routes if one is not None]
     told["routed_experts"] = [token for one in own for token in one.experts_TMK.tolist()]
     told["routed_weights"] = [token for one in own for token in _rounded(one.weights_TMK)]
+    told["runner_up_experts"] = [token for one in own for token in one.seconds_TM.tolist()]
+    told["routed_margins"] = [token for one in own for token in _rounded(one.margins_TM)]
     return told
 
 

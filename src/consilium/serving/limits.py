@@ -24,6 +24,8 @@ STOP_CHARACTERS: Final = 256
 BIASES: Final = 1024
 FORM_CHARACTERS: Final = 2**16
 """Of a schema, a regular expression, or all choices."""
+MUTED: Final = 4096
+"""Experts of all layers."""
 MESSAGES: Final = 1024
 TOOLS: Final = 128
 CALLS: Final = 128

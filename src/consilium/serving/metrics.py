@@ -20,11 +20,12 @@ Loads = Mapping[int, Sequence[int]]
 
 
 @final
-class _Experts(Collector):
-    """Loads of all layers as they were told last."""
+class _Engine(Collector):
+    """Loads of all layers and guesses, as they were told last."""
 
     def __init__(self) -> None:
         self.loads: Loads = {}
+        self.guesses: tuple[int, int] = (0, 0)
 
     def collect(self) -> Iterable[Metric]:
         labels = ("layer", "expert")
@@ -46,7 +47,16 @@ class _Experts(Collector):
                 tokens.add_metric((str(layer), str(expert)), count)
             imbalance.add_metric((str(layer),), max(load_E) * len(load_E) / max(sum(load_E), 1))
             entropy.add_metric((str(layer),), _entropy(load_E))
-        return tokens, imbalance, entropy
+        return tokens, imbalance, entropy, *self._guessed()
+
+    def _guessed(self) -> Iterable[Metric]:
+        guessed = CounterMetricFamily(
+            "consilium:spec_decode_num_draft_tokens", "Tokens that were guessed.", value=self.guesses[0]
+        )
+        right = CounterMetricFamily(
+            "consilium:spec_decode_num_accepted_tokens", "Of these, the right ones.", value=self.guesses[1]
+        )
+        return guessed, right
 
 
 def _entropy(load_E: Sequence[int]) -> float:
@@ -63,7 +73,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
         self._model = model
-        self._experts = _Experts()
+        self._experts = _Engine()
         self._registry.register(self._experts)
         self.running = self._gauge("num_requests_running", "Sequences that decode.")
         self.waiting = self._gauge("num_requests_waiting", "Sequences whose prompt is still to be read.")
@@ -111,6 +121,6 @@ class Metrics:
         if piece.finished is not None:
             self.finished.labels(self._model, piece.finished).inc()
 
-    def text(self, loads: Loads) -> bytes:
-        self._experts.loads = loads
+    def text(self, loads: Loads, guesses: tuple[int, int]) -> bytes:
+        self._experts.loads, self._experts.guesses = loads, guesses
         return generate_latest(self._registry)

@@ -21,6 +21,8 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Expert = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Choice = Annotated[int, Field(ge=-1, lt=2**15)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=limits.STOPS)]
 Prompts = str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=limits.PROMPTS)]
@@ -73,6 +75,8 @@ class Generating(BaseModel, ABC):
     model_config = _STRICT
 
     model: str | None = None
+    experts_per_token: Annotated[int, Field(ge=1, lt=2**15)] | None = None
+    """Fewer than the model chooses."""
     frequency_penalty: Penalty | None = None
     ignore_eos: bool = False
     logit_bias: (
@@ -81,8 +85,12 @@ class Generating(BaseModel, ABC):
     max_tokens: Count | None = None
     metadata: dict[str, Any] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    mute_experts: Annotated[list[Expert], Field(max_length=limits.MUTED)] | None = None
+    """Layers and experts that nothing of this request goes to."""
     n: Annotated[int, Field(ge=1, le=limits.SAMPLES)] | None = None
     presence_penalty: Penalty | None = None
+    replay_routed_experts: list[list[list[Choice]]] | None = None
+    """Experts of its first tokens [T, M, K], as an earlier answer told them: the prompt's, then its own."""
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=100)] | None = None
     response_format: ResponseFormat | None = None
     return_routed_experts: bool = False

@@ -10,11 +10,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from consilium.config.generation import GenerationDefaults
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.chat import Format
 from consilium.engine.engine import Engine
-from consilium.engine.request import Piece, Pooling, Request, Sampling
+from consilium.engine.request import Piece, Pooling, Request
 from consilium.serving import limits
 from consilium.serving.answers import (
     Answer,
@@ -26,6 +25,7 @@ from consilium.serving.answers import (
     told,
     usage,
 )
+from consilium.serving.asked import sampling_of, steering_of
 from consilium.serving.body import Refused
 from consilium.serving.grammar import Grammars, form_of
 from consilium.serving.limits import Settings
@@ -105,25 +105,10 @@ class Service:
             stop_ids=tuple({*(() if asked.ignore_eos else ends), *(asked.stop_token_ids or ())}),
             constraint=None if form is None else await self.grammars.constraint(form),
             routes=asked.return_routed_experts,
+            steering=steering_of(asked, self.engine.model.config),
         )
         self.engine.check(request)
         return request
-
-
-def sampling_of(asked: Generating, defaults: GenerationDefaults) -> Sampling:
-    """What was asked for, else what the model's files say, else OpenAI's defaults: a temperature of 1."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    theirs = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
-    own = {name: getattr(asked, name) for name in (*names, "presence_penalty", "frequency_penalty")}
-    said: dict[str, Any] = (
-        {"temperature": 1.0} | theirs | {name: value for name, value in own.items() if value is not None}
-    )
-    if not said.get("top_p", 1.0):
-        del said["top_p"]  # some files write 0 for off
-    said["top_k"] = max(int(said.get("top_k", 0)), 0)
-    bias = tuple((int(token), value) for token, value in (asked.logit_bias or {}).items())
-    seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-    return Sampling(**said, logit_bias=bias, seed=seed)
 
 
 @final
@@ -341,4 +326,4 @@ async def metrics_text(service: Service) -> bytes:
     service.metrics.running.set(service.engine.running)
     service.metrics.waiting.set(service.engine.waiting)
     service.metrics.usage.set(service.engine.cache_use)
-    return service.metrics.text(loads)
+    return service.metrics.text(loads, service.engine.guesses)

@@ -97,6 +97,7 @@ class Router(nn.Module):
             clean_TE=clean_TE,
             chance_TE=chance_TE,
             weight_on_input=config.weight_on == "input",
+            values_TE=values_TE,
         )
 
     def _logits(self, x_TD: Tensor, mode: LayerMode) -> _Logits:

@@ -70,7 +70,7 @@ class Route(Structure):
         *((name, c_int64) for name in ("score", "weigh")),
         *((name, c_double) for name in ("epsilon", "scale")),
         ("gate", NativeMatrix),
-        *((name, c_void_p) for name in ("bias", "chosen", "weights", "counts")),
+        *((name, c_void_p) for name in ("bias", "chosen", "weights", "counts", "second", "margin")),
     )
 
 

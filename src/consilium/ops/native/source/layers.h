@@ -25,6 +25,8 @@ struct Route {
     int64_t *chosen;    // [B][K], written
     float *weights;     // [B][K], written
     int64_t *counts;    // [E], added to
+    int64_t *second;    // [B], written: the best one that is not chosen, in whatever group; -1 for none; may be null
+    float *margin;      // [B], written with it: how far it is behind the last one chosen
 };
 
 // The experts, the shared ones or the dense network, and the residual.

@@ -68,6 +68,18 @@ void weigh(const Route &r, const float *logits, const float *scores, const int64
     }
 }
 
+void find_second(const Route &r, const std::vector<float> &values, const std::vector<int64_t> &order, int64_t b) {
+    int64_t second = -1;
+    float last = -CLOSED;
+    for (const int64_t e : order) last = std::min(last, values[e]);
+    for (int64_t e = 0; e < r.experts; ++e) {
+        const bool used = std::find(order.begin(), order.end(), e) != order.end();
+        if (!used && values[e] > (second < 0 ? CLOSED : values[second])) second = e;
+    }
+    r.second[b] = second;
+    r.margin[b] = second < 0 ? 0.0f : last - values[second];
+}
+
 void choose(const Route &r, const float *logits, int64_t b) {
     std::vector<float> scores(logits, logits + r.experts);
     if (r.score == SOFTMAX) softmax(scores.data(), r.experts);
@@ -75,10 +87,12 @@ void choose(const Route &r, const float *logits, int64_t b) {
         for (float &score : scores) score = 1.0f / (1.0f + std::exp(-score));
     std::vector<float> values = scores;
     for (int64_t e = 0; r.bias && e < r.experts; ++e) values[e] += r.bias[e];
+    const std::vector<float> compared = values;
     if (r.group_rule) keep_best_groups(r, values.data());
     const auto order = highest(values.data(), r.experts, r.choices);
     int64_t *chosen = r.chosen + b * r.choices;
     std::copy(order.begin(), order.end(), chosen);
+    if (r.second) find_second(r, compared, order, b);
     weigh(r, logits, scores.data(), chosen, r.weights + b * r.choices);
 }
 
