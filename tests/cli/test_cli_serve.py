@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import gc
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,8 @@ from consilium.cli.main import main
 from consilium.data.tokenizer import Tokenizer
 from consilium.errors import ConsiliumError
 from consilium.serving.run import is_loopback, listening
+from consilium.serving.worker import Worker
+from serving.served import engine_of, serving
 from small import DEEPSEEK, lively
 
 pytestmark = pytest.mark.enable_socket
@@ -180,3 +188,70 @@ def test_an_address_that_is_taken_is_told() -> None:
 )
 def test_which_addresses_are_this_machine_alone(host: str, own: bool) -> None:
     assert is_loopback(host) == own
+
+
+def saved(folder: Path, seed: int) -> None:
+    store.save(lively(DEEPSEEK, seed), folder, tokenizer=Tokenizer.of_bytes())
+
+
+def text_of(url: str, tokens: int = 5) -> str:
+    body = {"prompt": [1, 70, 71], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+
+def wait_until(told: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not told():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_new_checkpoint_is_read_while_others_are_answered(tmp_path: Path) -> None:
+    """Who is being answered has the words of the model that began."""
+    saved(tmp_path / "model", 0)
+    server = Started(tmp_path / "model")
+    try:
+        whole, before = text_of(server.url, 220), text_of(server.url)
+        body = {"prompt": [1, 70, 71], "max_tokens": 220, "temperature": 0, "ignore_eos": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            got = [next(lines) for _ in range(4)]
+            shutil.rmtree(tmp_path / "model")
+            saved(tmp_path / "model", 1)
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: text_of(server.url) != before)
+            got += lines
+        pieces = [json.loads(line[6:]) for line in got if line.startswith("data: {")]
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
+        after = text_of(server.url)
+        (tmp_path / "model/model.safetensors").write_bytes(b"damaged")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "the model stays as it is" in "".join(server.told))
+        assert text_of(server.url) == after
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        told = server.end()
+    assert server.process.returncode == 0, told
+    assert "answers from now on" in told
+    assert "Traceback" not in told
+    assert server.process.stderr is not None
+    server.process.stderr.close()
+
+
+def test_the_service_before_ends_with_its_last_request() -> None:
+    with serving() as server:
+        before = server.current.service
+        fresh = engine_of()
+        after = dataclasses.replace(before, engine=fresh, worker=Worker(fresh, most_waiting=4))
+
+        async def change() -> None:
+            server.current.change(after)
+
+        asyncio.run(change())
+        thread = before.worker._thread
+        assert thread.is_alive()
+        ended = weakref.ref(before)
+        del before
+        wait_until(lambda: not thread.is_alive() and gc.collect() >= 0, 30)
+        assert ended() is None
+        assert server.client().models.list().data[0].id == "small"

@@ -27,7 +27,7 @@ from consilium.serving.gate import Gate
 from consilium.serving.grammar import Grammars
 from consilium.serving.limits import Settings
 from consilium.serving.metrics import Metrics
-from consilium.serving.service import Service
+from consilium.serving.service import Current, Service
 from consilium.serving.worker import Worker
 from small import DEEPSEEK, lively
 
@@ -37,10 +37,14 @@ NAME = "small"
 @dataclass(frozen=True)
 class Server:
     path: str
-    service: Service
+    current: Current
     gate: Gate
     clients: contextlib.ExitStack
     """Closed with the server."""
+
+    @property
+    def service(self) -> Service:
+        return self.current.service
 
     @property
     def engine(self) -> Engine:
@@ -87,8 +91,8 @@ def serving(
     assert isinstance(tokenizer, Tokenizer)
     grammars = Grammars(tokenizer, engine.model.config.vocab_size, engine.stop_ids)
     form, metrics = Questions(tokenizer), Metrics(given.name)
-    service = Service(engine, worker, tokenizer, form, given, metrics, grammars, Spelling(tokenizer))
-    gate = Gate(build_app(service, lambda: not gate.draining, lambda: None), given.keys, hosts)
+    current = Current(Service(engine, worker, tokenizer, form, given, metrics, grammars, Spelling(tokenizer)))
+    gate = Gate(build_app(current, lambda: not gate.draining, lambda: None), given.keys, hosts)
     config = uvicorn.Config(gate, http="h11", ws="none", log_level="critical", lifespan="on")
     server = uvicorn.Server(config)
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
@@ -102,7 +106,7 @@ def serving(
                 assert thread.is_alive()
                 time.sleep(0.01)
             with contextlib.ExitStack() as clients:
-                yield Server(path, service, gate, clients)
+                yield Server(path, current, gate, clients)
         finally:
             server.should_exit = True
             thread.join(30)

@@ -14,7 +14,10 @@ from consilium.machine.memory import free_memory
 from consilium.words.say import say
 
 if TYPE_CHECKING:
+    from consilium.cli.generation import Opened
     from consilium.serving.limits import Settings
+    from consilium.serving.metrics import Metrics
+    from consilium.serving.service import Service
 
 HOST: Final = "127.0.0.1"
 PORT: Final = 8000
@@ -73,26 +76,43 @@ def run(options: Namespace) -> int:
         )
     with listening(options.host, options.port) as listener:
         opened = open_checkpoint(checkpoint, options)
-        form = opened.form()
-        memory = options.memory or int(_SHARE * free_memory())
-        engine = opened.engine(memory=memory, most_length=options.max_model_len)
-        from consilium.serving.answers import Spelling
-        from consilium.serving.grammar import Grammars
         from consilium.serving.metrics import Metrics
         from consilium.serving.run import serve
-        from consilium.serving.service import Service
-        from consilium.serving.worker import Worker
 
-        worker = Worker(engine, most_waiting=settings.most_waiting)
         metrics = Metrics(settings.name)
-        grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
-        spelling = Spelling(opened.tokenizer)
-        service = Service(engine, worker, opened.tokenizer, form, settings, metrics, grammars, spelling)
-        note(say("format: {name}", name=form.name))
+        memory = options.memory or int(_SHARE * free_memory())
+        service = _service(opened, options, settings, metrics, memory)
+        note(say("format: {name}", name=service.form.name))
         place = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
         note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
-        serve(service, listener, host=options.host)
+
+        def renewed() -> Service:
+            newest = checkpoint_in(options.folder)
+            note(say("reading {path}", path=newest))
+            room = min(memory, int(_SHARE * free_memory()))  # beside the model that still answers
+            made = _service(open_checkpoint(newest, options), options, settings, metrics, room)
+            note(say("{path} answers from now on", path=newest))
+            return made
+
+        serve(service, listener, host=options.host, renewed=renewed)
     return 0
+
+
+def _service(
+    opened: Opened, options: Namespace, settings: Settings, metrics: Metrics, memory: int
+) -> Service:
+    """Read the weights into an engine of its own."""
+    from consilium.serving.answers import Spelling
+    from consilium.serving.grammar import Grammars
+    from consilium.serving.service import Service
+    from consilium.serving.worker import Worker
+
+    form = opened.form()
+    engine = opened.engine(memory=memory, most_length=options.max_model_len)
+    worker = Worker(engine, most_waiting=settings.most_waiting)
+    grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
+    spelling = Spelling(opened.tokenizer)
+    return Service(engine, worker, opened.tokenizer, form, settings, metrics, grammars, spelling)
 
 
 def _settings(options: Namespace) -> Settings:

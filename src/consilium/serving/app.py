@@ -32,7 +32,7 @@ from consilium.serving.protocol import (
     Generating,
     TokenizeRequest,
 )
-from consilium.serving.service import Job, Object, Service
+from consilium.serving.service import Current, Job, Object, Service
 from consilium.serving.worker import Failed, Full
 
 _LOG: Final = logging.getLogger("consilium.serving")
@@ -73,37 +73,40 @@ def refusal(error: Exception) -> Refused:
             return Refused(500, "an error of ours; it is in the server's log")
 
 
-def build_app(service: Service, ready: Callable[[], bool], started: Callable[[], None]) -> FastAPI:
-    """The application without its gate. ``ready``: does it take requests? ``started`` hears of the start."""
-    app = FastAPI(title="Consilium", docs_url=None, redoc_url=None, lifespan=_lifespan(service, started))
+def build_app(current: Current, ready: Callable[[], bool], started: Callable[[], None]) -> FastAPI:
+    """The application without its gate. ``ready``: does it take requests? ``started`` hears of the start.
+
+    A request is answered by the service that is current when it comes, to its end.
+    """
+    app = FastAPI(title="Consilium", docs_url=None, redoc_url=None, lifespan=_lifespan(current, started))
     for kind in (Refused, Full, Failed, ConsiliumError, TimeoutError, HTTPException, Exception):
-        app.add_exception_handler(kind, _handler(service))
-    _add_generating(app, service)
-    _add_tokens(app, service)
-    _add_state(app, service, ready)
+        app.add_exception_handler(kind, _handler(current))
+    _add_generating(app, current)
+    _add_tokens(app, current)
+    _add_state(app, current, ready)
     _add_page(app)
     return app
 
 
 def _lifespan(
-    service: Service, started: Callable[[], None]
+    current: Current, started: Callable[[], None]
 ) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         del app
-        service.worker.start()
+        current.service.worker.start()
         started()
         yield
-        service.worker.stop()
+        current.stop()
 
     return running
 
 
-def _handler(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+def _handler(current: Current) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, error: Exception) -> Response:
         del request
         refused = refusal(error)
-        service.metrics.count_refused(refused.status)
+        current.service.metrics.count_refused(refused.status)
         headers = {"Retry-After": "1"} if refused.status in {429, 503} else None
         return _json(error_object(refused), status=refused.status, headers=headers)
 
@@ -115,26 +118,26 @@ def _json(value: object, *, status: int = 200, headers: Mapping[str, str] | None
     return Response(text.encode("utf-8", "replace"), status, headers, media_type="application/json")
 
 
-def _add_generating(app: FastAPI, service: Service) -> None:
+def _add_generating(app: FastAPI, current: Current) -> None:
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        asked = await _parsed(request, CompletionRequest)
+        service, asked = current.service, await _parsed(request, CompletionRequest)
         return await _answered(
             request, service, asked, await asking.completion(service, asked, request.scope[SALT])
         )
 
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        asked = await _parsed(request, ChatRequest)
+        service, asked = current.service, await _parsed(request, ChatRequest)
         return await _answered(
             request, service, asked, await asking.chat(service, asked, request.scope[SALT])
         )
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
+def _add_tokens(app: FastAPI, current: Current) -> None:
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        asked = await _parsed(request, TokenizeRequest)
+        service, asked = current.service, await _parsed(request, TokenizeRequest)
         service.check_model(asked.model)
         (ids,) = await service.prompts(asked.prompt, special=asked.add_special_tokens)
         told: Object = {"count": len(ids), "max_model_len": service.length, "tokens": list(ids)}
@@ -144,7 +147,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        asked = await _parsed(request, DetokenizeRequest)
+        service, asked = current.service, await _parsed(request, DetokenizeRequest)
         service.check_model(asked.model)
         most = service.tokenizer.vocab_size
         if any(token >= most for token in asked.tokens):
@@ -153,7 +156,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings", openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
-        asked = await _parsed(request, EmbeddingRequest)
+        service, asked = current.service, await _parsed(request, EmbeddingRequest)
         service.check_model(asked.model)
         prompts = await service.prompts(asked.input, special=True)
         work = asking.embeddings(service, prompts, asked.pooling, request.scope[SALT])
@@ -173,35 +176,39 @@ def _vector(values: list[float], form: str | None) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-def _add_state(app: FastAPI, service: Service, ready: Callable[[], bool]) -> None:
-    model = {
-        "id": service.settings.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "consilium",
-        "max_model_len": service.length,
-    }
+def _add_state(app: FastAPI, current: Current, ready: Callable[[], bool]) -> None:
+    created = int(time.time())
+
+    def model() -> Object:
+        return {
+            "id": current.service.settings.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "consilium",
+            "max_model_len": current.service.length,
+        }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [model]})
+        return _json({"object": "list", "data": [model()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        service.check_model(name)
-        return _json(model)
+        current.service.check_model(name)
+        return _json(model())
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if service.worker.is_alive else 503)
+        return Response(status_code=200 if current.service.worker.is_alive else 503)
 
     @app.get("/ready")
     async def is_ready() -> Response:
-        return Response(status_code=200 if service.worker.is_alive and ready() else 503)
+        return Response(status_code=200 if current.service.worker.is_alive and ready() else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(await asking.metrics_text(service), media_type="text/plain; version=0.0.4")
+        text = await asking.metrics_text(current.service)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
 
 def _add_page(app: FastAPI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -17,11 +18,12 @@ from consilium.errors import ConsiliumError
 from consilium.serving.app import build_app
 from consilium.serving.gate import Gate
 from consilium.serving.limits import BODY_SECONDS
-from consilium.serving.service import Service
+from consilium.serving.service import Current, Service
 
 _NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """Of a server that this machine alone reaches: a web page elsewhere may resolve its own name to it."""
 _LAST_SECONDS: Final = 2
+_LOG: Final = logging.getLogger("consilium.serving")
 
 
 def is_loopback(host: str) -> bool:
@@ -50,10 +52,16 @@ def _why(error: OSError) -> str:
     return (os.strerror(number) if number > 0 else error.strerror or str(error)).lower()
 
 
-def serve(service: Service, listener: socket.socket, *, host: str) -> None:
-    """Answer requests until a signal, then let those that run finish."""
-    stopping = _Stopping(service)
-    app = build_app(service, lambda: not gate.draining, stopping.watch)
+def serve(
+    service: Service, listener: socket.socket, *, host: str, renewed: Callable[[], Service] | None = None
+) -> None:
+    """Answer requests until a signal, then let those that run finish.
+
+    SIGHUP reads the model again, by ``renewed``: who is being answered goes on with the one before.
+    """
+    current = Current(service)
+    signals = _Signals(current, renewed)
+    app = build_app(current, lambda: not gate.draining, signals.watch)
     gate = Gate(app, service.settings.keys, _NAMES | {host.lower()} if is_loopback(host) else None)
     config = uvicorn.Config(
         gate,
@@ -67,37 +75,59 @@ def serve(service: Service, listener: socket.socket, *, host: str) -> None:
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     server = uvicorn.Server(config)
-    stopping.gate, stopping.exit = gate, lambda: setattr(server, "should_exit", True)
+    signals.gate, signals.exit = gate, lambda: setattr(server, "should_exit", True)
     server.run(sockets=[listener])
 
 
 @final
-class _Stopping:
-    """The first signal refuses what comes and waits for what runs; the second ends that too."""
+class _Signals:
+    """The first to stop refuses what comes and waits for what runs; the second ends that too."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, current: Current, renewed: Callable[[], Service] | None) -> None:
+        self._current = current
+        self._renewed = renewed
         self.gate: Gate | None = None
         self.exit: Callable[[], None] = lambda: None
-        self._task: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._changing: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
         """Called once the loop runs, whose signals were the server's until then."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):  # Windows leaves them to uvicorn
-                loop.add_signal_handler(number, self._signalled)
+        with contextlib.suppress(NotImplementedError):  # Windows leaves them to uvicorn
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self._stop)
+            if self._renewed is not None:
+                loop.add_signal_handler(signal.SIGHUP, self._renew, self._renewed)
 
-    def _signalled(self) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._drain())
+    def _stop(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
         else:
-            self._service.worker.abandon()
+            self._current.abandon()
             self.exit()
 
     async def _drain(self) -> None:
         assert self.gate is not None, "the server runs"
         self.gate.draining = True
-        await self.gate.quiet(self._service.settings.drain_seconds)
-        self._service.worker.abandon()
+        await self.gate.quiet(self._current.service.settings.drain_seconds)
+        self._current.abandon()
         self.exit()
+
+    def _renew(self, renewed: Callable[[], Service]) -> None:
+        if self._changing is not None and not self._changing.done():
+            _LOG.warning("the model is being read again already")
+            return
+        self._changing = asyncio.create_task(self._change(renewed))
+
+    async def _change(self, renewed: Callable[[], Service]) -> None:
+        """What cannot be read changes nothing."""
+        try:
+            service = await asyncio.to_thread(renewed)
+        except (ConsiliumError, MemoryError) as error:
+            _LOG.error("the model stays as it is: %s", error)
+            return
+        except Exception as error:  # noqa: BLE001 - a fault of ours ends no server
+            _LOG.error("the model stays as it is", exc_info=error)
+            return
+        self._current.change(service)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -38,7 +39,7 @@ Object = dict[str, Any]
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Service:
     """One model and how it is asked. All of it may be called from the event loop."""
 
@@ -135,6 +136,32 @@ class Job:
 
     def usage(self, answers: Sequence[Answer]) -> Object:
         return usage(answers, self.prompts, silent=self.silent)
+
+
+@final
+class Current:
+    """The service of requests that come from now on, and the one place where that changes."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._before = weakref.WeakSet[Worker]()
+
+    def change(self, service: Service) -> None:
+        """Let ``service`` take over. The one before ends when the last of its requests lets go of it."""
+        weakref.finalize(self.service, self.service.worker.leave)
+        self._before.add(self.service.worker)
+        service.worker.start()
+        self.service = service
+
+    def abandon(self) -> None:
+        """Tell all who still wait that no more comes."""
+        for worker in (self.service.worker, *self._before):
+            worker.abandon()
+
+    def stop(self) -> None:
+        """Forget all requests and wait for the steps that run."""
+        for worker in (self.service.worker, *self._before):
+            worker.stop()
 
 
 async def completion(service: Service, asked: CompletionRequest, salt: bytes) -> Job:

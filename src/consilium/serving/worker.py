@@ -57,6 +57,10 @@ class Worker:
         self._wishes.put(None)
         self._thread.join()
 
+    def leave(self) -> None:
+        """End soon; nobody waits for anything of it."""
+        self._wishes.put(None)
+
     def abandon(self) -> None:
         """Tell everybody who still waits that no more comes."""
         last = ConsiliumError("the server is stopping")
