@@ -18,8 +18,9 @@ import openai
 import uvicorn
 
 from consilium.config.model import Model
+from consilium.data.template import Template
 from consilium.data.tokenizer import Tokenizer
-from consilium.engine.chat import Questions
+from consilium.engine.chat import Format, Questions, Templated
 from consilium.engine.engine import Engine
 from consilium.serving.answers import Spelling
 from consilium.serving.app import build_app
@@ -82,7 +83,11 @@ def engine_of(config: Model = DEEPSEEK, **options: Any) -> Engine:
 
 @contextlib.contextmanager
 def serving(
-    engine: Engine | None = None, *, hosts: frozenset[str] | None = None, **settings: Any
+    engine: Engine | None = None,
+    *,
+    hosts: frozenset[str] | None = None,
+    template: str | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
     engine = engine or engine_of()
     given = Settings(**({"name": NAME} | settings))
@@ -90,7 +95,10 @@ def serving(
     tokenizer = engine.tokenizer
     assert isinstance(tokenizer, Tokenizer)
     grammars = Grammars(tokenizer, engine.model.config.vocab_size, engine.stop_ids)
-    form, metrics = Questions(tokenizer), Metrics(given.name)
+    metrics = Metrics(given.name)
+    form: Format = Questions(tokenizer)
+    if template is not None:
+        form = Templated(Template(template, "here"), tokenizer, ())
     current = Current(Service(engine, worker, tokenizer, form, given, metrics, grammars, Spelling(tokenizer)))
     gate = Gate(build_app(current, lambda: not gate.draining, lambda: None), given.keys, hosts)
     config = uvicorn.Config(gate, http="h11", ws="none", log_level="critical", lifespan="on")

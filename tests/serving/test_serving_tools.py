@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterator
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from consilium.data.forms import Call, Message
@@ -32,6 +32,7 @@ WEATHER = {
         },
     },
 }
+MARKS = ("<tool_call>", "[TOOL_CALLS]", "<｜tool▁calls▁begin｜>")
 ADD = {"type": "function", "function": {"name": "add"}}
 
 texts = st.text('ab <>[]{}\n"tol_cTOLCAS/', max_size=12)
@@ -44,24 +45,36 @@ calls = st.lists(
 )
 
 
-def written(before: str, some: list[Call], way: Way) -> str:
+def deepseek(call: Call, *, old: bool) -> str:
+    arguments = json.dumps(dict(call.arguments))
+    name, told = ("function", f"{call.name}\n```json\n{arguments}\n```") if old else (call.name, arguments)
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{told}<｜tool▁call▁end｜>"
+
+
+def written(before: str, some: list[Call], way: Literal[Way, "old deepseek"]) -> str:
     objects = [json.dumps({"name": call.name, "arguments": dict(call.arguments)}) for call in some]
     match way:
         case "hermes":
             return before + "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
         case "mistral":
             return f"{before}[TOOL_CALLS][{', '.join(objects)}]"
+        case "deepseek" | "old deepseek":
+            told = "\n".join(deepseek(call, old=way != "deepseek") for call in some)
+            return f"{before}<｜tool▁calls▁begin｜>{told}<｜tool▁calls▁end｜>"
         case "json":
             return objects[0]
 
 
-@pytest.mark.parametrize("way", ["hermes", "mistral", "json"])
+@pytest.mark.parametrize("way", ["hermes", "mistral", "deepseek", "old deepseek", "json"])
 @given(before=texts, some=calls)
-def test_calls_are_read_at_every_cut_and_no_markup_is_text(way: Way, before: str, some: list[Call]) -> None:
-    before = re.sub(r"<tool_call>|\[TOOL_CALLS\]", "", before)
+def test_calls_are_read_at_every_cut_and_no_markup_is_text(
+    way: Literal[Way, "old deepseek"], before: str, some: list[Call]
+) -> None:
+    before = re.sub("|".join(map(re.escape, MARKS)), "", before)
     text = written(before, some, way)
-    if way != "json" and (text.count("<tool_call>") + text.count("[TOOL_CALLS]")) not in {1, len(some)}:
-        return  # a beginning in the text made another mark with what follows
+    way = "deepseek" if way == "old deepseek" else way
+    # A beginning in the text may make another mark with what follows.
+    assume(way == "json" or sum(map(text.count, MARKS)) in {1, len(some)})
     right = read(text, way, whole=True)
     if way != "json":
         assert right.content == before.rstrip()
@@ -72,16 +85,14 @@ def test_calls_are_read_at_every_cut_and_no_markup_is_text(way: Way, before: str
         assert found.content.startswith(last.content), "what is sent is never taken back"
         assert found.calls[: len(last.calls)] == last.calls
         cut = read(text[:size], way, whole=True)
-        assert "<tool_call>" not in cut.content
-        assert "[TOOL_CALLS]" not in cut.content
+        assert not any(mark in cut.content for mark in MARKS)
         last = found
 
 
-@pytest.mark.parametrize("way", ["hermes", "mistral", "json"])
+@pytest.mark.parametrize("way", ["hermes", "mistral", "deepseek", "json"])
 @given(text=texts)
 def test_an_answer_without_calls_is_its_text(way: Way, text: str) -> None:
-    if "<tool_call>" in text or "[TOOL_CALLS]" in text:
-        return
+    assume(not any(mark in text for mark in MARKS))
     assert read(text, way, whole=True).content == text
 
 
@@ -95,6 +106,7 @@ def test_the_way_is_that_of_the_template() -> None:
     assert way_of("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert way_of("[AVAILABLE_TOOLS] [TOOL_CALLS]") == "mistral"
     assert way_of('Respond with {"name": x, "parameters": y} for tools') == "json"
+    assert way_of("{{ '<｜tool▁calls▁begin｜>' }}") == "deepseek"
     assert way_of("") == "hermes"
 
 
@@ -161,7 +173,8 @@ def test_calls_among_text_are_told_apart_at_every_end(most: int, stream: bool, s
         reason = found.choices[0].finish_reason
     assert "Sure.".startswith(content)
     assert [json.loads(one.function.arguments) for one in called] == [{"x": [1, "a"]}, {}][: len(called)]
-    assert [one.index for one in called] == list(range(len(called))) if stream else True
+    if stream:
+        assert [one.index for one in called] == list(range(len(called)))
     assert (reason, len(called)) == ("tool_calls", 2) if most == 300 else reason == "length"
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol, final
 
 from consilium.data import render
@@ -29,6 +30,7 @@ DEFAULT: Final = "default"
 _LARGEST: Final = 2**20
 _TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE: Final = "Probe"
+NOTHING: Final[Mapping[str, bool]] = MappingProxyType({})
 _ABSENT: Final = {"tools": None, "documents": None}
 """What transformers always gives a template: ``tools is not none`` holds for what is not defined."""
 _BORDERS: Final = re.compile(r"</?think(?:ing)?>\s*")
@@ -76,13 +78,16 @@ class Template:
         tokenizer: TemplateCodec,
         rendered_by: Render | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        switches: Mapping[str, bool] = NOTHING,
     ) -> list[int]:
         """Return the tokens of ``messages`` and of the opening of the answer.
 
         Raises ConsiliumError in one sentence where the template refuses them, fails, or does not end. Without
         ``rendered_by`` a process is started for it. ``tools`` are described as OpenAI's API does.
         """
-        parts = self.parts(messages, tokenizer, opened=True, rendered_by=rendered_by, tools=tools)
+        parts = self.parts(
+            messages, tokenizer, opened=True, rendered_by=rendered_by, tools=tools, more=switches
+        )
         return tokenizer.encode_parts(parts)
 
     @property
@@ -147,17 +152,18 @@ class Template:
         opened: bool,
         rendered_by: Render | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        more: Mapping[str, bool] = NOTHING,
     ) -> list[str | int]:
         """Return texts and ids of markers in order; ``opened``: with the opening of an answer at the end."""
         markers = tokenizer.markers
         texts = [message.content for message in messages]
-        more = [
+        told = [
             json.dumps([call.arguments for message in messages for call in message.calls]),
             *map(str, tools),
         ]
-        guard = next(unused("".join((self.source, *texts, *more, *markers))))
+        guard = next(unused("".join((self.source, *texts, *told, *markers))))
         given = [guarded(message, markers, guard) for message in messages]
-        context = self._context(given, tokenizer, opened=opened)
+        context = self._context(given, tokenizer, opened=opened) | dict(more)
         if tools:
             context["tools"] = guarded_value(tools, markers, guard)
         rendered = (rendered_by or _render)(self, context)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, final
 
 from consilium.data.forms import Message, plain_turn
-from consilium.data.template import Rendering, Template, TemplateCodec, find_template
+from consilium.data.template import NOTHING, Rendering, Template, TemplateCodec, find_template
 from consilium.disk.atomic import write_file
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
@@ -52,7 +52,14 @@ class Format(Protocol):
         """The template, '' without one."""
         ...
 
-    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]: ...
+    def ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        switches: Mapping[str, bool] = NOTHING,
+    ) -> list[int]:
+        """``switches`` are told to a template that knows them."""
+        ...
 
 
 @final
@@ -74,8 +81,13 @@ class Templated:
     def source(self) -> str:
         return self.template.source
 
-    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return self.template.ids(messages, self.tokenizer, self.rendering.render, tools)
+    def ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        switches: Mapping[str, bool] = NOTHING,
+    ) -> list[int]:
+        return self.template.ids(messages, self.tokenizer, self.rendering.render, tools, switches)
 
 
 @final
@@ -95,7 +107,13 @@ class Questions:
     def source(self) -> str:
         return ""
 
-    def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        switches: Mapping[str, bool] = NOTHING,
+    ) -> list[int]:
+        del switches
         assert not tools, "they are told in text"
         text = "".join(map(plain_turn, messages))
         opening = self.tokenizer.opening_id

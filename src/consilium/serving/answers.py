@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, final
 
@@ -25,6 +25,9 @@ class Words(Protocol):
     @property
     def markers(self) -> Mapping[str, int]: ...
 
+    @property
+    def known_ids(self) -> Collection[int]: ...
+
     def decode_bytes(self, tokens: Iterable[int]) -> bytes: ...
 
 
@@ -35,6 +38,7 @@ class Spelling:
     def __init__(self, words: Words) -> None:
         self._words = words
         self._names = {token: name for name, token in words.markers.items()}
+        self._with_more: dict[str, tuple[tuple[int, str], ...]] = {}
 
     def data(self, token: int) -> bytes:
         return self._words.decode_bytes([token])
@@ -48,6 +52,20 @@ class Spelling:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def named(self, text: str, below: int) -> tuple[int, ...]:
+        """The marker that is written so, if there is one and it is ``below``."""
+        token = self._words.markers.get(text, below)
+        return (token,) if token < below else ()
+
+    def with_more(self, mark: str) -> tuple[tuple[int, str], ...]:
+        """Tokens that go on behind a ``mark`` with what is no blank; they are looked for once."""
+        if mark not in self._with_more:
+            known = ((token, self.text(token)) for token in self._words.known_ids)
+            self._with_more[mark] = tuple(
+                (token, text) for token, text in known if text.partition(mark)[2].strip()
+            )
+        return self._with_more[mark]
 
 
 @final

@@ -203,6 +203,8 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    """Accepted, and not told again: a model answers without its earlier thoughts."""
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
@@ -221,7 +223,22 @@ class ChatMessage(BaseModel):
 
 
 @final
+class Switches(BaseModel):
+    """What templates of models that think are asked with."""
+
+    model_config = _STRICT
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+    @property
+    def given(self) -> dict[str, bool]:
+        return self.model_dump(exclude_none=True)
+
+
+@final
 class ChatRequest(Generating):
+    chat_template_kwargs: Switches | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES)]
     logprobs: bool | None = None
     max_completion_tokens: Count | None = None

@@ -32,6 +32,7 @@ from consilium.serving.grammar import Grammars, form_of
 from consilium.serving.limits import Settings
 from consilium.serving.metrics import Metrics
 from consilium.serving.protocol import ChatRequest, CompletionRequest, Generating, Tool
+from consilium.serving.thinking import AfterThought, opened, thinks
 from consilium.serving.tools import Reading, conversation, schema_of, told_in_text, way_of
 from consilium.serving.worker import Worker
 
@@ -227,7 +228,11 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
     asked_for = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     most = service.room(prompt, asked_for, None)
     ends = (*service.engine.stop_ids, *service.form.stop_ids)
+    think, inside = thinks(service.form.source), opened(prompt, service.spelling)
     one = await service.request(asked, prompt, most, ends, schema)
+    if think and one.constraint is not None:
+        size = service.engine.model.config.vocab_size
+        one = replace(one, constraint=AfterThought(one.constraint, inside, service.spelling, size))
     one = replace(one, top=asked.top_logprobs or 0, stop=(*one.stop, *service.form.stops), salt=salt)
     requests = [replace(one, sample=sample) for sample in range(asked.n or 1)]
 
@@ -235,6 +240,8 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
         way="json" if schema is not None else way_of(service.form.source) if tools else None,
         spelling=service.spelling,
         key=secrets.token_hex(8),
+        thinks=think,
+        inside=inside,
     )
 
     def choice(index: int, answer: Answer, first: int) -> Object:
@@ -247,9 +254,10 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
 def _asked_ids(form: Format, asked: ChatRequest, tools: Sequence[Tool]) -> tuple[int, ...]:
     """Tokens of a conversation. Raises Refused and ConsiliumError for what the template does not take."""
     messages = conversation(asked.messages)
+    switches = {} if asked.chat_template_kwargs is None else asked.chat_template_kwargs.given
     if "tools" in form.source:
-        return tuple(form.ids(messages, [tool.model_dump(exclude_none=True) for tool in tools]))
-    return tuple(form.ids(told_in_text(messages, tools)))
+        return tuple(form.ids(messages, [tool.model_dump(exclude_none=True) for tool in tools], switches))
+    return tuple(form.ids(told_in_text(messages, tools), (), switches))
 
 
 def _chat_choice(
@@ -260,9 +268,11 @@ def _chat_choice(
     logprobs = None
     if asked.logprobs:
         logprobs = chat_logprobs(told(answer.pieces[first:]), service.spelling)
-    message: Object = {"content": said}
+    message: Object = {"content": said.content}
     if calls:
-        message = {"content": said or None, "tool_calls": calls}
+        message = {"content": said.content or None, "tool_calls": calls}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
     if not asked.stream:
         message |= {"role": "assistant", "refusal": None}
     return {

@@ -7,19 +7,41 @@ told of them in its system message, in the commonest of these ways.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from consilium.data.forms import Call, Message
+from consilium.engine.request import Piece
 from consilium.serving.answers import Answer, Spelling
 from consilium.serving.body import Refused
 from consilium.serving.protocol import ChatMessage, ChatRequest, Tool
+from consilium.serving.thinking import BEGIN, END, Thought, split, without_beginning
 
-Way = Literal["hermes", "mistral", "json"]
+Way = Literal["hermes", "mistral", "deepseek", "json"]
 
-_BEGIN: Final[Mapping[Way, str]] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "json": "{"}
+_BEGIN: Final[Mapping[Way, str]] = MappingProxyType(
+    {
+        "hermes": "<tool_call>",
+        "mistral": "[TOOL_CALLS]",
+        "deepseek": "<｜tool▁calls▁begin｜>",
+        "json": "{",
+    }
+)
 _END: Final = "</tool_call>"
+_ONE: Final = re.compile(
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<old>[^\n]*)\n```json\n(?P<fenced>.*?)\n```"
+    r"|(?P<name>[^\n]*?)<｜tool▁sep｜>(?P<bare>.*?))<｜tool▁call▁end｜>",
+    re.DOTALL,
+)
+"""A call as DeepSeek-V3 and R1 write it, or as V3.1 does."""
+_MARKS: Final = frozenset(
+    {*_BEGIN.values(), _END, BEGIN, END}
+    | {f"<｜tool▁{name}｜>" for name in ("call▁begin", "sep", "call▁end", "calls▁end")}
+)
+"""Markers that are read as the text of their names, though they have none."""
 _NOTHING: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
 """What a function takes that names no parameters."""
 _TOLD: Final = """# Tools
@@ -41,12 +63,14 @@ class Read:
 
     content: str
     calls: tuple[Call, ...] = ()
+    reasoning: str = ""
 
 
 def way_of(template: str) -> Way:
     """How a model writes calls, by its chat template."""
-    if "[TOOL_CALLS]" in template:
-        return "mistral"
+    for way in ("mistral", "deepseek"):
+        if _BEGIN[way] in template:
+            return way
     return "json" if "<tool_call>" not in template and '"parameters": ' in template else "hermes"
 
 
@@ -61,8 +85,13 @@ def read(text: str, way: Way, *, whole: bool) -> Read:
         case "mistral":
             before, mark, rest = text.partition(_BEGIN[way])
             if not mark:
-                return Read(before if whole else _without_beginning(before, _BEGIN[way]))
+                return Read(before if whole else without_beginning(before, _BEGIN[way]))
             return Read(before.rstrip(), _listed(rest))
+        case "deepseek":
+            before, mark, rest = text.partition(_BEGIN[way])
+            if not mark:
+                return Read(before if whole else without_beginning(before, _BEGIN[way]))
+            return Read(before.rstrip(), _fenced(rest))
         case "json":
             if not text.lstrip().startswith("{") and (whole or text.strip()):
                 return Read(text)
@@ -74,10 +103,11 @@ def _hermes(text: str, *, whole: bool) -> Read:
     content, calls, begin = "", list[Call](), _BEGIN["hermes"]
     while True:
         before, mark, rest = text.partition(begin)
+        if not mark and not whole:
+            before = without_beginning(before, begin)
         content += before.strip() if calls else before
         if not mark:
-            held = content if whole else _without_beginning(content, begin)
-            return Read(held.rstrip() if calls else held, tuple(calls))
+            return Read(content.rstrip() if calls else content, tuple(calls))
         body, end, text = rest.partition(_END)
         if not end:
             return Read(content.rstrip(), tuple(calls))
@@ -87,13 +117,6 @@ def _hermes(text: str, *, whole: bool) -> Read:
             content += body
         else:
             calls.append(call)
-
-
-def _without_beginning(text: str, mark: str) -> str:
-    """``text`` but for blanks and what may be the beginning of ``mark`` at its end."""
-    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
-    size = next((size for size in sizes if text.endswith(mark[:size])), 0)
-    return text[: len(text) - size].rstrip() if size else text.rstrip()
 
 
 def _call(text: str) -> Call | None:
@@ -110,6 +133,21 @@ def _call(text: str) -> Call | None:
             return Call(name, {})
         case _:
             return None
+
+
+def _fenced(text: str) -> tuple[Call, ...]:
+    """Calls between their marks, as many as are whole."""
+    found = (one.groupdict("") for one in _ONE.finditer(text))
+    calls = [_arguments(one["old"] or one["name"], one["fenced"] or one["bare"]) for one in found]
+    return tuple(call for call in calls if call is not None)
+
+
+def _arguments(name: str, text: str) -> Call | None:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return Call(name.strip(), arguments) if isinstance(arguments, dict) else None
 
 
 def _listed(text: str) -> tuple[Call, ...]:
@@ -202,27 +240,33 @@ def _in_text(message: Message) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Reads answers that may hold calls; without a ``way`` all of them is text."""
+    """Reads answers that may hold thoughts and calls; without a ``way`` what is no thought is text."""
 
     way: Way | None
     spelling: Spelling
     key: str
     """What the ids of calls begin with."""
+    thinks: bool = False
+    inside: bool = False
+    """Whether the prompt began a thought."""
 
     def read(self, answer: Answer, count: int) -> Read:
         """What the first ``count`` pieces say."""
         pieces = answer.pieces[:count]
-        if self.way is None:
+        whole = bool(pieces) and pieces[-1].finished is not None
+        if self.way is None and not self.thinks:
             return Read("".join(piece.text for piece in pieces))
-        mark = _BEGIN[self.way]
-        texts = [
-            piece.text or (mark if piece.token >= 0 and self.spelling.text(piece.token) == mark else "")
-            for piece in pieces
-        ]
-        return read("".join(texts), self.way, whole=bool(pieces) and pieces[-1].finished is not None)
+        text = "".join(piece.text or self._mark(piece) for piece in pieces)
+        thought = split(text, inside=self.inside, whole=whole) if self.thinks else Thought("", text)
+        said = Read(thought.rest) if self.way is None else read(thought.rest, self.way, whole=whole)
+        return replace(said, reasoning=thought.reasoning)
 
-    def added(self, answer: Answer, first: int, index: int) -> tuple[str, list[dict[str, Any]]]:
-        """Text and calls that the pieces from ``first`` on add."""
+    def _mark(self, piece: Piece) -> str:
+        name = self.spelling.text(piece.token) if piece.token >= 0 else ""
+        return name if name in _MARKS else ""
+
+    def added(self, answer: Answer, first: int, index: int) -> tuple[Read, list[dict[str, Any]]]:
+        """Texts, and calls as the API has them, that the pieces from ``first`` on add."""
         before, now = self.read(answer, first), self.read(answer, len(answer.pieces))
         calls = [
             {
@@ -233,7 +277,8 @@ class Reading:
             }
             for number, call in enumerate(now.calls)
         ]
-        return now.content[len(before.content) :], calls[len(before.calls) :]
+        content, reasoning = now.content[len(before.content) :], now.reasoning[len(before.reasoning) :]
+        return Read(content, reasoning=reasoning), calls[len(before.calls) :]
 
     def finish(self, answer: Answer) -> str | None:
         calls = (
