@@ -47,7 +47,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--stride", type=count, metavar="N", help="tokens between windows; default: S, no overlap"
     )
     parser.add_argument(
-        "--limit", type=count, metavar="N", help="at most N bytes a domain, the same for every model"
+        "--limit", type=count, metavar="N", help="at most N bytes a domain, or questions a task"
     )
     parser.add_argument(
         "--tokens-page",
@@ -61,6 +61,17 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="FOLDER",
         help="on that page a second model too, such as the one before its gates were trained",
     )
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a task of lm-evaluation-harness instead of text, several times too; needs lm_eval",
+    )
+    parser.add_argument(
+        "--tasks-path", type=path, metavar="DIR", help="where YAML files of more tasks are, which it trusts"
+    )
+    parser.add_argument("--shots", type=count, metavar="N", help="examples before each question of a task")
     running_arguments(parser)
     weights_argument(parser)
     json_flag(parser)
@@ -71,6 +82,8 @@ def run(options: Namespace) -> int:
 
     checkpoint = checkpoint_in(options.folder)  # light: what is no model is told before torch is imported
     _check_page(options)
+    if options.tasks or options.tasks_path is not None or options.shots is not None:
+        return _run_tasks(options, checkpoint)
     from consilium.checkpoint import store
     from consilium.data.corpus import measured_corpus
     from consilium.data.tokenizer import Tokenizer
@@ -94,6 +107,33 @@ def run(options: Namespace) -> int:
     if read:
         build_tokens_page(read, options.tokens_page)
         note(say("wrote {path}", path=options.tokens_page))
+    return 0
+
+
+def _run_tasks(options: Namespace, checkpoint: Path) -> int:
+    from importlib.util import find_spec
+
+    if not options.tasks:
+        raise ConsiliumError("eval: --tasks-path and --shots are for tasks; give --tasks NAME.")
+    for name in ("data", "seq", "stride", "tokens_page"):
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise ConsiliumError(f"eval: --{option} is for text, and tasks bring their own; drop it.")
+    if options.tasks_path is not None and not options.tasks_path.is_dir():
+        raise ConsiliumError(
+            f"eval: --tasks-path {options.tasks_path} is no folder; give one with YAML files."
+        )
+    if find_spec("lm_eval") is None:
+        raise ConsiliumError("eval: --tasks needs lm_eval, which is not installed; pip install lm_eval.")
+    place = settle(options)
+    from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.engine import Engine
+    from consilium.engine.harness import evaluated, table
+
+    engine = Engine(_loaded(checkpoint, options, place), Tokenizer.load(checkpoint))
+    include = None if options.tasks_path is None else str(options.tasks_path)
+    found = evaluated(engine, options.tasks, include=include, shots=options.shots, limit=options.limit)
+    print(json.dumps(found["results"], default=str) if options.json else table(found))
     return 0
 
 

@@ -1,0 +1,137 @@
+"""An engine as lm-evaluation-harness asks models; ``lm_eval`` is installed by who wants its tasks.
+
+Scores are sums of log-probabilities of the engine, whose text depends on no neighbour, so that no size of
+batch changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from consilium.engine.engine import Engine
+from consilium.engine.intake import TextCodec
+from consilium.engine.request import Request, Sampling, Scored
+from consilium.errors import ConsiliumError
+
+Score = tuple[float, bool]
+"""Log-likelihood, and whether the tokens are the greedy ones."""
+_MOST_NEW = 256
+"""As the harness asks where a task names none."""
+
+
+@final
+class Harness(LM):
+    """Answers in the order of the requests."""
+
+    def __init__(self, engine: Engine, tokenizer: TextCodec) -> None:
+        super().__init__()
+        self._engine = engine
+        self._tokenizer = tokenizer
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Score]:
+        """How likely a text is behind another. What is beyond the model's length is cut off in front."""
+        return self._scores([self._pair(*request.args) for request in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """How likely whole texts are, in windows that overlap by a token."""
+        found: list[float] = []
+        for request in requests:
+            (text,) = request.args
+            windows = utils.get_rolling_token_windows(
+                self._tokenizer.encode(text), self._opening, max_seq_len=self._length, context_len=1
+            )
+            pairs = [utils.make_disjoint_window(window) for window in windows]
+            found.append(sum(score for score, _ in self._scores(pairs)))
+        return found
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers that end before one of a task's texts."""
+        asked = [self._generating(*request.args) for request in requests]
+        texts = ["" for _ in asked]
+        for piece in self._engine.stream(asked):
+            texts[piece.request] += piece.text
+        return texts
+
+    @property
+    def _opening(self) -> int:
+        """What stands in front of a text."""
+        opening = self._tokenizer.opening_id
+        return self._tokenizer.eos_id if opening is None else opening
+
+    @property
+    def _length(self) -> int:
+        """Of texts that are scored: the engine wants room for a token behind them."""
+        return self._engine.length - 2
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, as one text has them; blanks at the border belong to what follows."""
+        bare = context.rstrip()
+        before, whole = self._tokenizer.encode(bare), self._tokenizer.encode(context + continuation)
+        behind = whole[len(before) :]
+        return [self._opening, *before], behind
+
+    def _scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        asked: list[Request] = []
+        for before, behind in pairs:
+            tokens = (*before, *behind)[-self._length - 1 :]
+            asked.append(Request(prompt=tokens, max_tokens=1, top=1, scores_prompt=True, stop_ids=()))
+        scored: list[tuple[Scored, ...]] = [() for _ in asked]
+        for piece in self._engine.stream(asked):
+            scored[piece.request] = piece.prompt
+        return [_score(some[-len(behind) :]) for some, (_, behind) in zip(scored, pairs, strict=True)]
+
+    def _generating(self, context: str, settings: dict[str, Any]) -> Request:
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        most = int(settings.get("max_gen_toks", _MOST_NEW))
+        tokens = [self._opening, *self._tokenizer.encode(context)][-max(self._engine.length - most, 1) :]
+        warm = settings.get("do_sample") or float(settings.get("temperature", 0.0)) > 0
+        sampling = Sampling(
+            temperature=float(settings.get("temperature", 1.0)) if warm else 0.0,
+            top_p=float(settings.get("top_p", 1.0)),
+        )
+        stops = tuple(text for text in until if text)
+        return Request(prompt=tuple(tokens), max_tokens=most, sampling=sampling, stop=stops)
+
+
+def _score(scored: Sequence[Scored]) -> Score:
+    likely = sum(one.logprob or 0.0 for one in scored)
+    return likely, all(one.top[0][0] == one.token for one in scored)
+
+
+def evaluated(
+    engine: Engine, tasks: Sequence[str], *, include: str | None = None, shots: int | None, limit: int | None
+) -> dict[str, Any]:
+    """What the harness finds, in its own words.
+
+    Raises ConsiliumError for a task that it does not know.
+    """
+    import lm_eval  # noqa: PLC0415 - takes seconds, and the class above needs none of it
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    assert engine.tokenizer is not None, "text is what tasks are of"
+    manager = TaskManager(include_path=include)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ConsiliumError(
+                f"eval: lm-evaluation-harness knows no task {task!r}; lm-eval ls tasks lists its own, and"
+                " --tasks-path DIR adds yours."
+            )
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        model=Harness(engine, engine.tokenizer),
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+    )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    return str(utils.make_table(found))
