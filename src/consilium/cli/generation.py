@@ -116,7 +116,9 @@ class Opened:
 
         return chat_format(self.path, self.tokenizer)
 
-    def engine(self, *, memory: int | None = None, most_length: int | None = None) -> Engine:
+    def engine(
+        self, *, memory: int | None = None, most_length: int | None = None, most_rows: int | None = None
+    ) -> Engine:
         """Read the weights, which may take minutes. ``memory`` is for them, the cache and all else."""
         import torch
 
@@ -142,6 +144,7 @@ class Opened:
             cache=self.cache,
             most_tokens=most,
             most_length=most_length,
+            most_rows=most_rows or MOST_ROWS,
             speculation=self.speculation,
         )
         tell_unread(engine)

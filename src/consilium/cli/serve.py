@@ -44,6 +44,9 @@ def arguments(parser: ArgumentParser) -> None:
         "--max-queue", type=_count, default=64, metavar="N", help="sequences that may wait; more get a 429"
     )
     parser.add_argument(
+        "--max-num-seqs", type=_positive, metavar="N", help="sequences that run at once; default: 64"
+    )
+    parser.add_argument(
         "--max-model-len",
         type=_positive,
         metavar="N",
@@ -108,7 +111,7 @@ def _service(
     from consilium.serving.worker import Worker
 
     form = opened.form()
-    engine = opened.engine(memory=memory, most_length=options.max_model_len)
+    engine = opened.engine(memory=memory, most_length=options.max_model_len, most_rows=options.max_num_seqs)
     worker = Worker(engine, most_waiting=settings.most_waiting)
     grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
     spelling = Spelling(opened.tokenizer)

@@ -121,14 +121,18 @@ def _json(value: object, *, status: int = 200, headers: Mapping[str, str] | None
 def _add_generating(app: FastAPI, current: Current) -> None:
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        service, asked = current.service, await _parsed(request, CompletionRequest)
+        service = current.service
+        service.worker.check_room(1)  # a refusal under load costs those who run nothing but this
+        asked = await _parsed(request, CompletionRequest)
         return await _answered(
             request, service, asked, await asking.completion(service, asked, request.scope[SALT])
         )
 
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        service, asked = current.service, await _parsed(request, ChatRequest)
+        service = current.service
+        service.worker.check_room(1)
+        asked = await _parsed(request, ChatRequest)
         return await _answered(
             request, service, asked, await asking.chat(service, asked, request.scope[SALT])
         )
