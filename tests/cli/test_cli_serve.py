@@ -255,3 +255,25 @@ def test_the_service_before_ends_with_its_last_request() -> None:
         wait_until(lambda: not thread.is_alive() and gc.collect() >= 0, 30)
         assert ended() is None
         assert server.client().models.list().data[0].id == "small"
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_error_of_the_server(start: Any) -> None:
+    """It reads the description that the server gives of itself, and tries what that allows and forbids."""
+    program = Path(sys.executable).with_name("schemathesis")
+    if not program.exists():
+        pytest.skip("schemathesis is not installed")
+    server = start()
+    command = [str(program), "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error"]
+    options = [
+        "--max-examples",
+        "40",
+        "--phases",
+        "coverage,fuzzing",
+        "--no-color",
+        "--generation-deterministic",
+    ]
+    found = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-4000:]
+    assert "Unresolvable references" not in found.stdout
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200

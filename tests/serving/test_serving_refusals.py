@@ -68,6 +68,12 @@ FIELDS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "stream": ((False, None), (1, "false")),
     "suffix": ((None,), ("x",)),
     "model": ((NAME, None), (5, [])),
+    "experts_per_token": ((1, 2, None), (0, *HUGE)),
+    "mute_experts": (([], [[1, 7]], None), ([[1]], [[1, -1]], [[1, 2**31]], 5, [[1, 2]] * 4097)),
+    "replay_routed_experts": (
+        ([[[0, 1], [2, 3]]] * 9, None),
+        ([], [[]], [[[0.5, 1], [0, 1]]], "all", 5),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,24 @@ def test_the_server_fetches_nothing() -> None:
     clients = r"^\s*(import|from) (httpx|requests|urllib|aiohttp|http\.client|socketserver)"
     assert len(sources) > 8
     assert not any(re.search(clients, source, re.MULTILINE) for source in sources)
+
+
+def refers(value: Any) -> Iterator[str]:
+    """All references in a document."""
+    match value:
+        case {"$ref": str() as name, **rest}:
+            yield name
+            yield from refers(rest)
+        case dict():
+            for one in value.values():
+                yield from refers(one)
+        case list():
+            for one in value:
+                yield from refers(one)
+
+
+def test_the_description_of_the_server_is_whole(server: Server) -> None:
+    found = server.http().get("/openapi.json").json()
+    names = set(refers(found))
+    assert {name.rpartition("/")[2] for name in names} <= found["components"]["schemas"].keys()
+    assert len(names) > 10

@@ -7,16 +7,17 @@ batch changes a result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, final
-
-from lm_eval import utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 
 from consilium.engine.engine import Engine
 from consilium.engine.intake import TextCodec
 from consilium.engine.request import Request, Sampling, Scored
 from consilium.errors import ConsiliumError
+
+_UTILS: Any = import_module("lm_eval.utils")
+_LM: Any = import_module("lm_eval.api.model").LM
+"""By name: type checkers need not find what most users do not install."""
 
 Score = tuple[float, bool]
 """Log-likelihood, and whether the tokens are the greedy ones."""
@@ -25,7 +26,7 @@ _MOST_NEW = 256
 
 
 @final
-class Harness(LM):
+class Harness(_LM):
     """Answers in the order of the requests."""
 
     def __init__(self, engine: Engine, tokenizer: TextCodec) -> None:
@@ -33,23 +34,23 @@ class Harness(LM):
         self._engine = engine
         self._tokenizer = tokenizer
 
-    def loglikelihood(self, requests: list[Instance]) -> list[Score]:
+    def loglikelihood(self, requests: list[Any]) -> list[Score]:
         """How likely a text is behind another. What is beyond the model's length is cut off in front."""
         return self._scores([self._pair(*request.args) for request in requests])
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """How likely whole texts are, in windows that overlap by a token."""
         found: list[float] = []
         for request in requests:
             (text,) = request.args
-            windows = utils.get_rolling_token_windows(
+            windows = _UTILS.get_rolling_token_windows(
                 self._tokenizer.encode(text), self._opening, max_seq_len=self._length, context_len=1
             )
-            pairs = [utils.make_disjoint_window(window) for window in windows]
+            pairs = [_UTILS.make_disjoint_window(window) for window in windows]
             found.append(sum(score for score, _ in self._scores(pairs)))
         return found
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers that end before one of a task's texts."""
         asked = [self._generating(*request.args) for request in requests]
         texts = ["" for _ in asked]
@@ -111,11 +112,9 @@ def evaluated(
 
     Raises ConsiliumError for a task that it does not know.
     """
-    import lm_eval  # noqa: PLC0415 - takes seconds, and the class above needs none of it
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415
-
     assert engine.tokenizer is not None, "text is what tasks are of"
-    manager = TaskManager(include_path=include)
+    lm_eval: Any = import_module("lm_eval")
+    manager = import_module("lm_eval.tasks").TaskManager(include_path=include)
     for task in tasks:
         if task not in manager.all_tasks:
             raise ConsiliumError(
@@ -134,4 +133,4 @@ def evaluated(
 
 
 def table(found: dict[str, Any]) -> str:
-    return str(utils.make_table(found))
+    return str(_UTILS.make_table(found))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
@@ -38,6 +39,7 @@ from consilium.serving.worker import Failed, Full
 _LOG: Final = logging.getLogger("consilium.serving")
 _DONE: Final = b"data: [DONE]\n\n"
 _COMMENT: Final = b": still at work\n\n"
+_BODIES: Final = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 _T = TypeVar("_T")
 _PAGE: Final = Path(__file__).parent / "page"
 _PAGE_HEADERS: Final = (
@@ -85,6 +87,7 @@ def build_app(current: Current, ready: Callable[[], bool], started: Callable[[],
     _add_tokens(app, current)
     _add_state(app, current, ready)
     _add_page(app)
+    app.openapi = lambda: _described(app)
     return app
 
 
@@ -229,10 +232,23 @@ def _always(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
+def _schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    return kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}-{{model}}")
+
+
 def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
     """What /openapi.json says of a body that we read ourselves."""
-    schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}-{{model}}")
+    schema = {name: value for name, value in _schema_of(kind).items() if name != "$defs"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """What /openapi.json says, with the parts that bodies refer to."""
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    parts = found.setdefault("components", {}).setdefault("schemas", {})
+    for kind in _BODIES:
+        parts |= {f"{kind.__name__}-{name}": part for name, part in _schema_of(kind).get("$defs", {}).items()}
+    return found
 
 
 _B = TypeVar("_B", bound=BaseModel)
