@@ -112,7 +112,7 @@ def asked(random: Random) -> tuple[str, dict[str, Any]]:
 def load(url: str, until: float, seed: int) -> Counter[int]:
     """Ask without a pause; one in ten leaves before the answer is whole."""
     random, seen = Random(seed), Counter[int]()
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=600) as client:
         while time.monotonic() < until:
             path, body = asked(random)
             with client.stream("POST", path, json=body) as answer:
