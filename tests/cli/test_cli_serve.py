@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import json
+import os
 import re
 import shutil
 import signal
@@ -277,3 +278,53 @@ def test_schemathesis_finds_no_error_of_the_server(start: Any) -> None:
     assert found.returncode == 0, found.stdout[-4000:]
     assert "Unresolvable references" not in found.stdout
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def processes(server: Started) -> list[int]:
+    """Of its workers."""
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from /proc")
+def test_workers_share_an_address_and_end_together(start: Any) -> None:
+    server = start("--workers", "2", "--threads", "1")
+    wait_until(lambda: "".join(server.told).count("/v1") == 2)
+    assert len(workers := processes(server)) == 2
+    assert len({text_of(server.url) for _ in range(12)}) == 1
+    server.process.send_signal(signal.SIGTERM)
+    told = server.end()
+    assert server.process.returncode == 0, told
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from /proc")
+@pytest.mark.parametrize("which", ["a worker", "the parent"])
+def test_where_one_dies_all_end(which: str, start: Any) -> None:
+    server = start("--workers", "2", "--threads", "1")
+    workers = processes(server)
+    os.kill(workers[0] if which == "a worker" else server.process.pid, signal.SIGKILL)
+    server.end()
+    assert server.process.returncode == (1 if which == "a worker" else -signal.SIGKILL)
+    wait_until(
+        lambda: (
+            not any(
+                Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+                for pid in workers
+            )
+        )
+    )
+
+
+def test_a_mistake_of_all_workers_is_told_and_ends_them(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", str(folder), "--port", "0", "--workers", "2", "--memory", "1KB"]
+    found = subprocess.run(
+        [sys.executable, "-m", "consilium", *words], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert "is too little" in found.stderr
+    assert "Traceback" not in found.stderr

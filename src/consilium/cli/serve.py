@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from consilium.cli.arguments import path, size
+from consilium.cli.endings import ended
 from consilium.cli.generation import model_arguments, open_checkpoint
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError
@@ -14,6 +16,8 @@ from consilium.machine.memory import free_memory
 from consilium.words.say import say
 
 if TYPE_CHECKING:
+    import socket
+
     from consilium.cli.generation import Opened
     from consilium.serving.limits import Settings
     from consilium.serving.metrics import Metrics
@@ -59,6 +63,13 @@ def arguments(parser: ArgumentParser) -> None:
         help="of weights, cache and all else; default: four fifths of what is free",
     )
     parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes, each with a model, a cache and a queue of its own; they share threads and memory",
+    )
+    parser.add_argument(
         "--served-model-name", metavar="NAME", help="how clients call it; default: the name of the folder"
     )
     model_arguments(parser)
@@ -78,26 +89,46 @@ def run(options: Namespace) -> int:
             " --host out."
         )
     with listening(options.host, options.port) as listener:
-        opened = open_checkpoint(checkpoint, options)
-        from consilium.serving.metrics import Metrics
-        from consilium.serving.run import serve
-
-        metrics = Metrics(settings.name)
         memory = options.memory or int(_SHARE * free_memory())
-        service = _service(opened, options, settings, metrics, memory)
-        note(say("format: {name}", name=service.form.name))
-        place = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
-        note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
+        if options.workers == 1:
+            return _serve(checkpoint, options, settings, memory, listener)
+        if sys.platform == "win32":
+            raise ConsiliumError("serve: --workers needs a system that forks; start several servers instead.")
+        from consilium.machine.processors import threads
+        from consilium.serving.workers import in_workers
 
-        def renewed() -> Service:
-            newest = checkpoint_in(options.folder)
-            note(say("reading {path}", path=newest))
-            room = min(memory, int(_SHARE * free_memory()))  # beside the model that still answers
-            made = _service(open_checkpoint(newest, options), options, settings, metrics, room)
-            note(say("{path} answers from now on", path=newest))
-            return made
+        count = options.workers
+        options.threads = options.threads or max(1, threads() // count)
+        each = memory // count
+        return in_workers(
+            count, lambda _: ended(lambda: _serve(checkpoint, options, settings, each, listener))
+        )
 
-        serve(service, listener, host=options.host, renewed=renewed)
+
+def _serve(
+    checkpoint: Path, options: Namespace, settings: Settings, memory: int, listener: socket.socket
+) -> int:
+    from consilium.checkpoint.folders import checkpoint_in
+
+    opened = open_checkpoint(checkpoint, options)
+    from consilium.serving.metrics import Metrics
+    from consilium.serving.run import serve
+
+    metrics = Metrics(settings.name)
+    service = _service(opened, options, settings, metrics, memory)
+    note(say("format: {name}", name=service.form.name))
+    place = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
+    note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
+
+    def renewed() -> Service:
+        newest = checkpoint_in(options.folder)
+        note(say("reading {path}", path=newest))
+        room = min(memory, int(_SHARE * free_memory()))  # beside the model that still answers
+        made = _service(open_checkpoint(newest, options), options, settings, metrics, room)
+        note(say("{path} answers from now on", path=newest))
+        return made
+
+    serve(service, listener, host=options.host, renewed=renewed)
     return 0
 
 
