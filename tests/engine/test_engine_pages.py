@@ -249,3 +249,19 @@ def test_a_request_that_fails_takes_no_token_from_the_others() -> None:
     assert failures == 1
     assert [told(found[number]) for number in ids[1:]] == right[1:]
     assert 0 < len(found[ids[0]]) < 8
+
+
+def test_parts_of_another_size_share_more_and_their_bits_hold_too() -> None:
+    model = made()
+    begin = tuple(range(20))
+    asked = [ask((*begin, 100 + i), 6) for i in range(3)]
+    engine = Engine(model, part=8, most_tokens=400)
+    found = [drained(engine, [request]) for request in asked]
+    assert [next(iter(pieces.values()))[0].cached for pieces in found] == [0, 16, 16]
+    again = Engine(model, part=8)
+    for request, pieces in zip(asked, found, strict=True):
+        ((_, fresh),) = drained(again, [request]).items()
+        assert told(fresh) == told(next(iter(pieces.values())))
+    for wrong in (0, -4, 6):
+        with pytest.raises(ConsiliumError, match="use a multiple of 4"):
+            Engine(model, part=wrong)

@@ -117,7 +117,12 @@ class Opened:
         return chat_format(self.path, self.tokenizer)
 
     def engine(
-        self, *, memory: int | None = None, most_length: int | None = None, most_rows: int | None = None
+        self,
+        *,
+        memory: int | None = None,
+        most_length: int | None = None,
+        most_rows: int | None = None,
+        part: int | None = None,
     ) -> Engine:
         """Read the weights, which may take minutes. ``memory`` is for them, the cache and all else."""
         import torch
@@ -146,6 +151,7 @@ class Opened:
             most_length=most_length,
             most_rows=most_rows or MOST_ROWS,
             speculation=self.speculation,
+            part=part,
         )
         tell_unread(engine)
         return engine

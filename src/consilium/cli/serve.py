@@ -27,6 +27,7 @@ HOST: Final = "127.0.0.1"
 PORT: Final = 8000
 _SHARE: Final = 0.8
 """Of the memory that is free, unless told otherwise."""
+_PAGE: Final = 64
 _LARGEST_KEYS: Final = 2**16
 
 
@@ -61,6 +62,13 @@ def arguments(parser: ArgumentParser) -> None:
         type=size,
         metavar="SIZE",
         help="of weights, cache and all else; default: four fifths of what is free",
+    )
+    parser.add_argument(
+        "--prompt-part",
+        type=_part,
+        metavar="N",
+        help="tokens of a prompt that are computed at once, a multiple of 64; prompts share whole parts of "
+        "their beginnings; default: 512",
     )
     parser.add_argument(
         "--workers",
@@ -142,7 +150,12 @@ def _service(
     from consilium.serving.worker import Worker
 
     form = opened.form()
-    engine = opened.engine(memory=memory, most_length=options.max_model_len, most_rows=options.max_num_seqs)
+    engine = opened.engine(
+        memory=memory,
+        most_length=options.max_model_len,
+        most_rows=options.max_num_seqs,
+        part=options.prompt_part,
+    )
     worker = Worker(engine, most_waiting=settings.most_waiting)
     grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
     spelling = Spelling(opened.tokenizer)
@@ -196,6 +209,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
         raise ArgumentTypeError(f"{text!r} is no number of things; use 0 or more")
     return int(text)
+
+
+def _part(text: str) -> int:
+    if not (number := _count(text)) or number % _PAGE:
+        raise ArgumentTypeError(f"{text!r} is no multiple of {_PAGE}; use {_PAGE} or more")
+    return number
 
 
 def _positive(text: str) -> int:

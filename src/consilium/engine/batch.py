@@ -22,6 +22,7 @@ from consilium.engine.request import Scored
 from consilium.engine.routes import Routes
 from consilium.engine.rows import Row, pool
 from consilium.engine.sampler import likeliest
+from consilium.errors import ConsiliumError
 from consilium.evaluation.loads import LoadCounter
 from consilium.kv.build import build_pool
 from consilium.kv.paged import CachePart
@@ -62,7 +63,14 @@ class Batch:
         most_tokens: int | None = None,
         form: CacheFormat = "model",
         speculation: Speculation | None = None,
+        part: int | None = None,
     ) -> None:
+        """``part`` is of prompts; raises ConsiliumError where it is no number of whole pages."""
+        self._part_tokens = PROMPT_PART if part is None else part
+        if self._part_tokens <= 0 or self._part_tokens % PAGE:
+            raise ConsiliumError(
+                f"parts of {self._part_tokens} tokens are no whole pages; use a multiple of {PAGE}."
+            )
         self._model = model
         self._options = options
         self._native = NativeDecoder.of(model) if options.mode.observer is None else None
@@ -102,8 +110,8 @@ class Batch:
         Whole parts of its prompt that are in the cache are not read again, but for the last token, whose
         logits nobody kept.
         """
-        row.parts = row.parts or digests(row.tokens[: row.prompt], PROMPT_PART, row.request.whole_salt)
-        useful = 0 if row.request.reads_all else (row.prompt - 1) // PROMPT_PART
+        row.parts = row.parts or digests(row.tokens[: row.prompt], self._part_tokens, row.request.whole_salt)
+        useful = 0 if row.request.reads_all else (row.prompt - 1) // self._part_tokens
         known = self._prefixes.find(row.parts[:useful])
         needed = len(row.tokens) // PAGE + 1 - len(known)
         if not self._room(needed):
@@ -132,7 +140,7 @@ class Batch:
     @torch.inference_mode()
     def read(self, row: Row) -> Tensor | None:
         """Compute the next part of a prompt; with the last the row joins, and there are logits [1, V]."""
-        first, end = row.cached, min(row.cached + PROMPT_PART, row.prompt)
+        first, end = row.cached, min(row.cached + self._part_tokens, row.prompt)
         position_1S = torch.arange(first, end, device=self._model.device)[None]
         inputs = Inputs(self._tensor([row.tokens[first:end]]), position_BS=position_1S)
         x_SD, routes = self._states(inputs, self._part([row]), [row], self._reader, many=True)
@@ -144,9 +152,9 @@ class Batch:
             pool(row, self._final(x_SD, self._reader))
         if self.drafts is not None:
             self.drafts.read(row, first, self._final(x_SD, self._reader))
-        if end - first == PROMPT_PART:
+        if end - first == self._part_tokens:
             pages = row.pages[first // PAGE : end // PAGE]
-            self._prefixes.keep(row.parts[first // PROMPT_PART], pages)
+            self._prefixes.keep(row.parts[first // self._part_tokens], pages)
         if end < row.prompt:
             return None
         self.rows.append(row)

@@ -56,11 +56,15 @@ class Engine:
         most_length: int | None = None,
         cache: CacheFormat = "model",
         speculation: Speculation | None = None,
+        part: int | None = None,
     ) -> None:
         """``cache`` is int8 to keep latents in 8 bits; raises ConsiliumError for a model without.
 
         ``speculation`` guesses tokens, which changes how fast they come and not which. Raises ConsiliumError
         for modules that the model does not have.
+
+        ``part`` is how many tokens of a prompt are computed at once, by default 512. Beginnings are shared by
+        whole parts: smaller ones share more, and take longer to read what is new.
 
         ``most_tokens`` is what the cache holds of all that run; without, it grows with need. ``most_length``
         is for a sequence, by default the model's length.
@@ -78,7 +82,7 @@ class Engine:
         """Tokens of a sequence at most, prompt and answer."""
         self.most_rows = most_rows
         options = Options(mode=replace(mode, counts_only=True))
-        self._batch = Batch(self.model, options, most_tokens, cache, speculation)
+        self._batch = Batch(self.model, options, most_tokens, cache, speculation, part)
         self._speculation = speculation
         self._guessed = self._right = 0
         self._waiting: list[Row] = []

@@ -18,8 +18,8 @@ _PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def in_workers(count: int, work: Callable[[int], int]) -> int:
     """Run ``work`` in so many forked processes, to be called before there are threads.
 
-    Signals go on to all of them. Where one ends unasked, all end. Returns the highest of their codes; a signal
-    that ended one, and an end that nobody asked for, are 1.
+    Signals go on to all of them. Where one ends unasked, all end. Returns the highest of their codes; a
+    signal that ended one, and an end that nobody asked for, are 1.
     """
     workers = {_forked(work, number) for number in range(count)}
     stopping = False
