@@ -108,8 +108,10 @@ def turn(port: int, load: Load, number: int) -> tuple[float, Times]:
 
 
 @contextlib.contextmanager
-def ours(model: Path, packing: str) -> Iterator[int]:
+def ours(model: Path, packing: str, shared: int) -> Iterator[int]:
+    """What many prompts begin with is shared by whole parts, so these are smaller where there is some."""
     command = [sys.executable, "-m", "consilium", "serve", str(model), "--port", "0", "--weights", packing]
+    command += ["--prompt-part", "128"] if shared else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         told = (re.search(r"http://127\.0\.0\.1:(\d+)/v1", line) for line in process.stderr)
@@ -191,7 +193,7 @@ def main() -> int:
         contestants: dict[str, Contestant] = {}
         for name, (packing, kind) in FORMATS.items():
             model = file or work / "model"
-            contestants[f"consilium {name}"] = lambda m=model, p=packing: ours(m, p)
+            contestants[f"consilium {name}"] = lambda m=model, p=packing: ours(m, p, options.shared)
             if (theirs := work / f"{kind}.gguf").exists():
                 contestants[f"llama.cpp {name}"] = lambda f=theirs: llama_cpp(f, options.clients)
         load = Load(options.clients, options.shared, setting.model.vocab_size)
