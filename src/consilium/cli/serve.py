@@ -175,8 +175,11 @@ def _settings(options: Namespace) -> Settings:
 def _keys(file: Path) -> tuple[str, ...]:
     try:
         text = file.read_bytes()[:_LARGEST_KEYS].decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConsiliumError(f"serve: cannot read the keys in {file} ({error}); give a text file.") from None
+    except OSError as error:
+        why = (error.strerror or "error").lower()
+        raise ConsiliumError(f"serve: cannot read the keys in {file} ({why}); give a text file.") from None
+    except UnicodeDecodeError:
+        raise ConsiliumError(f"serve: {file} is no text, so it holds no keys; give a text file.") from None
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise ConsiliumError(f"serve: {file} holds no key; write one a line.")
