@@ -186,6 +186,19 @@ def test_deeper_modules_guess_behind_the_first() -> None:
         assert second == int(model.logits(two.x_BSD)[0, -1].argmax())
 
 
+def test_where_memory_is_short_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(ONE)
+    right = Engine(model).complete([[1, 2]], max_tokens=6)
+
+    def failing(*given: object) -> list[list[int]]:
+        raise MemoryError
+
+    monkeypatch.setattr(drafts.Modules, "guess", failing)
+    engine = Engine(model, speculation=Ahead(1))
+    assert engine.complete([[1, 2]], max_tokens=6) == right
+    assert engine.guesses == (0, 0)
+
+
 def test_a_model_without_modules_is_told_so() -> None:
     with pytest.raises(ConsiliumError, match="no multi-token prediction modules"):
         Engine(lively(DENSE), speculation=Ahead())

@@ -24,6 +24,7 @@ from consilium.engine.routes import Routes
 from consilium.engine.rows import Row, advance, pooled
 from consilium.errors import ConsiliumError
 from consilium.kv.rows import CacheFormat
+from consilium.machine.memory import is_out_of_memory
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode
@@ -251,10 +252,16 @@ class Engine:
                 self._decode_rows(together, self._guesses(together))
 
     def _guesses(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Of rows that lack no other token, as far as there are pages."""
-        most = [self._most_guessed(row) for row in rows]
-        drafts = self._batch.drafts
-        return [[] for _ in rows] if drafts is None else drafts.guess(rows, most)
+        """Of rows that lack no other token, as far as there are pages; none where memory is short."""
+        most, drafts = [self._most_guessed(row) for row in rows], self._batch.drafts
+        if drafts is None:
+            return [[] for _ in rows]
+        try:
+            return drafts.guess(rows, most)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return [[] for _ in rows]
 
     def _most_guessed(self, row: Row) -> int:
         """A guess is a place of a pass: where many rows run there is no room for it."""
