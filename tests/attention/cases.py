@@ -29,6 +29,10 @@ CONFIGS: dict[str, GQA | MLA] = {
     "quarter-rotated": GQA(
         heads=2, kv_heads=1, head_dim=8, qk_norm="head", rope=Rope(interleaved=True, fraction=0.25)
     ),
+    "window": GQA(heads=4, kv_heads=2, head_dim=6, window=3),
+    "window, everything": GQA(
+        heads=4, kv_heads=2, head_dim=6, qkv_bias=True, qk_norm="full", softcap=2.0, window=4, rope=YARN
+    ),
     "latent": MLA(heads=3, q_rank=None, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5),
     "latent-compressed": MLA(heads=3, q_rank=7, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5, rope=YARN),
     "latent-without-norm": MLA(

@@ -18,6 +18,8 @@ from consilium.attention.types import LatentPath
 from consilium.config.attention import GQA, MLA
 from consilium.kv.rows import Plain
 from consilium.kv.types import View
+from consilium.ops import sight
+from consilium.ops.attention import attend
 from support import relative_error
 
 named_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -203,3 +205,21 @@ def test_pages_equal_one_pass(config: GQA | MLA, size: int, path: LatentPath) ->
         alone = uncached(module, x[b : b + 1, : length + new])[0]
         assert relative_error(prompt[b, :length], alone[:length]) < 1e-5
         assert relative_error(torch.stack([step[b, 0] for step in steps]), alone[length:]) < 1e-5
+
+
+def test_a_long_prompt_on_a_cache_reads_a_window_in_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask of the whole text is made: the largest has a row a query of a stripe."""
+    module, x = built(GQA(heads=2, kv_heads=1, head_dim=4, window=5)), random_x(1, 40)
+    expected = uncached(module, x)
+    sizes: list[int] = []
+
+    def counting(*tensors: Tensor, mask_BSL: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+        sizes.append(0 if mask_BSL is None else mask_BSL.numel())
+        return attend(*tensors, mask_BSL=mask_BSL, scale=scale, softcap=softcap)
+
+    monkeypatch.setattr(sight, "STRIPE", 8)
+    monkeypatch.setattr(sight, "attend", counting)
+    found = cached(module, x, counted(1, 40), empty_layer(module.config, 1, 40))
+    assert relative_error(found, expected) < 1e-5
+    assert len(sizes) == 5
+    assert max(sizes) == 8 * (8 + 4)

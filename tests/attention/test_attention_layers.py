@@ -15,6 +15,7 @@ from attention.naive import Weights, causal_sight, float64_weights, naive_gqa, n
 from consilium.attention.context import build_context
 from consilium.attention.types import LatentPath
 from consilium.config.attention import GQA, MLA, Rope
+from consilium.ops import documents, sight
 from support import relative_error
 
 named_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -29,6 +30,7 @@ gqa_configs = st.builds(
     qkv_bias=st.booleans(),
     qk_norm=st.sampled_from(["none", "head", "full"]),
     softcap=st.sampled_from([None, 3.0]),
+    window=st.sampled_from([None, 1, 2, 4, 9]),
     scale=st.sampled_from([None, 0.9]),
     rope=st.sampled_from([Rope(), Rope(interleaved=True, theta=100.0)]),
 )
@@ -78,6 +80,8 @@ def compared(
         seen &= sequence[:, :, None] == sequence[:, None, :]
     if valid is not None:
         seen &= valid[:, None, :]
+    if isinstance(config, GQA) and config.window is not None:
+        seen &= position[:, None, :] > position[:, :, None] - config.window
     context = build_context(config, position, sequence_BS=sequence, valid_BS=valid)
     fast, slow = x.clone().requires_grad_(), x.double().requires_grad_()
     y = module(fast, replace(context, latent_path=path)).y_BSD
@@ -88,18 +92,18 @@ def compared(
     towards = random_x(batch, tokens, seed=5)
     (y * towards).sum().backward()
     (expected * towards).sum().backward()
-    same_gradients({"x": fast, **dict(module.named_parameters())}, {"x": slow, **weights}, tokens)
+    same_gradients({"x": fast, **dict(module.named_parameters())}, {"x": slow, **weights})
 
 
-def same_gradients(fast: Weights, slow: Weights, tokens: int) -> None:
-    """Where one token sees only itself, queries and keys have a gradient of exactly zero but for rounding."""
+def same_gradients(fast: Weights, slow: Weights) -> None:
+    """Where tokens see only themselves, queries and keys have a gradient of exactly zero but for rounding."""
     assert fast.keys() == slow.keys()
     largest = max(float(w.grad.norm()) for w in slow.values() if w.grad is not None)
     for name, weight in slow.items():
         found, wanted = fast[name].grad, weight.grad
         assert found is not None
         assert wanted is not None
-        if tokens == 1 and float(wanted.norm()) < 1e-12 * largest:
+        if float(wanted.norm()) < 1e-12 * largest:
             assert float(found.norm()) < 1e-5 * largest, name
         else:
             assert relative_error(found, wanted) < 2e-5, name
@@ -132,6 +136,63 @@ def test_latent_attention_of_any_shape_on_both_paths(
     config: MLA, batch: int, tokens: int, path: LatentPath
 ) -> None:
     compared(config, random_x(batch, tokens), None, None, path)
+
+
+@st.composite
+def cut_rows(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Documents [B, S] that fill rows, and which tokens are no padding: that stands at both ends of a row."""
+    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    begins = torch.tensor(
+        draw(
+            st.lists(
+                st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=batch, max_size=batch
+            )
+        )
+    )
+    ends = [draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) for _ in range(batch)]
+    place = torch.arange(tokens)
+    valid = torch.stack([(place >= left) & (place < tokens - right) for left, right in ends])
+    return begins.long().cumsum(1), valid
+
+
+@given(
+    rows=cut_rows(),
+    window=st.integers(1, 11),
+    softcap=st.sampled_from([None, 2.0]),
+    short=st.booleans(),
+    stripe=st.integers(1, 10),
+)
+def test_a_window_equals_the_equations_in_any_documents(
+    *, rows: tuple[Tensor, Tensor], window: int, softcap: float | None, short: bool, stripe: int
+) -> None:
+    """Also where rows count as long, and where queries come in several stripes."""
+    sequence, valid = rows
+    config = GQA(heads=4, kv_heads=2, head_dim=4, window=window, softcap=softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SHORT", sequence.shape[1] if short else 0)
+        patch.setattr(sight, "STRIPE", stripe)
+        compared(config, random_x(*sequence.shape), sequence, valid)
+        compared(config, random_x(*sequence.shape), None, None)
+
+
+@pytest.mark.parametrize("window", [9, 10, 1000])
+def test_a_window_over_the_whole_text_changes_no_bit(window: int) -> None:
+    config = GQA(heads=4, kv_heads=2, head_dim=6)
+    plain, windowed = built(config), built(replace(config, window=window))
+    assert torch.equal(uncached(windowed, random_x(2, 9)), uncached(plain, random_x(2, 9)))
+    sequence = torch.arange(9).expand(2, 9) // 4
+    context = build_context(config, counted(2, 9), sequence_BS=sequence)
+    x = random_x(2, 9)
+    assert torch.equal(windowed(x, context).y_BSD, plain(x, context).y_BSD)
+
+
+def test_a_query_sees_its_window_and_nothing_before_it() -> None:
+    """Of one layer: what a token holds reaches exactly as many tokens as the window has."""
+    module = built(GQA(heads=2, kv_heads=1, head_dim=4, window=3))
+    x, other = random_x(1, 9), random_x(1, 9)
+    other[:, 2] += 1.0
+    changed = (uncached(module, x) != uncached(module, other)).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4]
 
 
 @named_configs

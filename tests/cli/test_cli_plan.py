@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from consilium.cli.main import main
+from consilium.config.attention import GQA
+from consilium.config.io import to_data
 from consilium.planner.laws import LAWS
 from consilium.planner.plan import plan
 from consilium.recipes.catalogue import find, names, recipe
@@ -111,6 +116,20 @@ def test_a_dense_model_has_no_lines_about_experts(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "bias" not in shown
     assert "prediction" not in shown
+
+
+def test_a_window_is_told_with_what_is_read_behind_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = GQA(heads=32, kv_heads=8, head_dim=128, window=4096, full_layers=(0, 1))
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(to_data(dataclasses.replace(recipe("llama:7b"), attention=attention))))
+    lines = shown(capsys, str(file))
+    assert "KV cache, bfloat16 131,072 B a token (65,536 values)" in lines
+    assert "behind a window of 4,096 in 30 layers 8,192 B a token are read, and all stay" in lines
+    data = planned(capsys, str(file))
+    assert data["window"] == {"tokens": 4096, "layers": 30, "kv_values_beyond": 4096}
+    assert planned(capsys, "llama:7b")["window"] is None
 
 
 def test_planning_imports_no_torch_and_no_other_recipe() -> None:

@@ -17,6 +17,8 @@ from consilium.config.balance import (
     SignBias,
     SwitchLoss,
 )
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import MTP, Model
 from consilium.config.moe import Admission, Capacity, DeviceCapacity, Dropless, MoE
 from consilium.config.router import (
     ClampedSum,
@@ -181,3 +183,36 @@ def test_rows_of_gates_are_those_of_each_level_and_of_its_noise() -> None:
     assert Router(select=TopK(k=2), noise=LearnedNoise()).gate_rows(8) == 16
     assert Router(select=levels, weight=OF_SELECTED, noise=LearnedNoise()).gate_rows(8) == 2 * (8 + 4)
     assert Router(projection=NoGate(), select=Hash(vocab_size=9), weight=Uniform()).gate_rows(8) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full_layers": (0,)}, "without a window every layer does"),
+        ({"window": 4, "full_layers": (1, 0)}, r"full_layers \[1, 0\] are not in rising order, each once"),
+        ({"window": 4, "full_layers": (1, 1)}, "are not in rising order, each once"),
+        ({"window": 4, "full_layers": (-1,)}, "full_layers"),
+        ({"window": 0}, "window"),
+    ],
+)
+def test_a_window_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConsiliumError, match=message):
+        GQA(heads=2, kv_heads=1, head_dim=4, **changes)
+
+
+def test_layers_that_a_model_does_not_have_are_refused() -> None:
+    attention = GQA(heads=2, kv_heads=1, head_dim=4, window=4, full_layers=(1, 3))
+    shape = {
+        "family": "x",
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "attention": attention,
+        "dense": FeedForward(width=4),
+    }
+    with pytest.raises(
+        ConsiliumError, match="full_layers names layer 3, and the model has 3, counted from 0"
+    ):
+        Model(**shape, layers=3)
+    with pytest.raises(ConsiliumError, match="full_layers names layer 3"):
+        Model(**shape, layers=3, mtp=MTP(depth=1))
+    assert Model(**shape, layers=5).windowed_layers == (0, 2, 4)

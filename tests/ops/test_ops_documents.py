@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consilium.ops import documents as room
+from consilium.ops import sight
 from consilium.ops.attention import attend_naive
 from consilium.ops.documents import Documents, attend_documents
+from consilium.ops.sight import Sight
 from support import relative_error
 
 
@@ -51,7 +53,7 @@ def test_documents_equal_the_dense_mask_in_values_and_gradients(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "SHORT", tokens if short else 0)
         documents = Documents.find(sequence, None)
-    y = attend_documents(*fast, documents, scale=1.1, softcap=softcap)
+    y = attend_documents(*fast, documents, Sight(1.1, softcap))
     expected = naive(*slow, sequence, softcap)
     assert documents is None or (documents.seen_BSS is not None) == short
     assert y.shape == expected.shape
@@ -68,6 +70,7 @@ def test_long_rows_are_calls_a_document_and_short_ones_one_call(
     tokens: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, calls = random(2, tokens, 1, 4, seed=1), []
-    monkeypatch.setattr(room, "attend", lambda q, k, v, **_: calls.append(q) or v)
-    attend_documents(q, q, q, Documents.find(rows_of([[20, 60, 61], []], tokens), None), scale=1.0)
+    for module in (room, sight):
+        monkeypatch.setattr(module, "attend", lambda q, k, v, **_: calls.append(q) or v)
+    attend_documents(q, q, q, Documents.find(rows_of([[20, 60, 61], []], tokens), None), Sight(1.0))
     assert len(calls) == expected

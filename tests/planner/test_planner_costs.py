@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.config.attention import GQA, MLA
-from consilium.config.model import Model
+from consilium.config.feed_forward import FeedForward
+from consilium.config.model import MTP, Model
 from consilium.planner.flops import LONGEST_CONTEXT, flops
 from consilium.planner.kv import values_per_token
 from consilium.planner.plan import plan
 from consilium.recipes.catalogue import recipe
 from planner.planner_configs import active, models, tensors
+
+PLAIN = GQA(heads=2, kv_heads=1, head_dim=4)
 
 
 def pairs(model: Model, length: int) -> int:
@@ -79,3 +83,43 @@ def test_bytes_follow_from_parameters(model: Model) -> None:
     assert planned.weight_bytes_by_dtype["int8"] == total
     assert planned.weight_bytes_by_dtype["int4"] == math.ceil(total / 2)
     assert planned.training_bytes == 16 * (total + planned.parameters.mtp)
+
+
+@given(
+    window=st.integers(1, 40),
+    full=st.sets(st.integers(0, 2)),
+    length=st.integers(1, 40),
+)
+def test_flops_of_windows_equal_a_count_of_what_queries_see(window: int, full: set[int], length: int) -> None:
+    attention = GQA(heads=2, kv_heads=1, head_dim=4, window=window, full_layers=tuple(sorted(full)))
+    model = Model(
+        family="x",
+        vocab_size=10,
+        hidden_size=4,
+        layers=3,
+        attention=attention,
+        dense=FeedForward(width=4),
+        mtp=MTP(depth=1),
+    )
+    seen = {
+        layer: sum(
+            sum(layer in full or query - window < key for key in range(query + 1)) for query in range(length)
+        )
+        for layer in range(4)
+    }
+    counted, plain = flops(model, context=length), flops(dataclasses.replace(model, attention=PLAIN), length)
+    per_key, all_pairs = 2 * 2 * (4 + 4), length * (length + 1) // 2
+    for found, without, layers in (
+        (counted.forward, plain.forward, (0, 1, 2)),
+        (counted.mtp, plain.mtp, (3,)),
+    ):
+        hidden = sum(all_pairs - seen[layer] for layer in layers) * per_key
+        assert abs((without - found) * length - hidden) <= length * len(layers) / 2
+    planned = plan(model).window
+    assert planned is not None
+    assert (planned.tokens, planned.layers) == (window, len({0, 1, 2} - full))
+    assert planned.kv_values_beyond == len({0, 1, 2} & full) * 2 * 4
+
+
+def test_a_model_without_windows_has_none_in_its_plan() -> None:
+    assert plan(recipe("mixtral")).window is None

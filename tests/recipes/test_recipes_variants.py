@@ -134,6 +134,14 @@ def test_scaling_keeps_levels_and_the_rotated_share_and_follows_with_the_latent(
     assert after != model or factor == 1.0
 
 
+@pytest.mark.parametrize(("factor", "full"), [(0.2, (1,)), (1.0, (1, 3, 5)), (3.0, (1, 3, 5))])
+def test_scaling_keeps_the_window_of_the_layers_that_are_left(factor: float, full: tuple[int, ...]) -> None:
+    attention = dataclasses.replace(ROTATED, window=64, full_layers=(1, 3, 5))
+    after = scaled(dataclasses.replace(with_axes(LATENT), layers=6, attention=attention), factor).attention
+    assert isinstance(after, GQA)
+    assert (after.window, after.full_layers) == (64, full)
+
+
 def test_a_balance_that_a_router_cannot_have_is_refused_in_one_sentence() -> None:
     with pytest.raises(ConsiliumError, match=r"--balance bias: moe\.router: select 'two_level' has two sets"):
         with_balance(with_axes(LEVELS), "bias")

@@ -259,6 +259,7 @@ def test_the_command_writes_a_folder_of_our_own_that_is_trained_on(
     [
         (QWEN3, {}, "norms its queries and keys"),
         (with_attention(GQA(heads=2, kv_heads=1, head_dim=8, softcap=3.0)), {}, "caps its attention logits"),
+        (with_attention(GQA(heads=2, kv_heads=1, head_dim=8, window=9)), {}, "within a window of 9 tokens"),
         (dataclasses.replace(LLAMA, mtp=MTP(depth=1)), {}, "predict further tokens"),
         (LLAMA, {"kv_rank": 25, "rope_dim": 8}, "more than the 24 dimensions"),
         (LLAMA, {"rope_dim": 12}, "such as 8"),

@@ -32,6 +32,7 @@ def build_context(
     With a cache a token sees the slots up to its own position. Every row of the batch is one sequence (no
     ``sequence_BS``), and padding stands to the right and counts on the positions of its row: it lies behind
     every token that matters and needs no mask. ``peaks_above`` asks for the largest logits, without a cache.
+    Layers may see less of all that, a window.
     """
     assert not cached or sequence_BS is None, "a cache holds one sequence a row, not packed documents"
     cos_BSR, sin_BSR = rotary_tables(config.rope, _rotated_width(config), position_BS)

@@ -19,11 +19,15 @@ from consilium.ops.documents import attend_documents
 from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
 from consilium.ops.rope import rotate
+from consilium.ops.sight import Sight
 
 
 @final
 class GroupedQueryAttention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention. A cached row is [keys | values] of all kv heads."""
+    """Multi-head, grouped-query or multi-query attention. A cached row is [keys | values] of all kv heads.
+
+    With a window, rows that no later query sees stay in the cache: its pages are those of all layers.
+    """
 
     def __init__(self, config: GQA, hidden_size: int, norm_epsilon: float) -> None:
         super().__init__()
@@ -41,14 +45,14 @@ class GroupedQueryAttention(nn.Module):
         q_BSHP = self._rotated(self.q(x_BSD), self.q_norm, context)
         k_BSGP = self._rotated(self.k(x_BSD), self.k_norm, context)
         v_BSGP = self.v(x_BSD).unflatten(-1, (-1, self.config.head_dim))
-        scale, softcap = self.config.softmax_scale, self.config.softcap
+        sight = Sight(self.config.softmax_scale, self.config.softcap, self.config.window)
         if cache is None:
-            y_BSHP = attend_documents(q_BSHP, k_BSGP, v_BSGP, context.documents, scale=scale, softcap=softcap)
+            y_BSHP = attend_documents(q_BSHP, k_BSGP, v_BSGP, context.documents, sight)
             return Attended(self.o(y_BSHP.flatten(-2)))
         view = cache.view(context.keys)
         cache.write(torch.cat((k_BSGP.flatten(-2), v_BSGP.flatten(-2)), -1), context.position_BS)
         tiles = [self._keys_and_values(rows_BLC) for rows_BLC in view.tiles(x_BSD.dtype)]
-        y_BHSP = attend_tiles(q_BSHP.transpose(1, 2), tiles, context, scale=scale, softcap=softcap)
+        y_BHSP = attend_tiles(q_BSHP.transpose(1, 2), tiles, context, sight)
         return Attended(self.o(y_BHSP.transpose(1, 2).flatten(-2)))
 
     def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from consilium.ops.linear import Linear
 from consilium.ops.norm import RMSNorm
 from consilium.ops.peaks import largest_logits
 from consilium.ops.rope import rotate
+from consilium.ops.sight import Sight
 from consilium.ops.weights import Dense, Matrix
 from consilium.parallel.part import Part, whole
 
@@ -182,10 +183,11 @@ class LatentAttention(nn.Module):
             )
         if context.documents is not None:
             ((k_BSHK, v_BSHV),) = expanded
-            y_BSHV = attend_documents(q_BSHK, k_BSHK, v_BSHV, context.documents, scale=scale)
+            y_BSHV = attend_documents(q_BSHK, k_BSHK, v_BSHV, context.documents, Sight(scale))
             return y_BSHV, largest_H
         heads = [(k_BLHK.transpose(1, 2), v_BLHV.transpose(1, 2)) for k_BLHK, v_BLHV in expanded]
-        return attend_tiles(q_BSHK.transpose(1, 2), heads, context, scale=scale).transpose(1, 2), largest_H
+        y_BHSV = attend_tiles(q_BSHK.transpose(1, 2), heads, context, Sight(scale))
+        return y_BHSV.transpose(1, 2), largest_H
 
     def _keys_and_values(self, rows_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, L, H, N + R] and values [B, L, H, V] of every head."""
@@ -206,7 +208,7 @@ class LatentAttention(nn.Module):
             y_BHSC = attend_latent(q_BHSC, tiles[0], mask_BSL=context.seen_BSL, scale=config.softmax_scale)
         else:
             shared = [(rows_BLC[:, None], rows_BLC[:, None]) for rows_BLC in tiles]
-            y_BHSC = attend_tiles(q_BHSC, shared, context, scale=config.softmax_scale)
+            y_BHSC = attend_tiles(q_BHSC, shared, context, Sight(config.softmax_scale))
         y_BSHV: Tensor = self.kv_up(Release(y_BHSC[..., : config.kv_rank]))
         return y_BSHV
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
+from typing import Final
 
 from consilium.cli.models import full_name
 from consilium.config.model import Model
@@ -11,6 +12,8 @@ from consilium.planner.memory import serving
 from consilium.records.plan import Plan, Serving
 from consilium.report.plain import columns, counted, operations, sized
 from consilium.words.say import say
+
+_BF16_BYTES: Final = 2
 
 
 def plan_data(model: Model, planned: Plan, other: Plan | None, options: Namespace) -> dict[str, object]:
@@ -106,11 +109,22 @@ def _memory(planned: Plan) -> str:
         bytes=planned.kv_bytes_per_token,
         values=planned.kv_values_per_token,
     )
-    rows = [(say("KV cache, bfloat16"), cache)]
+    rows = [(say("KV cache, bfloat16"), cache), *_window(planned)]
     rows += [(_weights(dtype), sized(need)) for dtype, need in planned.weight_bytes_by_dtype.items()]
     training = say("{size} and activations", size=sized(planned.training_bytes))
     rows.append((say("training, float32 AdamW"), training))
     return f"\n{say('memory')}\n" + columns(rows, indent="  ")
+
+
+def _window(planned: Plan) -> list[tuple[str, str]]:
+    """What is still read of a token that windows have left behind, where there are windows."""
+    if (found := planned.window) is None:
+        return []
+    which = say(
+        "behind a window of {tokens:,} in {layers:,} layers", tokens=found.tokens, layers=found.layers
+    )
+    read = say("{bytes:,} B a token are read, and all stay", bytes=_BF16_BYTES * found.kv_values_beyond)
+    return [(which, read)]
 
 
 def _weights(dtype: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Annotated, Literal
 
@@ -66,7 +67,11 @@ class Rope:
 
 @configuration
 class GQA:
-    """Grouped-query attention; ``kv_heads == heads`` is multi-head, ``kv_heads == 1`` multi-query."""
+    """Grouped-query attention; ``kv_heads == heads`` is multi-head, ``kv_heads == 1`` multi-query.
+
+    A query sees ``window`` tokens, itself and those before it (Mistral, 2310.06825 section 2), in every block
+    but ``full_layers``, where it sees all; modules of multi-token prediction are none of these.
+    """
 
     kind: Literal["gqa"] = "gqa"
     heads: Size
@@ -76,9 +81,21 @@ class GQA:
     qk_norm: Literal["none", "head", "full"] = "none"
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
+    window: Size | None = None
+    full_layers: tuple[NonNegativeInt, ...] = ()
     rope: Rope = Rope()
 
     def __post_init__(self) -> None:
+        if self.full_layers and self.window is None:
+            raise ConsiliumError(
+                "attention: full_layers names layers that see all tokens, and without a window every layer"
+                " does; set attention.window or leave full_layers empty."
+            )
+        if self.full_layers != tuple(sorted(set(self.full_layers))):
+            raise ConsiliumError(
+                f"attention: full_layers {list(self.full_layers)} are not in rising order, each once;"
+                " sort them."
+            )
         if self.heads % self.kv_heads:
             raise ConsiliumError(
                 f"attention: {self.heads} heads are not divisible by {self.kv_heads} kv_heads,"
@@ -96,6 +113,11 @@ class GQA:
                 "attention: rope.repeats is for the shared key of latent attention; with grouped-query"
                 " attention every head has each frequency once, so leave it at 1."
             )
+
+    def at(self, layer: int) -> GQA:
+        """What block ``layer`` computes, where it is the only one."""
+        window = None if layer in self.full_layers else self.window
+        return dataclasses.replace(self, window=window, full_layers=())
 
     @property
     def rotated_dim(self) -> int:
@@ -148,6 +170,10 @@ class MLA:
                 "attention: rope.fraction is for grouped-query attention; with latent attention rope_dim says"
                 " how many dimensions are rotated, so leave the fraction at 1."
             )
+
+    def at(self, layer: int) -> MLA:
+        """What block ``layer`` computes: all are alike."""
+        return self
 
     @property
     def softmax_scale(self) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from consilium.config.attention import Attention
+from consilium.config.attention import GQA, Attention
 from consilium.config.base import Size, configuration
 from consilium.config.feed_forward import FeedForward
 from consilium.config.moe import MoE
@@ -76,6 +76,11 @@ class Model:
     def __post_init__(self) -> None:
         if self.dense is None and not all(self.is_moe(i) for i in range(self.layers)):
             raise ConsiliumError("model: some layers are dense but model.dense is missing; give its width.")
+        if isinstance(self.attention, GQA) and any(i >= self.layers for i in self.attention.full_layers):
+            raise ConsiliumError(
+                f"model: attention.full_layers names layer {self.attention.full_layers[-1]}, and the model"
+                f" has {self.layers}, counted from 0; name layers that it has."
+            )
         if self.moe is not None and isinstance(self.moe.router.select, Hash):
             table = self.moe.router.select.vocab_size
             if table < self.vocab_size:
@@ -91,6 +96,12 @@ class Model:
         """
         past = layer - self.dense_first + 1
         return self.moe is not None and past > 0 and past % self.moe_every == 0
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...]:
+        """Blocks whose queries see a window, without multi-token prediction modules."""
+        kinds = (self.attention.at(i) for i in range(self.layers))
+        return tuple(i for i, kind in enumerate(kinds) if isinstance(kind, GQA) and kind.window is not None)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -73,7 +73,10 @@ class CachePart:
 
 @final
 class PagedCache:
-    """The pages of all layers: page n of every layer belongs to the same tokens."""
+    """The pages of all layers: page n of every layer belongs to the same tokens.
+
+    So none is free before its sequence ends, though layers with a window may have left its rows behind.
+    """
 
     def __init__(
         self, *, layers: int, pages: int, page: int, rows: Rows, device: torch.device | str = "cpu"

@@ -36,7 +36,7 @@ class DecoderBlock(nn.Module, ABC):
         super().__init__()
         self.layer = layer
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = build_attention(config.attention, config.hidden_size, config.norm_epsilon)
+        self.attention = build_attention(config.attention.at(layer), config.hidden_size, config.norm_epsilon)
         self.attention_post_norm = _post_norm(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.moe: MoELayer | None = None

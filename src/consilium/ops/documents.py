@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError
 from consilium.ops.attention import attend
+from consilium.ops.sight import Sight, attend_whole
 
 SHORT: Final = 256
 """Tokens of a row up to which one masked call for all rows beats a call a document (docs/log.md)."""
@@ -85,13 +86,7 @@ def _refuse_pieces(starts: Tensor, tokens: int, sequence_BS: Tensor | None, vali
 
 
 def attend_documents(
-    q_BSHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    documents: Documents | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, documents: Documents | None, sight: Sight
 ) -> Tensor:
     """Causal attention inside each document, or each row where there are none: [B, S, H, V].
 
@@ -99,14 +94,16 @@ def attend_documents(
     document is a call of its own: what it costs grows with its own length, not with the row's.
     """
 
-    def causal(q: Tensor, k: Tensor, v: Tensor, mask_BSS: Tensor | None = None) -> Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return attend(*heads, mask_BSL=mask_BSS, scale=scale, softcap=softcap).transpose(1, 2)
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_whole(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), sight).transpose(1, 2)
 
     if documents is None:
         return causal(q_BSHK, k_BSGK, v_BSGV)
-    if documents.seen_BSS is not None:
-        return causal(q_BSHK, k_BSGK, v_BSGV, documents.seen_BSS)
+    if (seen_BSS := documents.seen_BSS) is not None:
+        # A document lies in one piece, so that places in the row are as far apart as those in it.
+        mask_BSS = seen_BSS if sight.window is None else seen_BSS.triu(1 - sight.window)
+        heads = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGV))
+        return attend(*heads, mask_BSL=mask_BSS, scale=sight.scale, softcap=sight.softcap).transpose(1, 2)
     parts = zip(*(x.flatten(0, 1).split(documents.lengths) for x in (q_BSHK, k_BSGK, v_BSGV)), strict=True)
     alone = [causal(*(x[None] for x in part))[0] for part in parts]
     return torch.cat(alone).unflatten(0, q_BSHK.shape[:2])

@@ -75,6 +75,11 @@ def _checked(model: Model) -> GQA:
             f"upcycle: the {model.family} model caps its attention logits, which latent attention does not;"
             " --method mla takes a model that does not."
         )
+    if config.window is not None:
+        raise ConsiliumError(
+            f"upcycle: the {model.family} model attends within a window of {config.window} tokens, which"
+            " latent attention does not; --method mla takes a model that sees all of its text."
+        )
     if model.mtp.depth:
         raise ConsiliumError(
             f"upcycle: the {model.family} model has modules that predict further tokens, which --method mla"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from consilium.config.model import Model
 from consilium.planner.flops import flops
-from consilium.planner.kv import values_per_token
+from consilium.planner.kv import values_per_token, windowed
 from consilium.planner.memory import BITS, training_bytes, weight_bytes
 from consilium.planner.parameters import parameters
 from consilium.records.plan import Plan
@@ -26,4 +26,5 @@ def plan(model: Model) -> Plan:
         weight_bytes=by_dtype["bfloat16"],
         weight_bytes_by_dtype=by_dtype,
         training_bytes=training_bytes(counts),
+        window=windowed(model),
     )

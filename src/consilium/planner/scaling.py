@@ -42,21 +42,27 @@ def scaled(model: Model, factor: float) -> Model:
         return max(multiple, round(value * factor / multiple) * multiple)
 
     hidden = width(model.hidden_size, 16)
+    layers = max(model.dense_first + model.moe_every, round(model.layers * factor**0.5))
     return dataclasses.replace(
         model,
         hidden_size=hidden,
-        layers=max(model.dense_first + model.moe_every, round(model.layers * factor**0.5)),
-        attention=_scaled_attention(model.attention, factor),
+        layers=layers,
+        attention=_scaled_attention(model.attention, factor, layers),
         dense=model.dense and dataclasses.replace(model.dense, width=width(model.dense.width)),
         moe=model.moe and _scaled_moe(model.moe, factor),
     )
 
 
-def _scaled_attention(attention: GQA | MLA, factor: float) -> GQA | MLA:
+def _scaled_attention(attention: GQA | MLA, factor: float, layers: int) -> GQA | MLA:
     match attention:
-        case GQA(heads=heads, kv_heads=kv_heads):
+        case GQA(heads=heads, kv_heads=kv_heads, full_layers=full):
             groups = max(1, round(kv_heads * factor))
-            return dataclasses.replace(attention, heads=groups * (heads // kv_heads), kv_heads=groups)
+            return dataclasses.replace(
+                attention,
+                heads=groups * (heads // kv_heads),
+                kv_heads=groups,
+                full_layers=tuple(layer for layer in full if layer < layers),
+            )
         case MLA(heads=heads, q_rank=q_rank, kv_rank=kv_rank):
             return dataclasses.replace(
                 attention,

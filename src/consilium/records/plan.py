@@ -37,6 +37,18 @@ class Flops:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Windowed:
+    """Attention within a window."""
+
+    tokens: PositiveInt
+    """What a query sees, itself included."""
+    layers: NonNegativeInt
+    """With the window; the others see all."""
+    kv_values_beyond: NonNegativeInt
+    """Cached values that are still read of a token out of the window; what is cached stays."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Plan:
     """Parameters, arithmetic and memory of a model; bytes in bfloat16 unless a name says otherwise."""
 
@@ -49,6 +61,7 @@ class Plan:
     weight_bytes_by_dtype: dict[str, int]
     training_bytes: PositiveInt
     """float32 weights, gradients and both AdamW moments, MTP included; activations come on top."""
+    window: Windowed | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -30,7 +30,13 @@ def faster_dtype(model: Model) -> Literal["float32", "bfloat16"]:
     alone would not tell. Takes a second or two.
     """
     block = dataclasses.replace(
-        model, layers=1, dense_first=0, moe_every=1, mtp=MTP(), vocab_size=min(model.vocab_size, _VOCABULARY)
+        model,
+        layers=1,
+        attention=model.attention.at(0),
+        dense_first=0,
+        moe_every=1,
+        mtp=MTP(),
+        vocab_size=min(model.vocab_size, _VOCABULARY),
     )
     run = _pass(block) if parameters(block).total < _LARGEST else _product()
     return "bfloat16" if _seconds(run, "bfloat16") < 0.8 * _seconds(run, "float32") else "float32"
