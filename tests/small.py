@@ -78,6 +78,16 @@ DENSE = Model(
     max_length=256,
 )
 
+WINDOWED = Model(
+    family="mixtral",
+    vocab_size=300,
+    hidden_size=32,
+    layers=3,
+    attention=GQA(heads=4, kv_heads=2, head_dim=8, window=7, full_layers=(1,)),
+    moe=MoE(experts=6, width=16, router=Router(select=TopK(k=2))),
+    max_length=256,
+)
+
 KINDS = {"deepseek": DEEPSEEK, "switch": SWITCH, "dense": DENSE}
 
 

@@ -23,7 +23,7 @@ from consilium.model.mtp import shifted
 from consilium.model.packing import pack
 from consilium.model.types import Inputs
 from kernels import HERE, kernels_of
-from small import DEEPSEEK, DENSE, KINDS, lively
+from small import DEEPSEEK, DENSE, KINDS, WINDOWED, lively
 
 ONE = dataclasses.replace(DEEPSEEK, mtp=MTP(depth=1))
 WAYS = [NGrams(1), NGrams(5), Ahead(1), Ahead(4)]
@@ -112,7 +112,16 @@ def test_answers_of_packed_weights_are_those_without_guesses() -> None:
     assert [bits(p) for p in answers(Engine(model, speculation=Ahead(2)), asked)] == plain
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+@pytest.mark.usefixtures("_kernels", "_small")
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_windows_of_modules_too_are_those_without_guesses(way: Speculation) -> None:
+    model = lively(dataclasses.replace(WINDOWED, mtp=MTP(depth=2))).bfloat16()
+    asked = requests(12, seed=3)
+    plain = [bits(pieces) for pieces in answers(Engine(model), asked)]
+    assert [bits(p) for p in answers(Engine(model, speculation=way, most_tokens=120), asked)] == plain
+
+
+@pytest.mark.parametrize("config", [*KINDS.values(), WINDOWED], ids=[*KINDS, "windowed"])
 def test_tokens_of_modules_are_those_without_guesses(config: Model) -> None:
     """PyTorch rounds sums of other sizes otherwise; in float64 no two logits are that close."""
     model = lively(config).double()

@@ -19,7 +19,7 @@ from consilium.moe.types import Activations, Mode, Routing, Tokens
 from consilium.ops.rows import Rows
 from consilium.ops.weights import PACKINGS, Packing
 from kernels import HERE, kernels_of
-from small import DEEPSEEK, KINDS, lively
+from small import DEEPSEEK, KINDS, WINDOWED, lively
 
 prompts = st.lists(
     st.lists(st.integers(0, 299), min_size=1, max_size=30).map(tuple), min_size=1, max_size=5, unique=True
@@ -38,7 +38,7 @@ def on_modules(model: native.Decoder) -> Engine:
         return Engine(model)
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("config", [*KINDS.values(), WINDOWED], ids=[*KINDS, "windowed"])
 @settings(max_examples=5)
 @given(given_=prompts, temperature=st.sampled_from([0.0, 1.0]))
 def test_tokens_are_those_of_modules(
@@ -93,6 +93,11 @@ def test_fifty_mixed_requests_have_one_answer_a_prompt(packing: Packing | None) 
     if packing is not None:
         pack(model, packing)
     one_answer_each(model, 50, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_windowed_requests_have_one_answer_a_prompt(dtype: torch.dtype) -> None:
+    one_answer_each(lively(WINDOWED).to(dtype), 50, 8)
 
 
 @pytest.mark.slow

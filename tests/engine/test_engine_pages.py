@@ -20,7 +20,7 @@ from consilium.model.decoder import Decoder
 from consilium.model.packing import pack
 from consilium.ops.weights import Packing
 from kernels import HERE, kernels_of
-from small import DEEPSEEK, SWITCH, lively
+from small import DEEPSEEK, SWITCH, WINDOWED, lively
 
 PART, PAGE = 16, 4
 
@@ -97,8 +97,17 @@ def requests(count: int, seed: int, begin: Sequence[int] = ()) -> list[Request]:
         (SWITCH, None, "model"),
         (SWITCH, "int8", "model"),
         (DEEPSEEK, "fp8", "model"),
+        (WINDOWED, None, "model"),
     ],
-    ids=["latent", "latent-int8", "latent-int4-cache-int8", "grouped", "grouped-int8", "latent-fp8"],
+    ids=[
+        "latent",
+        "latent-int8",
+        "latent-int4-cache-int8",
+        "grouped",
+        "grouped-int8",
+        "latent-fp8",
+        "window",
+    ],
 )
 @pytest.mark.parametrize("most", [64, 100, 1000])
 def test_a_full_cache_lets_the_newest_wait_and_changes_no_bit(

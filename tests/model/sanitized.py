@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from consilium.config.attention import GQA
 from consilium.config.model import Model
 from consilium.kv.build import build_cache
 from consilium.model import native
@@ -23,7 +24,7 @@ from consilium.ops.native import compile as compiling
 from consilium.ops.native.compile import FLAGS, VARIABLE, Built, tiers
 from consilium.ops.native.library import opened
 from consilium.ops.weights import PACKINGS
-from small import KINDS, lively
+from small import KINDS, WINDOWED, lively
 
 CHECKS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 
@@ -49,6 +50,25 @@ def decode(config: Model, packing: str | None) -> None:
     assert torch.isfinite(logits).all()
 
 
+def slide(window: int, dtype: torch.dtype) -> None:
+    """A window that leaves whole spans behind, in parts of a prompt and in single tokens."""
+    attention = GQA(heads=4, kv_heads=2, head_dim=10, window=window)
+    model = (
+        lively(dataclasses.replace(WINDOWED, layers=1, attention=attention, max_length=2048)).eval().to(dtype)
+    )
+    prepared = NativeDecoder.of(model)
+    assert prepared is not None
+    cache = build_cache(model.config, batch=1, capacity=1301, dtype=dtype)
+    for first, length in ((0, 512), (512, 512), (1024, 277)):
+        inputs = Inputs(
+            torch.arange(length)[None] % 300, position_BS=torch.arange(first, first + length)[None]
+        )
+        assert torch.isfinite(prepared.read(inputs, cache, Options(mode=Mode(counts_only=True))).logits).all()
+    for position in (255, 256, 700, 1300):
+        inputs = Inputs(torch.zeros(1, 1, dtype=torch.int64), position_BS=torch.tensor([[position]]))
+        assert torch.isfinite(prepared.step(inputs, cache, Options(mode=Mode(counts_only=True))).logits).all()
+
+
 def main(folder: str) -> int:
     os.environ[VARIABLE] = tiers()[-1]
     compiling._COMMON = (*compiling._COMMON, *CHECKS)  # pyright: ignore[reportPrivateUsage, reportConstantRedefinition]
@@ -57,9 +77,12 @@ def main(folder: str) -> int:
     kernels = opened(found.path, found.tier)
     native.kernels = lambda: kernels
     torch.set_num_threads(2)
-    for config in KINDS.values():
+    for config in (*KINDS.values(), WINDOWED):
         for packing in (None, "bfloat16", *PACKINGS):
             decode(config, packing)
+    for window in (1, 100, 513):
+        for dtype in (torch.float32, torch.bfloat16):
+            slide(window, dtype)
     print("clean")
     return 0
 

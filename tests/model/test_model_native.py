@@ -41,7 +41,7 @@ from consilium.moe.types import Mode, Override
 from consilium.ops.native.compile import Tier
 from consilium.recipes import catalogue
 from kernels import HERE, kernels_of
-from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
+from small import DEEPSEEK, DENSE, KINDS, SWITCH, WINDOWED, lively
 
 COUNTS = Options(mode=Mode(counts_only=True))
 UNKNOWN = {"latent-moe"}
@@ -168,6 +168,10 @@ ATTENTION = {
     "keys of position alone": MLA(heads=3, q_rank=None, kv_rank=9, nope_dim=0, rope_dim=8, v_dim=7),
     "softcap, part rotated": GQA(heads=6, kv_heads=2, head_dim=10, softcap=2.0, rope=Rope(fraction=0.6)),
     "norm over all heads": GQA(heads=4, kv_heads=4, head_dim=6, qk_norm="full", scale=0.7),
+    "window": GQA(heads=4, kv_heads=2, head_dim=6, window=4),
+    "window in one layer, softcap": GQA(
+        heads=6, kv_heads=2, head_dim=10, window=9, full_layers=(0,), softcap=2.0, rope=Rope(fraction=0.6)
+    ),
     "one head of keys, pairs": GQA(
         heads=7, kv_heads=1, head_dim=12, qkv_bias=True, rope=Rope(interleaved=True)
     ),
@@ -256,7 +260,7 @@ def test_cached_rows_in_bfloat16_are_read_as_they_are(attention: GQA | MLA, tier
     assert error(found, right) < (1e-2 if tier == "amx" else 1e-5)
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("config", [*KINDS.values(), WINDOWED], ids=[*KINDS, "windowed"])
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=9), threads=st.integers(1, 3))
 def test_no_bit_depends_on_the_company_or_the_threads(

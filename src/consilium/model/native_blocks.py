@@ -76,6 +76,7 @@ def _grouped(call: Attend, attention: GroupedQueryAttention) -> Attend:
     )
     call.interleaved, call.norm_each = config.rope.interleaved, config.qk_norm != "full"
     call.scale, call.softcap = config.softmax_scale, config.softcap or 0.0
+    call.window = config.window or 0
     call.query, call.keys, call.values = (linear_of(part) for part in (attention.q, attention.k, attention.v))
     call.output = linear_of(attention.o)
     call.query_norm, call.key_norm = _norm(attention.q_norm), _norm(attention.k_norm)

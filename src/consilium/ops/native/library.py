@@ -55,7 +55,7 @@ class NativeNorm(Structure):
 class Attend(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("heads", "kv_heads", "key", "nope", "pairs", "value", "rank")),
-        *((name, c_int64) for name in ("interleaved", "norm_each")),
+        *((name, c_int64) for name in ("interleaved", "norm_each", "window")),
         *((name, c_double) for name in ("scale", "softcap")),
         *((name, NativeMatrix) for name in ("query", "query_up", "keys", "values", "latent_up", "output")),
         *((name, NativeNorm) for name in ("norm", "query_norm", "key_norm", "post_norm", "next_norm")),

@@ -36,12 +36,15 @@ struct Reading {
     float *at(int64_t b, int64_t h) const { return found.data() + (b * heads + h) * spans * stride(); }
 };
 
-int64_t spans_of(const Pass &p, int64_t b) { return p.position[b] / SPAN + 1; }
+// Spans in which a token sees a slot, from that of its first one on.
+int64_t spans_of(const Pass &p, const Attend &a, int64_t b) {
+    return p.position[b] / SPAN - first_seen(p, a, b) / SPAN + 1;
+}
 
-Reading reading(const Pass &p, const float *queries, int64_t heads, int64_t each, int64_t key, int64_t value) {
-    Reading r{queries, heads, each, 0, 0, 0, key, value, 0.0f, 0, {}};
-    for (int64_t b = 0; b < p.tokens && !p.many; ++b) r.spans = std::max(r.spans, spans_of(p, b));
-    r.found.want(p.tokens * heads * r.spans * r.stride());
+Reading reading(const Pass &p, const Attend &a, const float *queries, int64_t each, int64_t key, int64_t value) {
+    Reading r{queries, a.heads, each, 0, 0, 0, key, value, 0.0f, 0, {}};
+    for (int64_t b = 0; b < p.tokens && !p.many; ++b) r.spans = std::max(r.spans, spans_of(p, a, b));
+    r.found.want(p.tokens * a.heads * r.spans * r.stride());
     return r;
 }
 
@@ -61,7 +64,8 @@ void find(Team::Member &member, const Pass &p, const Attend &a, const Reading &r
     member.loop(p.tokens * r.spans * units, 1, [&](int64_t unit, int64_t) {
         const int64_t b = unit / (r.spans * units), span = unit / units % r.spans, group = unit % units / parts;
         const int64_t inside = unit % parts * TOGETHER, h = group * r.each + inside;
-        const int64_t first = span * SPAN, count = std::min(SPAN, p.position[b] + 1 - first);
+        const int64_t seen = first_seen(p, a, b), begin = (seen / SPAN + span) * SPAN, first = std::max(begin, seen);
+        const int64_t count = std::min(begin + SPAN, p.position[b] + 1) - first;
         if (count <= 0) return;
         const Heads heads{r.queries + (b * r.heads + h) * r.key_width, std::min(TOGETHER, r.each - inside),
                           group * r.key_step, r.value + group * r.value_step, r.key_width, r.value_width, r.softcap};
@@ -131,14 +135,14 @@ void grouped(const Pass &p, const Attend &a) {
         multiply_all(member, {{&a.query, &q}, {&a.keys, &k}, {&a.values, &v}}, x);
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { keep_grouped(p, a, q, k, v, b); });
     };
-    Reading r = reading(p, q[0], a.heads, a.heads / a.kv_heads, a.key, a.key);
+    Reading r = reading(p, a, q[0], a.heads / a.kv_heads, a.key, a.key);
     r.softcap = static_cast<float>(a.softcap);
     r.key_step = r.value_step = a.key, r.value = a.kv_heads * a.key;
     auto between = [&](Team::Member &member) {
         find(member, p, a, r);
         member.loop(p.tokens * a.heads, 1, [&](int64_t unit, int64_t) {
             const int64_t b = unit / a.heads, h = unit % a.heads;
-            merge_spans(r.at(b, h), r.stride(), spans_of(p, b), a.key, mixed[b] + h * a.key);
+            merge_spans(r.at(b, h), r.stride(), spans_of(p, a, b), a.key, mixed[b] + h * a.key);
         });
     };
     run(p, a, false, before, between, q, mixed, out);
@@ -187,7 +191,7 @@ void latent(const Pass &p, const Attend &a) {
     Rows q(p, a.heads * (a.nope + 2 * a.pairs)), mixed(p, a.heads * a.value), out(p, p.hidden);
     const int64_t wide = a.nope + 2 * a.pairs, width = a.rank + 2 * a.pairs;
     const Buffer<float> moved(p.many ? 0 : p.tokens * a.heads * width);
-    const Reading r = reading(p, moved.data(), a.heads, a.heads, width, a.rank);
+    const Reading r = reading(p, a, moved.data(), a.heads, width, a.rank);
     auto before = [&](Team::Member &member) {
         member.loop(p.tokens, 1, [&](int64_t b, int64_t) { enter(p, a, x, b); });
         multiply_all(member, {{&a.query, two ? &down : &q}, {&a.keys, &rows}}, x);
@@ -204,7 +208,7 @@ void latent(const Pass &p, const Attend &a) {
         member.loop(p.tokens * a.heads, 1, [&](int64_t unit, int64_t) {
             const int64_t b = unit / a.heads, h = unit % a.heads;
             const Buffer<float> found(a.rank);
-            merge_spans(r.at(b, h), r.stride(), spans_of(p, b), a.rank, found.data());
+            merge_spans(r.at(b, h), r.stride(), spans_of(p, a, b), a.rank, found.data());
             release(a, found.data(), h, mixed[b] + h * a.value);
         });
     };

@@ -8,6 +8,7 @@
 // Norm, projections, rotary positions, cache, attention, output projection, residual, and the next norm.
 struct Attend {
     int64_t heads, kv_heads, key, nope, pairs, value, rank, interleaved, norm_each;
+    int64_t window;  // slots that a token sees, its own included; 0: all up to its own
     double scale, softcap;
     Matrix query, query_up, keys, values, latent_up, output;
     Norm norm, query_norm, key_norm, post_norm, next_norm;

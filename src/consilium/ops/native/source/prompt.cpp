@@ -1,7 +1,8 @@
-// Attention of a part of a prompt: tokens of one sequence at rising positions, over all cached rows up to each.
+// Attention of a part of a prompt: tokens of one sequence at rising positions, over the cached rows that each sees.
 //
-// Slots are taken in spans at fixed places. Of a span the keys and the values of all heads are laid out as matrices,
-// latents expanded; then every head of every block of tokens adds what it finds there, in the order of spans.
+// Slots are taken in spans at fixed places, from that of the first slot that a token of the part sees. Of a span the
+// keys and the values of all heads are laid out as matrices, latents expanded; then every head of every block of tokens
+// adds what it finds there, in the order of spans.
 //
 // Legend: T tokens of a block, H heads, G heads of keys, L slots of a span, K width of a key, V width of a value, Z
 // rank of the latent.
@@ -54,6 +55,7 @@ struct Unit {
     int64_t head, begin, count;
     Active queries;
     std::vector<float> largest, total;
+    bool visited = false;
 };
 
 template <class T> void read_row(const Pass &p, const Attend &a, int64_t slot, int64_t width, float *to) {
@@ -64,11 +66,13 @@ template <class T> void read_row(const Pass &p, const Attend &a, int64_t slot, i
         for (int64_t i = 0; i < width; ++i) to[i] = widen(row[i]);
 }
 
+// Slots of the span that nobody sees are left as they are, finite.
 template <class T, class Cell>
 void spread_grouped(Team::Member &member, const Pass &p, const Attend &a, int64_t first, int64_t count,
                     Spread<Cell> &span) {
-    member.loop(count, 16, [&](int64_t begin, int64_t end) {
-        const int64_t width = 2 * a.kv_heads * a.key;
+    const int64_t unseen = std::max<int64_t>(0, first_seen(p, a, 0) - first);
+    member.loop(count - unseen, 16, [&](int64_t from, int64_t to) {
+        const int64_t width = 2 * a.kv_heads * a.key, begin = unseen + from, end = unseen + to;
         const Buffer<float> rows((end - begin) * width);
         for (int64_t slot = begin; slot < end; ++slot) {
             float *row = rows.data() + (slot - begin) * width;
@@ -102,12 +106,15 @@ void spread_latent(Team::Member &member, const Pass &p, const Attend &a, int64_t
     });
 }
 
-// Logits of a token's visible slots become shares of the largest so far, the others zeros; returns what sums so far
-// are to be multiplied by.
-float share(const Attend &a, float *logits, int64_t visible, int64_t count, float &largest, float &total) {
-    visible = std::min(visible, count);
-    std::fill(logits + std::max<int64_t>(visible, 0), logits + count, 0.0f);
-    if (visible <= 0) return 1.0f;
+// Logits of the slots [begin, end) that a token sees become shares of the largest so far, the others zeros; returns
+// what sums so far are to be multiplied by.
+float share(const Attend &a, float *logits, int64_t begin, int64_t end, int64_t count, float &largest, float &total) {
+    begin = std::clamp<int64_t>(begin, 0, count), end = std::clamp<int64_t>(end, begin, count);
+    std::fill(logits, logits + begin, 0.0f);
+    std::fill(logits + end, logits + count, 0.0f);
+    if (begin == end) return 1.0f;
+    const int64_t visible = end - begin;
+    logits += begin;
     const auto cap = static_cast<float>(a.softcap);
     for (int64_t i = 0; i < visible && cap > 0; ++i) logits[i] = cap * std::tanh(logits[i] / cap);
     const float before = largest;
@@ -121,7 +128,8 @@ float share(const Attend &a, float *logits, int64_t visible, int64_t count, floa
 template <class Cell>
 void visit(const Pass &p, const Attend &a, const Spread<Cell> &span, int64_t first, int64_t count, Unit &unit,
            Rows &mixed) {
-    if (p.position[unit.begin + unit.count - 1] < first) return;
+    const int64_t last = unit.begin + unit.count - 1;
+    if (p.position[last] < first || first_seen(p, a, unit.begin) >= first + count) return;
     const int64_t g = unit.head / (a.heads / span.heads);
     thread_local Buffer<float> logits, found;
     logits.want(unit.count * count), found.want(unit.count * span.value);
@@ -130,8 +138,10 @@ void visit(const Pass &p, const Attend &a, const Spread<Cell> &span, int64_t fir
     const Matrix keys = span.keys_of(g, count), values = span.values_of(g);
     multiply(keys, 0, count, way_of(keys.type, unit.queries), unit.queries, to.data());
     std::vector<float> shrunk(unit.count);
-    for (int64_t b = 0; b < unit.count; ++b)
-        shrunk[b] = share(a, to[b], p.position[unit.begin + b] + 1 - first, count, unit.largest[b], unit.total[b]);
+    for (int64_t b = 0; b < unit.count; ++b) {
+        const int64_t begin = first_seen(p, a, unit.begin + b) - first, end = p.position[unit.begin + b] + 1 - first;
+        shrunk[b] = share(a, to[b], begin, end, count, unit.largest[b], unit.total[b]);
+    }
     Active shares(logits.data(), unit.count, count, true);
     const Way way = way_of(values.type, shares);
     pack_alone(way, shares);
@@ -139,8 +149,9 @@ void visit(const Pass &p, const Attend &a, const Spread<Cell> &span, int64_t fir
     multiply(values, 0, span.value, way, shares, to.data());
     for (int64_t b = 0; b < unit.count; ++b) {
         float *sums = mixed[unit.begin + b] + unit.head * span.value;
-        for (int64_t i = 0; i < span.value; ++i) sums[i] = (first ? sums[i] * shrunk[b] : 0.0f) + to[b][i];
+        for (int64_t i = 0; i < span.value; ++i) sums[i] = (unit.visited ? sums[i] * shrunk[b] : 0.0f) + to[b][i];
     }
+    unit.visited = true;
 }
 
 std::vector<Unit> units_of(const Pass &p, const Attend &a, int64_t key, Rows &q) {
@@ -148,7 +159,7 @@ std::vector<Unit> units_of(const Pass &p, const Attend &a, int64_t key, Rows &q)
     for (int64_t begin = 0; begin < p.tokens; begin += BLOCK)
         for (int64_t h = 0; h < a.heads; ++h) {
             const int64_t count = std::min(BLOCK, p.tokens - begin);
-            Unit unit{h, begin, count, {}, std::vector<float>(count, -INFINITY), std::vector<float>(count, 0.0f)};
+            Unit unit{h, begin, count, {}, std::vector<float>(count, -INFINITY), std::vector<float>(count, 0.0f), false};
             unit.queries.many = true, unit.queries.width = key;
             for (int64_t b = 0; b < count; ++b) unit.queries.at.push_back(q[begin + b] + h * key);
             units.push_back(std::move(unit));
@@ -162,8 +173,8 @@ template <class T, class Cell> void attend_spans(const Pass &p, const Attend &a,
     std::vector<Unit> units = units_of(p, a, key, q);
     const auto pieces = static_cast<int64_t>(units.size());
     std::vector<float> rows(latent ? SLOTS * width : 0);
-    const int64_t length = p.position[p.tokens - 1] + 1;
-    for (int64_t first = 0; first < length; first += SLOTS) {
+    const int64_t length = p.position[p.tokens - 1] + 1, begin = first_seen(p, a, 0) / SLOTS * SLOTS;
+    for (int64_t first = begin; first < length; first += SLOTS) {
         const int64_t count = std::min(SLOTS, length - first);
         Active latents(nullptr, 0, a.rank, true);
         for (int64_t slot = 0; latent && slot < count; ++slot) latents.at.push_back(rows.data() + slot * width);
@@ -174,7 +185,7 @@ template <class T, class Cell> void attend_spans(const Pass &p, const Attend &a,
                 spread_grouped<T>(member, p, a, first, count, span);
             member.loop(pieces, 1, [&](int64_t i, int64_t) {
                 Unit &unit = units[pieces - 1 - i];  // those that see most come first
-                if (!first) pack_alone(way_of(Spread<Cell>::TYPE, unit.queries), unit.queries);
+                if (first == begin) pack_alone(way_of(Spread<Cell>::TYPE, unit.queries), unit.queries);
                 visit(p, a, span, first, count, unit, mixed);
             });
         });

@@ -64,5 +64,10 @@ static inline int64_t place(const Pass &p, const Attend &a, int64_t b) {
     return a.table[own * a.table_width + slot / a.slots] * a.page + slot % a.slots * a.row;
 }
 
-// Attention of a part of a prompt over all cached rows up to each of its tokens: ``q`` into ``mixed``.
+// The first slot that a token sees.
+static inline int64_t first_seen(const Pass &p, const Attend &a, int64_t b) {
+    return a.window ? std::max<int64_t>(0, p.position[b] + 1 - a.window) : 0;
+}
+
+// Attention of a part of a prompt over the cached rows that each of its tokens sees: ``q`` into ``mixed``.
 void attend_prompt(const Pass &pass, const Attend &call, bool latent, Rows &q, Rows &mixed);
