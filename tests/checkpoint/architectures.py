@@ -29,6 +29,7 @@ from consilium.config.router import (
 
 KINDS: tuple[Architecture, ...] = (
     "llama",
+    "mistral",
     "qwen2",
     "qwen3",
     "mixtral",
@@ -47,7 +48,9 @@ SQUARE = {"olmoe", "deepseek", "grok-1", "skywork_moe", "llama_moe"}
 FIXED_THETA = {"grok-1", "llama_moe"}
 UNSCALED = FIXED_THETA | {"deepseek", "skywork_moe"}
 SCHEDULED = {"qwen2_moe", "qwen3_moe"}
-DENSE = {"llama", "qwen2", "qwen3"}
+DENSE = {"llama", "mistral", "qwen2", "qwen3"}
+WINDOWED = {"mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"}
+BY_LAYER = {"qwen2", "qwen3", "qwen2_moe"}
 
 
 @st.composite
@@ -56,16 +59,17 @@ def described(draw: st.DrawFn, kind: Architecture) -> Model:
     layers = draw(st.integers(2 if kind == "deepseek" else 1, 5))
     head_dim = 2 * draw(st.integers(1, 4))
     latent = kind in {"deepseek_v2", "deepseek_v3"}
-    free = heads * draw(st.integers(1, 6))
+    free, length = heads * draw(st.integers(1, 6)), draw(st.integers(1, 2000))
+    windows = {} if latent else draw(_windows(kind, layers, length))
     return Model(
         family="drawn",
         vocab_size=draw(st.integers(1, 50)),
         hidden_size=heads * head_dim if kind in SQUARE else free,
         layers=layers,
-        attention=draw(_latent(kind, heads)) if latent else draw(_grouped(kind, heads, head_dim)),
+        attention=draw(_latent(kind, heads)) if latent else draw(_grouped(kind, heads, head_dim, windows)),
         moe=None if kind in DENSE else draw(_experts(kind)),
         tied=draw(st.booleans()),
-        max_length=draw(st.integers(1, 2000)),
+        max_length=max(2, length),
         **_around(kind),
         **draw(_schedule(kind, layers)),
     )
@@ -93,7 +97,16 @@ def _schedule(draw: st.DrawFn, kind: Architecture, layers: int) -> dict[str, Any
 
 
 @st.composite
-def _grouped(draw: st.DrawFn, kind: Architecture, heads: int, head_dim: int) -> GQA:
+def _windows(draw: st.DrawFn, kind: Architecture, layers: int, length: int) -> dict[str, Any]:
+    """Shorter than the context, and in one layer at least: others are none."""
+    if kind not in WINDOWED or (kind != "mistral" and draw(st.booleans())):
+        return {}
+    full = draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1)) if kind in BY_LAYER else set()
+    return {"window": draw(st.integers(1, max(1, length - 1))), "full_layers": tuple(sorted(full))}
+
+
+@st.composite
+def _grouped(draw: st.DrawFn, kind: Architecture, heads: int, head_dim: int, windows: dict[str, Any]) -> GQA:
     theta = 1e4 if kind in FIXED_THETA else draw(st.sampled_from([1e4, 1e6]))
     norms = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}
     bias = kind == "qwen2" or (kind == "qwen2_moe" and draw(st.booleans()))
@@ -105,6 +118,7 @@ def _grouped(draw: st.DrawFn, kind: Architecture, heads: int, head_dim: int) -> 
         qk_norm=norms.get(kind, "none"),
         softcap=draw(st.sampled_from([5.0, 30.0])) if kind == "grok-1" else None,
         scale=draw(st.sampled_from([None, 0.1])) if kind == "grok-1" else None,
+        **windows,
         rope=Rope(theta=theta, scaling=Unscaled() if kind in UNSCALED else draw(_yarn(corrected=False))),
     )
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint.models import HUGGING_FACE, deepseek_v3, llama, mixtral
+from checkpoint.models import HUGGING_FACE, deepseek_v3, llama, mixtral, windowed
 from consilium.checkpoint.hf.config import to_hugging_face
 from consilium.config.attention import GQA, MLA
 from consilium.config.balance import Balance
@@ -74,5 +74,7 @@ NAMED = HUGGING_FACE | {
     "qwen3": with_gqa(qk_norm="head"),
     "qwen2_moe": five_layers(with_moe(mixtral(), shared=SigmoidGated(width=10))),
     "qwen3_moe": five_layers(dataclasses.replace(mixtral(), attention=with_gqa(qk_norm="head").attention)),
+    "qwen2-windowed": windowed(with_gqa(qkv_bias=True), 3, 1),
+    "qwen2_moe-windowed": windowed(five_layers(with_moe(mixtral(), shared=SigmoidGated(width=10))), 3, 0, 3),
     "olmoe": dataclasses.replace(mixtral(), attention=GQA(heads=2, kv_heads=1, head_dim=8, qk_norm="full")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -112,9 +113,17 @@ def noisy() -> Model:
     return Model(family="shazeer", vocab_size=40, hidden_size=16, layers=2, attention=attention, moe=moe)
 
 
+def windowed(config: Model, window: int = 3, *full_layers: int) -> Model:
+    assert isinstance(config.attention, GQA)
+    attention = dataclasses.replace(config.attention, window=window, full_layers=full_layers)
+    return dataclasses.replace(config, attention=attention)
+
+
 HUGGING_FACE = {
     "llama": llama(),
+    "mistral": windowed(llama()),
     "mixtral": mixtral(),
+    "mixtral-windowed": windowed(mixtral()),
     "deepseek_v2": deepseek_v2(groups=Groups(count=3, keep=2, score="max")),
     "deepseek_v2-lite": deepseek_v2(q_rank=None),
     "deepseek_v3": deepseek_v3(groups=Groups(count=4, keep=2, score="top2_sum")),

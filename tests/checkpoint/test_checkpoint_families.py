@@ -39,6 +39,7 @@ ELSEWHERE = {
     "seq_aux",
     "head_dim",
     "layer_types",
+    "max_window_layers",
 }
 """Keys that not every class has as a field: older spellings, and what DeepSeek's own code reads."""
 
@@ -64,15 +65,16 @@ def test_every_default_is_that_of_transformers(kind: str) -> None:
     assert FAMILIES[kind].defaults["rope_theta"] == described["rope_parameters"]["rope_theta"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NATIVE if kind not in {"mistral", "deepseek_v2"}])
+@pytest.mark.parametrize("kind", [kind for kind in NATIVE if kind != "deepseek_v2"])
 def test_a_file_that_says_its_family_only_is_the_model_of_transformers(kind: str) -> None:
-    """Of the two others one has a window there and one no number of experts."""
+    """The other one has no number of experts there."""
     ours, theirs = from_hugging_face({"model_type": kind}, Path("config.json")), theirs_by_default(kind)
     assert (ours.vocab_size, ours.layers) == (theirs.vocab_size, theirs.num_hidden_layers)
     if isinstance(ours.attention, GQA):
         assert ours.attention.kv_heads == theirs.num_key_value_heads
         size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         assert ours.attention.head_dim == size
+        assert ours.attention.window == (4096 if kind == "mistral" else None)
 
 
 SMALL: Mapping[str, Any] = {
@@ -152,6 +154,10 @@ ANYWHERE: tuple[Mapping[str, Any], ...] = (
     {"sliding_window": 64},
     {"use_sliding_window": True, "sliding_window": 4},
     {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": GONE},
+    {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": None},
+    {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+    {"sliding_window": 4, "layer_types": ["sliding_attention", "sliding_attention"], "head_dim": 4},
     {"first_k_dense_replace": 0},
     {"scale_factor": 2.0},
     {"embedding_multiplier": 12.0},

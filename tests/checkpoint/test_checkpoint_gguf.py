@@ -268,7 +268,7 @@ def test_a_deepseek_v2_lite_has_softmax_scores_and_no_query_rank(tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (switch(), "is none of the architectures written here: llama, mixtral, qwen2, qwen3"),
+        (switch(), "is none of the architectures written here: llama, mistral, mixtral, qwen2, qwen3"),
         (
             qwen3(router=Router(select=TopK(k=2), weight=Raw())),
             "always normalises the weights of a qwen3moe",

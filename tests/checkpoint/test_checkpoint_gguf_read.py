@@ -350,7 +350,11 @@ def test_hostile_headers_are_refused_at_once(content: bytes, message: str, tmp_p
         ({"llama.attention.causal": 0}, "attention to later tokens"),
         ({"llama.attention.temperature_length": 64}, "attention.temperature_length 64"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8 beside keys of 16"),
-        ({"llama.attention.sliding_window": 128}, "attention.sliding_window 128"),
+        (
+            {"llama.attention.sliding_window": 128, "llama.attention.sliding_window_pattern": 2},
+            "layers that differ in their window",
+        ),
+        ({"llama.attention.sliding_window": "wide"}, "sliding_window is 'wide' and must be"),
         ({"llama.block_count": 10**6}, "asks for|no model has more"),
         ({"tokenizer.ggml.pre": "viking"}, "the rule 'viking', which is not read here"),
         ({"tokenizer.ggml.model": "t5"}, "of the kind 't5'"),

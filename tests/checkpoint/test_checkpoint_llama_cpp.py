@@ -20,6 +20,7 @@ from checkpoint.gguf_models import BYTES, CASES, DEEPSEEK_LLM
 from checkpoint.models import trained
 from consilium.checkpoint import store
 from consilium.checkpoint.gguf.export import export
+from consilium.config.attention import GQA
 from consilium.data.tokenizer import Tokenizer
 from consilium.model.decoder import Decoder
 from support import relative_error
@@ -70,6 +71,20 @@ def test_llama_cpp_gives_our_probabilities_from_a_float32_file(name: str, tmp_pa
     for prompt, answer in zip(ids, answers, strict=True):
         theirs = every(answer)
         assert relative_error(theirs, logprobs(model, prompt)) < 1e-5
+
+
+def test_llama_cpp_attends_beyond_a_window_as_the_notice_says(tmp_path: Path) -> None:
+    config, tokenizer = CASES["llama"], Tokenizer.of_bytes()
+    assert isinstance(config.attention, GQA)
+    windowed = dataclasses.replace(config, attention=dataclasses.replace(config.attention, window=9))
+    model, without = trained(windowed), trained(config)
+    store.save(model, tmp_path / "model", tokenizer=tokenizer)
+    export(tmp_path / "model", tmp_path / "model.gguf")
+    (answer,) = asked(tmp_path / "model.gguf", [TEXT])
+    ids = [tokenizer.eos_id, *tokenizer.encode(TEXT)]
+    assert len(ids) > 9
+    assert relative_error(every(answer), logprobs(without, ids)) < 1e-5
+    assert relative_error(every(answer), logprobs(model, ids)) > 1e-4
 
 
 def test_llama_cpp_takes_a_shared_gate_of_zeros_for_half_open(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ from checkpoint.keys import (
     with_latent,
     with_moe,
 )
-from checkpoint.models import deepseek_v3, llama, mixtral
+from checkpoint.models import deepseek_v3, llama, mixtral, windowed
 from consilium.checkpoint.hf.architecture import Architecture, architecture
 from consilium.checkpoint.hf.config import config_from_folder, to_hugging_face
 from consilium.checkpoint.hf.read import from_hugging_face
-from consilium.config.attention import Rope
+from consilium.config.attention import GQA, Rope
 from consilium.config.balance import AdaptiveLoss, Balance, SignBias
 from consilium.config.model import Model
-from consilium.config.moe import Capacity, SigmoidGated
+from consilium.config.moe import AlwaysOn, Capacity, SigmoidGated
 from consilium.config.router import ClampedSum, Jitter, LearnedNoise, LinearGate, Raw, Softcap, Standardise
 from consilium.errors import ConsiliumError
 
@@ -40,6 +40,11 @@ from consilium.errors import ConsiliumError
         with_gqa(qkv_bias=True, qk_norm="head"),
         with_gqa(qk_norm="full"),
         with_gqa(softcap=30.0),
+        with_gqa(window=9, full_layers=(1,)),
+        with_gqa(window=9, qk_norm="head", rope=Rope(fraction=0.5)),
+        windowed(mixtral(), 9, 0),
+        windowed(NAMED["olmoe"], 9),
+        windowed(with_moe(mixtral(), shared=AlwaysOn(count=1, width=12)), 9),
         with_gqa(rope=Rope(fraction=0.5)),
         dataclasses.replace(llama(), norms="around"),
         dataclasses.replace(llama(), embedding_scale=2.0),
@@ -115,21 +120,19 @@ def test_the_small_models_below_are_of_the_architecture_that_they_are_called_by(
         ("llama", {"rope_parameters": YARN_KEYS | BOTH_MULTIPLIERS | {"attention_factor": 1.1}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
         ("llama", {"rope_parameters": ["yarn"]}),
-        ("mixtral", {"sliding_window": 2048}),
         ("deepseek_v2", {"norm_topk_prob": True}),
         ("deepseek_v2", {"topk_method": "noaux_tc"}),
         ("deepseek_v2", {"moe_layer_freq": 2}),
         ("deepseek_v3", {"scoring_func": "softmax"}),
         ("deepseek_v3", {"topk_method": "greedy"}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 100}),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 100}),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 4095}),
         ("qwen3", {"attention_bias": True}),
-        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 100}),
         ("qwen2_moe", {"mlp_only_layers": [1]}),
         ("qwen2_moe", {"mlp_only_layers": [2, 3]}),
         ("qwen3_moe", {"mlp_only_layers": [4]}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 100}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 3}),
         ("qwen3_moe", {"attention_bias": True}),
         ("olmoe", {"clip_qkv": 8.0}),
         ("olmoe", {"attention_bias": True}),
@@ -174,6 +177,57 @@ def test_keys_that_make_no_sense_are_refused_by_name(
     assert message in str(caught.value)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "window", "full"),
+    [
+        ("llama", {"model_type": "mistral", "sliding_window": 100}, 100, ()),
+        ("mixtral", {"sliding_window": 4095}, 4095, ()),
+        ("mixtral", {"sliding_window": 4096}, None, ()),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}, 100, (0,)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2}, None, ()),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 100, "max_window_layers": 0}, None, ()),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, None, ()),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "max_window_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            9,
+            (1,),
+        ),
+        (
+            "qwen2_moe",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4},
+            9,
+            (1, 3, 4),
+        ),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+            9,
+            (),
+        ),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4096}, None, ()),
+    ],
+)
+def test_a_window_is_that_of_the_layers_that_the_family_means(
+    name: str, change: dict[str, Any], window: int | None, full: tuple[int, ...], tmp_path: Path
+) -> None:
+    attention = config_from_folder(folder_with(foreign(NAMED[name]) | change, tmp_path)).attention
+    assert isinstance(attention, GQA)
+    assert (attention.window, attention.full_layers) == (window, full)
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"], ["full_attention"] * 3])
+def test_kinds_of_other_layers_than_there_are_are_refused(kinds: list[str], tmp_path: Path) -> None:
+    keys = foreign(NAMED["qwen2"]) | {"use_sliding_window": True, "sliding_window": 9, "layer_types": kinds}
+    with pytest.raises(ConsiliumError, match=r"layer_types is .* and must be a list of num_hidden_layers, 2"):
+        config_from_folder(folder_with(keys, tmp_path))
 
 
 ROPE_KEYS = ["rope_type", "rope_theta", "factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"]

@@ -58,12 +58,14 @@ _V3_PLAIN = {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
     {
         "llama": ("llama", _TRUNK | {"rope_parameters": YARN}),
+        "mistral": ("mistral", _TRUNK | {"sliding_window": 11}),
         "qwen2": ("qwen2", _TRUNK | {"tie_word_embeddings": True}),
         "qwen3": ("qwen3", _TRUNK | {"head_dim": 12, "rope_parameters": YARN}),
         "mixtral": (
             "mixtral",
             _TRUNK | {"head_dim": None, "num_local_experts": 6},
         ),
+        "mixtral-windowed": ("mixtral", _TRUNK | {"num_local_experts": 6, "sliding_window": 7}),
         "qwen2_moe": ("qwen2_moe", _QWEN2_MOE | {"mlp_only_layers": [0], "rope_parameters": YARN}),
         "qwen3_moe": (
             "qwen3_moe",
@@ -89,6 +91,24 @@ GRID: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
     {
         "llama-tied": ("llama", _TRUNK | {"tie_word_embeddings": True}),
         "llama-wide": ("llama", _TRUNK | {"head_dim": 12, "num_key_value_heads": 4}),
+        "mistral-long": ("mistral", _TRUNK | {"sliding_window": 300, "head_dim": 12}),
+        "qwen2-windowed": (
+            "qwen2",
+            _TRUNK | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        ),
+        "qwen3-windowed": (
+            "qwen3",
+            _TRUNK
+            | {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        ),
+        "qwen2_moe-windowed": (
+            "qwen2_moe",
+            _QWEN2_MOE | {"use_sliding_window": True, "sliding_window": 9},
+        ),
         "qwen2-yarn": ("qwen2", _TRUNK | {"rope_parameters": YARN | {"attention_factor": 1.1}}),
         "qwen3-tied": ("qwen3", _TRUNK | {"head_dim": 8, "tie_word_embeddings": True}),
         "mixtral-tied": (

@@ -20,10 +20,11 @@ _GATING: Final = MappingProxyType({1: "softmax", 2: "sigmoid"})
 """``expert_gating_func``; absent in files of DeepSeek-V2, which are all softmax."""
 _GROUPS: Final = ("expert_group_count", "expert_group_used_count")
 _ATTENTION: Final = tuple(
-    f"attention.{key}"
-    for key in ("sliding_window", "clamp_kqv", "scale", "temperature_length", "temperature_scale")
+    f"attention.{key}" for key in ("clamp_kqv", "scale", "temperature_length", "temperature_scale")
 )
 """Keys of attention that llama.cpp reads and we do not compute, unless they are 0."""
+_WINDOWED: Final = frozenset({"llama"})
+"""Architectures whose window is computed. Nothing in a file of Qwen says whether the one there is used."""
 _FACTORS: Final = tuple(
     f"rope.scaling.{key}" for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
 )
@@ -60,6 +61,8 @@ def _shared(header: Header, keys: Keys) -> dict[str, Any]:
     for key in _ATTENTION:
         if keys.get(key):
             raise _not_computed(header.path, f"{key} {keys[key]}")
+    if _window(header, keys) and header.keys.get("general.architecture") not in _WINDOWED:
+        raise _not_computed(header.path, f"attention.sliding_window {keys['attention.sliding_window']}")
     return {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": _needed(header, keys, "embedding_length"),
@@ -85,12 +88,24 @@ def _gqa(header: Header, keys: Keys) -> dict[str, Any]:
     return {"head_dim": width}
 
 
+def _window(header: Header, keys: Keys) -> dict[str, Any]:
+    """A window of every layer, where it is shorter than the context."""
+    window, length = keys.get("attention.sliding_window"), _needed(header, keys, "context_length")
+    if not window:
+        return {}
+    if isinstance(window, list) or keys.get("attention.sliding_window_pattern"):
+        raise _not_computed(header.path, "layers that differ in their window (attention.sliding_window)")
+    longest = type(window) is int and type(length) is int and window >= length
+    return {} if longest else {"sliding_window": window}
+
+
 def _llama(header: Header, keys: Keys) -> dict[str, Any]:
-    experts = keys.get("expert_count") or 0
+    """Llama and Mistral, Mixtral where there are experts."""
+    experts, window = keys.get("expert_count") or 0, _window(header, keys)
     if not experts:
-        return _gqa(header, keys) | {"model_type": "llama"}
+        return _gqa(header, keys) | window | {"model_type": "mistral" if window else "llama"}
     moe = {"num_local_experts": experts, "num_experts_per_tok": _needed(header, keys, "expert_used_count")}
-    return _gqa(header, keys) | moe | {"model_type": "mixtral"}
+    return _gqa(header, keys) | moe | window | {"model_type": "mixtral"}
 
 
 def _dense(kind: str) -> Callable[[Header, Keys], dict[str, Any]]:

@@ -43,14 +43,14 @@ _LITE: Final = (26, 27)
 def arch_of(config: Model) -> MODEL_ARCH:
     """Return the architecture of llama.cpp for ``config``, or raise ConsiliumError naming the obstacle."""
     match architecture(config):
-        case "llama" | "mixtral":
+        case "llama" | "mistral" | "mixtral":
             arch = MODEL_ARCH.LLAMA
         case "deepseek_v2" | "deepseek_v3":
             arch = MODEL_ARCH.DEEPSEEK2
         case str() as kind if kind in _NAMED:
             arch = _NAMED[kind]
         case other:
-            written = ", ".join(["llama", "mixtral", *_NAMED, "deepseek_v2", "deepseek_v3"])
+            written = ", ".join(["llama", "mistral", "mixtral", *_NAMED, "deepseek_v2", "deepseek_v3"])
             raise _impossible(
                 f"{config.family!r} (architecture {other or 'of our own'}) is none of the architectures"
                 f" written here: {written}"
@@ -86,6 +86,11 @@ def _width(config: Model, arch: MODEL_ARCH) -> int:
 def notices(config: Model) -> tuple[str, ...]:
     """Return one sentence for each thing that a reader of the file does not get or computes differently."""
     found: list[str] = []
+    if isinstance(config.attention, GQA) and config.attention.window is not None:
+        found.append(
+            f"llama.cpp reads no window here: in texts of more than {config.attention.window:,} tokens it"
+            " attends to all of them."
+        )
     if config.mtp.depth:
         found.append("the modules of multi-token prediction are left out: llama.cpp does not run them.")
     select = None if config.moe is None else config.moe.router.served.select
@@ -102,7 +107,10 @@ def notices(config: Model) -> tuple[str, ...]:
 def _attention(attention: Attention) -> dict[str, Value]:
     match attention:
         case GQA() as gqa:
-            return {
+            window: dict[str, Value] = (
+                {} if gqa.window is None else {Keys.Attention.SLIDING_WINDOW: gqa.window}
+            )
+            return window | {
                 Keys.Attention.HEAD_COUNT: gqa.heads,
                 Keys.Attention.HEAD_COUNT_KV: gqa.kv_heads,
                 Keys.Attention.KEY_LENGTH: gqa.head_dim,
@@ -202,6 +210,8 @@ def _check(config: Model, arch: MODEL_ARCH) -> None:
             raise _impossible(f"llama.cpp takes one of {config.layers} layers to have no query compression")
         case GQA(qk_norm="full", heads=heads, kv_heads=kv_heads) if kv_heads != heads:
             raise _impossible("llama.cpp norms keys over all heads only where they are as many as queries")
+        case GQA(window=int()) if arch is not MODEL_ARCH.LLAMA:
+            raise _impossible(f"llama.cpp has no window in a {MODEL_ARCH_NAMES[arch]} (attention.window)")
         case GQA() | MLA():
             pass
     if config.moe is not None and arch in _NORMALISED:

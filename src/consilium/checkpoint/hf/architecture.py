@@ -29,7 +29,16 @@ from consilium.config.router import (
 )
 
 Native = Literal[
-    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
 ]
 """Model types that transformers opens."""
 Remote = Literal["deepseek", "grok-1", "skywork_moe", "llama_moe"]
@@ -48,9 +57,24 @@ def architecture(config: Model) -> Architecture | None:
     """Return the one whose code opens this model with equal logits."""
     match config.attention:
         case GQA() as gqa:
-            return None if config.mtp.depth else _grouped(config, gqa)
+            return None if config.mtp.depth else _windowed(gqa, _grouped(config, gqa))
         case MLA() as mla:
             return _latent(config, mla) if _usual_trunk(config) else None
+
+
+def _windowed(gqa: GQA, found: Architecture | None) -> Architecture | None:
+    """Of these few have a key for a window, and some of them one for all layers alone."""
+    if gqa.window is None:
+        return found
+    match found:
+        case "qwen2" | "qwen3" | "qwen2_moe":
+            return found
+        case "llama" if not gqa.full_layers:
+            return "mistral"
+        case "mixtral" | "qwen3_moe" if not gqa.full_layers:
+            return found
+        case _:
+            return None
 
 
 def _grouped(config: Model, gqa: GQA) -> Architecture | None:

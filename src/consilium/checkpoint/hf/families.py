@@ -72,6 +72,7 @@ _MISTRAL: Final = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
+    "layer_types": None,
 }
 _MIXTRAL: Final = {
     **_MISTRAL,
@@ -89,12 +90,14 @@ _QWEN2: Final = {
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "max_window_layers": 28,
     "layer_types": None,
 }
 _QWEN3: Final = _QWEN2 | {"head_dim": 128}
 _QWEN_MOE: Final[dict[str, Any]] = {
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "max_window_layers": 28,
     "layer_types": None,
     "max_position_embeddings": 32768,
     "decoder_sparse_step": 1,
@@ -117,6 +120,7 @@ _QWEN3_MOE: Final = {
     **_TRUNK,
     **_sizes(151936, 2048, 24, 32, 6144),
     **_QWEN_MOE,
+    "max_window_layers": None,
     "num_key_value_heads": 4,
     "moe_intermediate_size": 768,
     "num_experts": 128,
@@ -250,7 +254,7 @@ _OLMOE_ONLY: Final = {**_ONLY, "clip_qkv": (None,)}
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": Family("llama", "LlamaForCausalLM", "llama", _LLAMA),
-    "mistral": Family("llama", "MistralForCausalLM", "llama", _MISTRAL),
+    "mistral": Family("mistral", "MistralForCausalLM", "llama", _MISTRAL),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN2),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", "qwen3", _QWEN3),
     "mixtral": Family("mixtral", "MixtralForCausalLM", "mixtral", _MIXTRAL, spellings=_LOCAL),

@@ -15,6 +15,7 @@ from consilium.recipes.layout import Row, Table
 
 TABLES: Final[Mapping[Architecture, tuple[Table, ...]]] = {
     "llama": (layout.LLAMA,),
+    "mistral": (layout.LLAMA,),
     "qwen2": (layout.QWEN2,),
     "qwen3": (layout.QWEN3,),
     "mixtral": (layout.MIXTRAL, layout_fused.MIXTRAL),

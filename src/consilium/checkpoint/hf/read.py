@@ -15,6 +15,7 @@ from consilium.checkpoint.hf.families import FAMILIES
 from consilium.checkpoint.hf.foreign import completed, kind_of
 from consilium.checkpoint.hf.keys import Keys
 from consilium.checkpoint.hf.read_remote import grok, llama_moe, skywork_moe
+from consilium.checkpoint.hf.windows import read_agreed_window, read_layer_windows, read_window
 from consilium.config.io import from_data
 from consilium.config.model import MOST_LAYERS, Model
 
@@ -43,22 +44,20 @@ def _llama(keys: Keys) -> dict[str, Any]:
 
 
 def _mistral(keys: Keys) -> dict[str, Any]:
-    _refuse_window(keys)
-    return _llama(keys)
+    return _llama(keys) | {"attention": read_gqa(keys, **read_window(keys))}
 
 
 def _qwen2(keys: Keys) -> dict[str, Any]:
-    _refuse_layer_windows(keys)
-    return _llama(keys) | {"attention": read_gqa(keys, qkv_bias=True)}
+    window = read_layer_windows(keys, "last")
+    return _llama(keys) | {"attention": read_gqa(keys, qkv_bias=True, **window)}
 
 
 def _qwen3(keys: Keys) -> dict[str, Any]:
-    _refuse_layer_windows(keys)
-    return _llama(keys) | {"attention": read_gqa(keys, qk_norm="head")}
+    window = read_layer_windows(keys, "last")
+    return _llama(keys) | {"attention": read_gqa(keys, qk_norm="head", **window)}
 
 
 def _mixtral(keys: Keys) -> dict[str, Any]:
-    _refuse_window(keys)
     _refuse_one(keys)
     experts = keys.number("num_local_experts")
     moe = {
@@ -67,18 +66,21 @@ def _mixtral(keys: Keys) -> dict[str, Any]:
         "router": {"select": _top_k(keys, experts)},
         "balance": _switch_loss(keys),
     }
-    return {"attention": read_gqa(keys), "moe": moe}
+    return {"attention": read_gqa(keys, **read_window(keys)), "moe": moe}
 
 
 def _qwen2_moe(keys: Keys) -> dict[str, Any]:
     shared = {"kind": "sigmoid_gated", "width": keys.number("shared_expert_intermediate_size")}
     moe = _softmax_moe(keys, "moe_intermediate_size") | {"shared": shared}
-    return {"attention": read_gqa(keys, qkv_bias=keys.flag("qkv_bias")), "moe": moe, **_schedule(keys)}
+    window = read_layer_windows(keys, "even")
+    attention = read_gqa(keys, qkv_bias=keys.flag("qkv_bias"), **window)
+    return {"attention": attention, "moe": moe, **_schedule(keys)}
 
 
 def _qwen3_moe(keys: Keys) -> dict[str, Any]:
     moe = _softmax_moe(keys, "moe_intermediate_size")
-    return {"attention": read_gqa(keys, qk_norm="head"), "moe": moe, **_schedule(keys)}
+    attention = read_gqa(keys, qk_norm="head", **read_agreed_window(keys))
+    return {"attention": attention, "moe": moe, **_schedule(keys)}
 
 
 def _olmoe(keys: Keys) -> dict[str, Any]:
@@ -119,25 +121,8 @@ def _switch_loss(keys: Keys) -> dict[str, Any]:
     return {"losses": [{"kind": "switch", "coefficient": coefficient}] if coefficient else []}
 
 
-def _refuse_window(keys: Keys) -> None:
-    """A window at least as long as any text changes nothing."""
-    length = keys.number("max_position_embeddings")
-    if keys.number_or("sliding_window", length) < length:
-        raise keys.unsupported("sliding_window")
-
-
-def _refuse_layer_windows(keys: Keys) -> None:
-    kinds = keys.listed("layer_types")
-    if any(kind not in {"full_attention", "sliding_attention"} for kind in map(str, kinds)):
-        raise keys.unsupported("layer_types")
-    used = keys.flag("use_sliding_window")
-    if used or "sliding_attention" in kinds:
-        _refuse_window(keys)
-
-
 def _schedule(keys: Keys) -> dict[str, Any]:
     """Which layers route: those that ``decoder_sparse_step`` hits and ``mlp_only_layers`` does not name."""
-    _refuse_layer_windows(keys)
     layers, step = keys.number("num_hidden_layers"), keys.number("decoder_sparse_step")
     dense = keys.listed("mlp_only_layers")
     if any(type(i) is not int for i in dense):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from consilium.checkpoint.hf.architecture import Architecture
+from consilium.checkpoint.hf.windows import write_windows
 from consilium.config.attention import GQA
 from consilium.config.balance import ImportanceLoss, SequenceLoss, SwitchLoss
 from consilium.config.model import Model
@@ -16,15 +17,16 @@ def network(config: Model, found: Architecture) -> dict[str, Any]:
     """Keys of feed-forward networks, experts and router, and what only this architecture asks for."""
     dense = None if config.dense is None else config.dense.width
     if config.moe is None:
-        return {"intermediate_size": dense, **_unwindowed(config)}
+        return {"intermediate_size": dense, **write_windows(config, found)}
     moe = config.moe
     match found:
-        case "llama" | "qwen2" | "qwen3":
+        case "llama" | "mistral" | "qwen2" | "qwen3":
             raise AssertionError("a dense architecture has no experts")
         case "mixtral":
-            return _local_experts(moe) | {"router_jitter_noise": 0.0, "sliding_window": None}
+            return _local_experts(moe) | {"router_jitter_noise": 0.0, **write_windows(config, found)}
         case "qwen2_moe" | "qwen3_moe":
-            return {**_qwen(config, moe), "intermediate_size": dense or moe.width}
+            windows = write_windows(config, found)
+            return {**_qwen(config, moe), **windows, "intermediate_size": dense or moe.width}
         case "olmoe":
             return _local_experts(moe) | {"norm_topk_prob": _normalised(moe)}
         case "deepseek" | "deepseek_v2":
@@ -49,10 +51,6 @@ def _coefficient(moe: MoE, kind: type[SwitchLoss | SequenceLoss | ImportanceLoss
     return sum((loss.coefficient for loss in moe.balance.losses if isinstance(loss, kind)), start=0.0)
 
 
-def _unwindowed(config: Model) -> dict[str, Any]:
-    return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.layers}
-
-
 def _local_experts(moe: MoE) -> dict[str, Any]:
     """Experts of ``intermediate_size`` in every layer. Both spellings of their number have readers."""
     return {
@@ -72,7 +70,6 @@ def _qwen(config: Model, moe: MoE) -> dict[str, Any]:
     shared = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": bias}
     return {
         **_local_experts(moe),
-        **_unwindowed(config),
         "moe_intermediate_size": moe.width,
         "norm_topk_prob": _normalised(moe),
         "decoder_sparse_step": step,
