@@ -2,13 +2,15 @@
 
 usage: python bench/run_all.py [NAME ...] [--again]
 
-Stop it at any time: it goes on with the first benchmark that has no record of this commit and machine.
+Stop it at any time: it goes on with the first benchmark that has no record of this commit and machine. What
+is on record of another kind of processor stays: records of this one go to a folder beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +20,22 @@ from pathlib import Path
 from consilium.benchmarking.record import commit
 from consilium.errors import ConsiliumError, nearest
 from consilium.machine.processors import cpu_name
+from consilium.ops.native.compile import tiers
 from consilium.records.bench import BenchRecord
 from consilium.records.io import read_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
+FIRST = "decode-1-512"
+"""Whose record says what the first kind of processor is."""
+
+
+def home() -> Path:
+    """Where records of this kind of processor are; the first kind has no folder of its own."""
+    first = RECORDS / f"{FIRST}.json"
+    if not first.exists() or read_json(BenchRecord, first).machine.startswith(cpu_name()):
+        return RECORDS
+    return RECORDS / re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {tiers()[-1]}".lower())
 
 
 def queue(records: Path) -> Mapping[str, Sequence[str]]:
@@ -98,8 +111,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--again", action="store_true", help="also what is done")
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER")
+    parser.add_argument("--records", type=Path, default=home(), metavar="FOLDER")
     chosen = parser.parse_args(arguments)
+    chosen.records.mkdir(parents=True, exist_ok=True)
     commands = queue(chosen.records)
     names = pick(chosen.names, commands)
     failed: list[str] = []

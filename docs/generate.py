@@ -1,14 +1,16 @@
-"""Fill the generated blocks of the documents from bench/records/*.json and from the planner.
+"""Fill the generated blocks of the documents from bench/records and from the planner.
 
 A block lies between ``<!-- generated:NAME -->`` and ``<!-- end:NAME -->``. NAME is a record's name,
-``promises`` for the table of promises, or a block of planned.py. ``--check`` changes nothing and fails when
-a block is out of date.
+``promises`` for the table of promises, or a block of planned.py. Records of other kinds of processors lie in
+folders of their own, and stand one after the other. ``--check`` changes nothing and fails when a block is out
+of date.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from consilium.records.io import read_json
 from consilium.records.promise import Promise, Promises
 from consilium.report.plain import markdown
 
+Records = Mapping[str, Sequence[BenchRecord]]
+"""By name: of the first kind of processor, then of others."""
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
 PROMISES = ROOT / "bench" / "promises.json"
@@ -95,9 +99,13 @@ def figure_cells(figure: Figure, words: Words, *, repeated: bool) -> tuple[str, 
     return words.named(figure.name), value, *measured, words.named(figure.against or ""), ratio
 
 
-def record_block(record: BenchRecord | None, words: Words) -> str:
-    if record is None:
+def records_block(records: Sequence[BenchRecord], words: Words) -> str:
+    if not records:
         return f"{words.unmeasured}\n"
+    return "\n".join(record_block(record, words) for record in records)
+
+
+def record_block(record: BenchRecord, words: Words) -> str:
     repeated = any(figure.n > 1 for figure in record.figures)
     rows = [figure_cells(figure, words, repeated=repeated) for figure in record.figures]
     source = words.source.format(date=record.date.date(), machine=record.machine, command=record.command)
@@ -113,20 +121,21 @@ def promise_row(promise: Promise, record: BenchRecord | None, words: Words) -> t
     return promise.sentence, tests, broken, counts["trials"], counts["failures"], str(record.date.date())
 
 
-def promises_block(records: dict[str, BenchRecord], words: Words) -> str:
+def promises_block(records: Records, words: Words) -> str:
     known = read_json(Promises, PROMISES).promises
-    return markdown(words.promises, [promise_row(one, records.get(one.record), words) for one in known])
+    rows = [promise_row(one, next(iter(records.get(one.record, ())), None), words) for one in known]
+    return markdown(words.promises, rows)
 
 
-def block(name: str, records: dict[str, BenchRecord], words: Words) -> str:
+def block(name: str, records: Records, words: Words) -> str:
     if name == "promises":
         return promises_block(records, words)
     if name in BLOCKS:
         return BLOCKS[name]()
-    return record_block(records.get(name), words)
+    return records_block(records.get(name, ()), words)
 
 
-def filled(page: Path, records: dict[str, BenchRecord]) -> str:
+def filled(page: Path, records: Records) -> str:
     """Text of ``page`` with every block written anew."""
     words = CHINESE if page.name.endswith(".zh.md") else ENGLISH
     text = page.read_text(encoding="utf-8")
@@ -134,8 +143,10 @@ def filled(page: Path, records: dict[str, BenchRecord]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    found = [read_json(BenchRecord, path) for path in sorted(RECORDS.glob("*.json"))]
-    records = {record.name: record for record in found}
+    records: dict[str, list[BenchRecord]] = {}
+    for path in (*sorted(RECORDS.glob("*.json")), *sorted(RECORDS.glob("*/*.json"))):
+        record = read_json(BenchRecord, path)
+        records.setdefault(record.name, []).append(record)
     pages = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
     stale = {
         page: text for page in pages if (text := filled(page, records)) != page.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from consilium.records.bench import BenchRecord, Figure
-from consilium.records.io import read_json
+from consilium.records.io import read_json, write_json
 from consilium.records.promise import Promise, Promises
 from house.scripts import loaded
 from house.tree import ROOT
@@ -47,8 +48,26 @@ def test_a_record_becomes_a_table_with_its_source(generate: ModuleType) -> None:
 
 
 def test_a_missing_record_says_so(generate: ModuleType) -> None:
-    assert "Not measured yet" in generate.record_block(None, generate.ENGLISH)
-    assert "尚未测量" in generate.record_block(None, generate.CHINESE)
+    assert "Not measured yet" in generate.records_block([], generate.ENGLISH)
+    assert "尚未测量" in generate.records_block([], generate.CHINESE)
+
+
+def test_records_of_two_kinds_of_processors_stand_one_after_the_other(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tmp_path / "bench/records"
+    other = dataclasses.replace(record("demo", figure("speed", 2.0)), machine="four cores")
+    write_json(records / "demo.json", record("demo", figure("speed", 1.0)))
+    write_json(records / "four/demo.json", other)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/page.md"
+    page.write_text("<!-- generated:demo -->\n<!-- end:demo -->\n")
+    monkeypatch.setattr(generate, "RECORDS", records)
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert generate.main([]) == 0
+    text = page.read_text()
+    assert text.index("on two cores") < text.index("on four cores")
+    assert generate.main(["--check"]) == 0
 
 
 def test_a_table_of_single_values_has_no_column_for_spread(generate: ModuleType) -> None:

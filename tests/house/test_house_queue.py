@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,19 @@ def test_a_record_of_another_commit_is_not_done(queue: ModuleType, tmp_path: Pat
     queue.commit = lambda: "another"
     assert not queue.is_done(tmp_path / "a.json")
     assert not queue.is_done(tmp_path / "none.json")
+
+
+def test_records_of_another_kind_of_processor_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loaded("bench/run_all.py") as module:
+        monkeypatch.setattr(module, "RECORDS", tmp_path)
+        assert module.home() == tmp_path
+        made = record(module.FIRST, "x", [once("speed", "", 1.0)])
+        write_json(tmp_path / f"{module.FIRST}.json", made)
+        assert module.home() == tmp_path
+        write_json(tmp_path / f"{module.FIRST}.json", dataclasses.replace(made, machine="Another, 2 cores"))
+        beside = module.home()
+        assert beside.parent == tmp_path
+        assert re.fullmatch(r"[a-z0-9-]+", beside.name)
 
 
 def test_every_benchmark_of_the_command_is_in_the_queue(tmp_path: Path) -> None:
