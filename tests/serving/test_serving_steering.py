@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,39 @@ def test_the_runner_up_is_told_and_was_not_used(server: Server) -> None:
         assert all(0 <= second < 8 for second in seconds)
         assert all(-1 < margin < 2 for margin in margins)
     assert len(found["prompt_runner_up_experts"]) == len(found["prompt_routed_margins"]) == 6
+
+
+def test_tokens_of_prompt_and_answer_are_told_on_request(server: Server) -> None:
+    found = choice(server, return_token_ids=True)
+    assert found["prompt_token_ids"] == ASKED["prompt"]
+    assert len(found["prompt_token_strs"]) == len(found["prompt_routed_experts"])
+    assert len(found["token_ids"]) == 8
+    words = server.service.tokenizer
+    assert words.decode(found["token_ids"]) == found["text"]
+    assert choice(server, return_token_ids=True, max_tokens=0)["token_ids"] == []
+    assert "token_ids" not in choice(server)
+
+
+def test_a_chat_tells_the_tokens_of_its_template(server: Server) -> None:
+    asked = {
+        "messages": [{"role": "user", "content": "Why? \u4eca"}],
+        "max_tokens": 5,
+        "return_token_ids": True,
+        "return_routed_experts": True,
+    }
+    whole = server.http().post("/v1/chat/completions", json=asked | {"seed": 1}).json()
+    texts = whole["prompt_token_strs"]
+    assert "Q: Why? " in "".join(texts)
+    assert "bytes:\\xe4" in texts, "a part of a character"
+    assert len(texts) == len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+    assert len(whole["choices"][0]["prompt_routed_experts"]) == len(texts)
+    answer = server.http().post("/v1/chat/completions", json=asked | {"seed": 1, "stream": True})
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    first, *rest = map(json.loads, lines)
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert all("prompt_token_ids" not in chunk for chunk in rest)
+    streamed = [token for chunk in rest for token in chunk["choices"][0]["token_ids"]]
+    assert streamed == whole["choices"][0]["token_ids"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
 from consilium.cli.arguments import json_flag, path
@@ -26,13 +26,48 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="list the texts that filters took out of the data of the run DIR",
     )
+    parser.add_argument(
+        "--open",
+        action="store_true",
+        help="show the runs in a browser, while they train and after; Ctrl-C ends it",
+    )
+    parser.add_argument("--until-closed", action="store_true", help=SUPPRESS)
     json_flag(parser)
 
 
 def run(options: Namespace) -> int:
+    if options.open:
+        return _open(options)
     if options.dropped:
         return _dropped(options)
     return _runs(options)
+
+
+def _open(options: Namespace) -> int:
+    from consilium.cli.installed import check_installed
+    from consilium.cli.progress import note
+
+    if not options.until_closed and not options.folder.is_dir():
+        raise ConsiliumError(f"runs: no such folder: {options.folder}; give the folder that holds your runs.")
+    check_installed("runs --open")
+    from consilium.machine.browser import show
+    from consilium.serving.alone import address, own_listener, serve_page
+
+    with own_listener() as listener:
+        place = address(listener)
+        if options.until_closed:  # whoever started this one tells it, and opens it at its run
+            print(place, flush=True)
+        else:
+            note(
+                say(
+                    "the page of the runs in {folder}: {place}; Ctrl-C ends it",
+                    folder=options.folder,
+                    place=place,
+                )
+            )
+            show(place)
+        serve_page(listener, options.folder, until_closed=options.until_closed)
+    return 0
 
 
 def _dropped(options: Namespace) -> int:

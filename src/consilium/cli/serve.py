@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from consilium.cli.arguments import path, size
 from consilium.cli.endings import ended
 from consilium.cli.generation import model_arguments, open_checkpoint
+from consilium.cli.installed import check_installed
 from consilium.cli.progress import note
 from consilium.errors import ConsiliumError
 from consilium.machine.memory import free_memory
@@ -80,6 +81,12 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="how clients call it; default: the name of the folder"
     )
+    parser.add_argument(
+        "--runs",
+        type=path,
+        metavar="DIR",
+        help="training runs that the page shows; default: runs, where there is such a folder",
+    )
     model_arguments(parser)
 
 
@@ -88,7 +95,7 @@ def run(options: Namespace) -> int:
 
     checkpoint = checkpoint_in(options.folder)
     settings = _settings(options)
-    _check_installed()
+    check_installed("serve")
     from consilium.serving.run import is_loopback, listening
 
     if not settings.keys and not is_loopback(options.host):
@@ -169,7 +176,14 @@ def _settings(options: Namespace) -> Settings:
     if "" in keys:
         raise ConsiliumError("serve: a key is empty and would open the server to everybody; leave it out.")
     name = options.served_model_name or options.folder.resolve().name
-    return Settings(name=name, keys=keys, most_waiting=options.max_queue)
+    return Settings(name=name, keys=keys, most_waiting=options.max_queue, runs=_runs(options.runs))
+
+
+def _runs(asked: Path | None) -> Path | None:
+    if asked is not None and not asked.is_dir():
+        raise ConsiliumError(f"serve: no such folder: {asked}; give --runs the folder that holds your runs.")
+    usual = Path("runs")
+    return asked or (usual if usual.is_dir() else None)
 
 
 def _keys(file: Path) -> tuple[str, ...]:
@@ -184,18 +198,6 @@ def _keys(file: Path) -> tuple[str, ...]:
     if not keys:
         raise ConsiliumError(f"serve: {file} holds no key; write one a line.")
     return keys
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    missing = [
-        name for name in ("fastapi", "llguidance", "prometheus_client", "uvicorn") if find_spec(name) is None
-    ]
-    if missing:
-        raise ConsiliumError(
-            f"serve needs {', '.join(missing)}, which are not installed; pip install 'consilium-moe[serve]'."
-        )
 
 
 def _bracketed(host: str) -> str:

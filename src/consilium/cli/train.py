@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from consilium.cli.arguments import count, json_flag, path
@@ -71,6 +73,9 @@ def arguments(parser: ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="any key, such as model.moe.router.select.k=2 or freeze='*,!*.router.*'",
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="show the run in a browser while it trains; needs the extra serve"
     )
     json_flag(parser)
 
@@ -189,8 +194,14 @@ def _prepared(options: Namespace, device: str, mesh: Mesh) -> int:
         _tell_resumed(options, config, goes_on=stored is not None)
 
     mesh.world.agreed(read)
-    with locked_by_one(options.out, tell, mesh):
+    with locked_by_one(options.out, tell, mesh), _page(options, tell, mesh):
         return _run(*found[0], options, device, mesh)
+
+
+def _page(options: Namespace, tell: Callable[[str], None], mesh: Mesh) -> AbstractContextManager[None]:
+    from consilium.cli.opened import page_of
+
+    return page_of(options.out, tell) if options.open and mesh.world.leads else nullcontext()
 
 
 def _tell_resumed(options: Namespace, config: Training, *, goes_on: bool) -> None:

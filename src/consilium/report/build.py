@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from consilium.records.io import write_text
 from consilium.report import curves, tables, words
 from consilium.report.bars import Bar, bar_chart
-from consilium.report.lines import LineChart, line_chart
+from consilium.report.lines import line_chart
 from consilium.report.load_map import LoadMap
 from consilium.report.rasters import HOVER_CELLS, affinity, colour_bar, load_strip
 from consilium.report.source import Run, read_run
@@ -62,7 +61,7 @@ def render(run: Run, beside: Run | None = None) -> str:
         bars=_bars(bars),
         scores=tables.scores(run, beside),
         charts=_charts(runs),
-        strips=[(other, _strips(other, other.loads, len(runs))) for other in runs if other.loads is not None],
+        strips=[(other, strips(other, other.loads, len(runs))) for other in runs if other.loads is not None],
         balance=[(other, words.balance(other, other.loads)) for other in runs if other.loads is not None],
         affinities=[(other, _affinities(other)) for other in runs if other.specialisation is not None],
         specialisation=[
@@ -76,7 +75,7 @@ def render(run: Run, beside: Run | None = None) -> str:
         shares=any(record.shares for other in runs for record in other.metrics.records),
         losses=any(record.losses for other in runs for record in other.metrics.records),
         sample=None if run.summary is None or run.summary.sample is None else run.summary.sample,
-        shown=_shown,
+        shown=shown,
         commands=tables.commands(run),
         hidden_layers=_hidden(run.loads),
     )
@@ -89,23 +88,10 @@ def _bars(found: tuple[Bar, ...]) -> str | None:
 
 
 def _charts(runs: list[Run]) -> dict[str, str]:
-    drawn: dict[str, Callable[[list[Run]], LineChart]] = {
-        "loss": curves.loss_chart,
-        "bits": curves.bits_chart,
-        "balance": curves.balance_chart,
-        "entropy": curves.entropy_chart,
-        "dropped": curves.dropped_chart,
-        "bias": curves.bias_chart,
-        "losses": curves.losses_chart,
-        "shares": curves.shares_chart,
-        "rate": curves.rate_chart,
-        "norm": curves.norm_chart,
-        "speed": curves.speed_chart,
-    }
-    return {name: line_chart(chart(runs)) for name, chart in drawn.items()}
+    return {name: line_chart(chart(runs)) for name, chart in curves.CHARTS.items()}
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A sample as a page shows it: a long run of empty lines is said, not drawn."""
     return re.sub(r"\n{4,}", lambda found: f"\n{_gap(len(found[0]) - 1)}\n", text)
 
@@ -121,9 +107,10 @@ def spaced(count: int, most: int) -> list[int]:
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
-def _strips(run: Run, loads: LoadMap, columns: int) -> list[str]:
+def strips(run: Run, loads: LoadMap, columns: int, hover_cells: int = HOVER_CELLS) -> list[str]:
+    """The loads of a run, a picture a layer, ``columns`` runs beside each other."""
     rows = spaced(len(loads.layers), MOST_STRIPS)
-    width, cells = 1088 / columns - 10 * (columns - 1), HOVER_CELLS // (columns * len(rows))
+    width, cells = 1088 / columns - 10 * (columns - 1), hover_cells // (columns * len(rows))
     names = [run.layer_name(loads.layers[row]) for row in rows]
     pairs = zip(rows, names, strict=True)
     return [load_strip(loads, row, name, width=width, hover_cells=cells) for row, name in pairs]

@@ -36,13 +36,17 @@ def headings() -> tuple[str, ...]:
     )
 
 
-def runs_in(folder: Path) -> Iterator[Path]:
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).exists() or (folder / METRICS_FILE).exists()
+
+
+def runs_in(folder: Path, depth: int = 100) -> Iterator[Path]:
     """Run folders in ``folder`` and its subfolders, by name; nothing inside a run is one."""
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
-        if (inner / CONFIG_FILE).exists() or (inner / METRICS_FILE).exists():
+        if is_run(inner):
             yield inner
-        elif not inner.name.startswith("."):
-            yield from runs_in(inner)
+        elif not inner.name.startswith(".") and depth > 1:
+            yield from runs_in(inner, depth - 1)
 
 
 def figures(run: Run) -> dict[str, object]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 
@@ -204,3 +206,21 @@ def _rivals(run: Run) -> tuple[Rule, ...]:
         (say("dense"), summary.dense and summary.dense.bits_per_byte.macro),
     )
     return tuple(Rule(value, f"{name} {value:.3f}") for name, value in found if value is not None)
+
+
+CHARTS: Final[Mapping[str, Callable[[Sequence[Run]], LineChart]]] = MappingProxyType(
+    {
+        "loss": loss_chart,
+        "bits": bits_chart,
+        "balance": balance_chart,
+        "entropy": entropy_chart,
+        "dropped": dropped_chart,
+        "bias": bias_chart,
+        "losses": losses_chart,
+        "shares": shares_chart,
+        "rate": rate_chart,
+        "norm": norm_chart,
+        "speed": speed_chart,
+    }
+)
+"""All of them, by the names under which pages have them."""

@@ -32,6 +32,29 @@ def spikes(run: Run) -> str | None:
     )
 
 
+def diverged(run: Run) -> str | None:
+    """The first step from which on no loss is a number; None where the newest one is."""
+    told = [(record.step, record.loss) for record in run.metrics.records if record.loss is not None]
+    bad = [step for step, loss in told if not math.isfinite(loss)]
+    if not bad or math.isfinite(told[-1][1]):
+        return None
+    return say("{run}: the loss is not a number at the end, first in step {step}.", run=run.name, step=bad[0])
+
+
+def dropping(run: Run) -> str | None:
+    """The share of copies that the newest step dropped; None where it dropped none."""
+    told = [record for record in run.metrics.records if record.dropped_frac is not None]
+    share = told[-1].dropped_frac if told else None
+    if not share:
+        return None
+    return say(
+        "{run}: {share:.1%} of the copies that routers wanted were dropped in step {step}.",
+        run=run.name,
+        share=share,
+        step=told[-1].step,
+    )
+
+
 def balance(run: Run, loads: LoadMap) -> str:
     """How even the loads were at the end."""
     worst, final = loads.worst, loads.final[loads.worst].ratio

@@ -162,6 +162,14 @@ def _by_text(one: Told, spelling: Spelling) -> dict[str, float] | None:
     return found
 
 
+def prompt_told(prompt: Sequence[int], spelling: Spelling) -> dict[str, Any]:
+    """Tokens of a prompt as the model read it, template included, and how each is written."""
+    return {
+        "prompt_token_ids": list(prompt),
+        "prompt_token_strs": [spelling.text(token) for token in prompt],
+    }
+
+
 def routed(pieces: Iterable[Piece], *, begins: bool) -> dict[str, Any]:
     """Experts and weights of tokens [T, M, K], a token's as soon as it is computed: the last has none.
 

@@ -6,25 +6,22 @@ import asyncio
 import base64
 import contextlib
 import json
-import logging
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from pathlib import Path
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, Final, TypeVar, final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from consilium.errors import ConsiliumError
 from consilium.serving import service as asking
 from consilium.serving.body import Refused, parsed
-from consilium.serving.gate import PAGE, SALT, error_object
+from consilium.serving.gate import SALT, error_object
 from consilium.serving.limits import COMMENT_SECONDS
+from consilium.serving.pages import Served, Shown, add_page
 from consilium.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -33,46 +30,15 @@ from consilium.serving.protocol import (
     Generating,
     TokenizeRequest,
 )
+from consilium.serving.refusals import json_answer, refusal, tell_errors
 from consilium.serving.service import Current, Job, Object, Service
-from consilium.serving.worker import Failed, Full
 
-_LOG: Final = logging.getLogger("consilium.serving")
 _DONE: Final = b"data: [DONE]\n\n"
 _COMMENT: Final = b": still at work\n\n"
 _BODIES: Final = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 _T = TypeVar("_T")
-_PAGE: Final = Path(__file__).parent / "page"
-_PAGE_HEADERS: Final = (
-    (
-        "Content-Security-Policy",
-        "default-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'none'",
-    ),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cache-Control", "no-cache"),
-)
 _GONE: Final = 499
 """What nginx logs for a client that left; nobody reads it."""
-
-
-def refusal(error: Exception) -> Refused:
-    """What HTTP says of an error of ours, or of one that nobody foresaw."""
-    match error:
-        case Refused():
-            return error
-        case Full():
-            return Refused(429, "too many requests wait already; ask again in a while", code="overloaded")
-        case Failed():
-            return Refused(500, f"{error}; other requests go on", code="failed")
-        case ConsiliumError():
-            return Refused(400, str(error))
-        case TimeoutError():
-            return Refused(408, "the answer took longer than a request may take", code="timeout")
-        case HTTPException(status_code=status, detail=detail):
-            return Refused(status, str(detail))
-        case _:
-            _LOG.error("an error that nobody foresaw", exc_info=error)
-            return Refused(500, "an error of ours; it is in the server's log")
 
 
 def build_app(current: Current, ready: Callable[[], bool], started: Callable[[], None]) -> FastAPI:
@@ -81,14 +47,18 @@ def build_app(current: Current, ready: Callable[[], bool], started: Callable[[],
     A request is answered by the service that is current when it comes, to its end.
     """
     app = FastAPI(title="Consilium", docs_url=None, redoc_url=None, lifespan=_lifespan(current, started))
-    for kind in (Refused, Full, Failed, ConsiliumError, TimeoutError, HTTPException, Exception):
-        app.add_exception_handler(kind, _handler(current))
+    tell_errors(app, lambda status: current.service.metrics.count_refused(status))
     _add_generating(app, current)
     _add_tokens(app, current)
     _add_state(app, current, ready)
-    _add_page(app)
+    settings = current.service.settings
+    add_page(app, Shown(model=lambda: _served(current), runs=settings.runs, place=settings.place))
     app.openapi = lambda: _described(app)
     return app
+
+
+def _served(current: Current) -> Served:
+    return Served(current.service.settings.name, current.service.length)
 
 
 def _lifespan(
@@ -103,22 +73,6 @@ def _lifespan(
         current.stop()
 
     return running
-
-
-def _handler(current: Current) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handle(request: Request, error: Exception) -> Response:
-        del request
-        refused = refusal(error)
-        current.service.metrics.count_refused(refused.status)
-        headers = {"Retry-After": "1"} if refused.status in {429, 503} else None
-        return _json(error_object(refused), status=refused.status, headers=headers)
-
-    return handle
-
-
-def _json(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-    return Response(text.encode("utf-8", "replace"), status, headers, media_type="application/json")
 
 
 def _add_generating(app: FastAPI, current: Current) -> None:
@@ -150,7 +104,7 @@ def _add_tokens(app: FastAPI, current: Current) -> None:
         told: Object = {"count": len(ids), "max_model_len": service.length, "tokens": list(ids)}
         if asked.return_token_strs:
             told["token_strs"] = [service.spelling.text(token) for token in ids]
-        return _json(told)
+        return json_answer(told)
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -159,7 +113,7 @@ def _add_tokens(app: FastAPI, current: Current) -> None:
         most = service.tokenizer.vocab_size
         if any(token >= most for token in asked.tokens):
             raise Refused(400, f"tokens has an id beyond the {most} of the tokenizer", param="tokens")
-        return _json({"prompt": service.tokenizer.decode(asked.tokens)})
+        return json_answer({"prompt": service.tokenizer.decode(asked.tokens)})
 
     @app.post("/v1/embeddings", openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
@@ -174,7 +128,7 @@ def _add_tokens(app: FastAPI, current: Current) -> None:
         ]
         tokens = sum(map(len, prompts))
         told = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return _json({"object": "list", "data": data, "model": service.settings.name, "usage": told})
+        return json_answer({"object": "list", "data": data, "model": service.settings.name, "usage": told})
 
 
 def _vector(values: list[float], form: str | None) -> list[float] | str:
@@ -197,12 +151,12 @@ def _add_state(app: FastAPI, current: Current, ready: Callable[[], bool]) -> Non
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [model()]})
+        return json_answer({"object": "list", "data": [model()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         current.service.check_model(name)
-        return _json(model())
+        return json_answer(model())
 
     @app.get("/health")
     async def health() -> Response:
@@ -216,20 +170,6 @@ def _add_state(app: FastAPI, current: Current, ready: Callable[[], bool]) -> Non
     async def metrics() -> Response:
         text = await asking.metrics_text(current.service)
         return Response(text, media_type="text/plain; version=0.0.4")
-
-
-def _add_page(app: FastAPI) -> None:
-    """The page, which asks nobody but this server."""
-    for path, (file, kind) in PAGE.items():
-        content = (_PAGE / file).read_bytes()
-        app.add_api_route(path, _always(content, kind), include_in_schema=False)
-
-
-def _always(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
-        return Response(content, headers=dict(_PAGE_HEADERS), media_type=kind)
-
-    return answer
 
 
 def _schema_of(kind: type[BaseModel]) -> dict[str, Any]:
@@ -261,7 +201,7 @@ async def _parsed(request: Request, kind: type[_B]) -> _B:
 async def _answered(request: Request, service: Service, asked: Generating, job: Job) -> Response:
     service.worker.check_room(len(job.requests))
     if not asked.stream:
-        return _json(await _unless_gone(request.receive, asking.whole(service, job)))
+        return json_answer(await _unless_gone(request.receive, asking.whole(service, job)))
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     chunks = asking.streamed(service, job, with_usage=with_usage)
     return EventStream(_events(chunks))

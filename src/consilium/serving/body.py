@@ -34,6 +34,14 @@ class Refused(Exception):
         self.code = code
 
 
+class Full(Exception):
+    """More sequences wait than may."""
+
+
+class Failed(Exception):
+    """A request that the model, or the server, could not finish."""
+
+
 def parsed(body: bytes, kind: type[M]) -> M:
     """The request in ``body``. Raises Refused (400) naming the field that is wrong."""
     value = _json(body)

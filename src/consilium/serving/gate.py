@@ -23,12 +23,26 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_SCRIPTS: Final = (
+    "api",
+    "chat",
+    "chips",
+    "compare",
+    "dom",
+    "domains",
+    "heat",
+    "page",
+    "plan",
+    "token",
+    "train",
+)
 PAGE: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "/": ("index.html", "text/html"),
         "/icon.svg": ("icon.svg", "image/svg+xml"),
         "/page.css": ("page.css", "text/css"),
-        "/page.js": ("page.js", "text/javascript"),
+        "/report.css": ("../../report/templates/report.css", "text/css"),
+        **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS},
     }
 )
 """Paths of the page: its files, which are the same for everybody, and their kinds."""

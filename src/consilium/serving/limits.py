@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 BODY: Final = 4 * 2**20
@@ -50,3 +51,7 @@ class Settings:
     """That a request may take in all."""
     drain_seconds: float = 30.0
     """That running requests have when the server is told to stop."""
+    runs: Path | None = None
+    """The folder of training runs that the page shows."""
+    place: Path = Path()
+    """Below which the page looks for models to plan."""

@@ -95,6 +95,8 @@ class Generating(BaseModel, ABC):
     response_format: ResponseFormat | None = None
     return_routed_experts: bool = False
     """Whether the answer says which experts computed which token, under vLLM's names."""
+    return_token_ids: bool = False
+    """Whether the answer says which tokens the prompt and the answer are, under vLLM's names."""
     seed: Seed | None = None
     stop: Stops | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=limits.STOPS)] | None = None

@@ -18,10 +18,9 @@ from consilium.errors import ConsiliumError
 from consilium.serving.app import build_app
 from consilium.serving.gate import Gate
 from consilium.serving.limits import BODY_SECONDS
+from consilium.serving.names import OWN_NAMES
 from consilium.serving.service import Current, Service
 
-_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
-"""Of a server that this machine alone reaches: a web page elsewhere may resolve its own name to it."""
 _LAST_SECONDS: Final = 2
 _LOG: Final = logging.getLogger("consilium.serving")
 
@@ -62,7 +61,7 @@ def serve(
     current = Current(service)
     signals = _Signals(current, renewed)
     app = build_app(current, lambda: not gate.draining, signals.watch)
-    gate = Gate(app, service.settings.keys, _NAMES | {host.lower()} if is_loopback(host) else None)
+    gate = Gate(app, service.settings.keys, OWN_NAMES | {host.lower()} if is_loopback(host) else None)
     config = uvicorn.Config(
         gate,
         http="h11",

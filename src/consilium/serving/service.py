@@ -8,7 +8,7 @@ import secrets
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from consilium.data.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ from consilium.serving.answers import (
     Spelling,
     chat_logprobs,
     completion_logprobs,
+    prompt_told,
     routed,
     told,
     usage,
@@ -130,6 +131,8 @@ class Job:
     """Whether a stream tells of every token, also where its text is not whole yet."""
     opening: Callable[[int], Object] | None = None
     """What a stream begins each choice with."""
+    told: Object = field(default_factory=dict)
+    """What the answer says beside its choices, a stream in its first objects."""
 
     @property
     def answers(self) -> list[Answer]:
@@ -209,8 +212,14 @@ def _completion_choice(
         "text": (before if begins else "") + text,
         "logprobs": logprobs,
         "finish_reason": "length" if asked.max_tokens == 0 else answer.finish,
+        **(prompt_told(answer.prompt, service.spelling) if asked.return_token_ids and not first else {}),
+        **_token_ids(asked, pieces),
         **_routed(asked, answer, first),
     }
+
+
+def _token_ids(asked: Generating, pieces: Sequence[Piece]) -> Object:
+    return {"token_ids": [piece.token for piece in pieces]} if asked.return_token_ids else {}
 
 
 def _routed(asked: Generating, answer: Answer, first: int) -> Object:
@@ -248,7 +257,8 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
         return _chat_choice(service, asked, reading, index, answer, first)
 
     heading = Heading("chat.completion", service.settings.name)
-    return Job(heading, requests, 1, len(requests), choice, opening=_opening, each=bool(asked.logprobs))
+    each, said = bool(asked.logprobs), prompt_told(prompt, service.spelling) if asked.return_token_ids else {}
+    return Job(heading, requests, 1, len(requests), choice, opening=_opening, each=each, told=said)
 
 
 def _asked_ids(form: Format, asked: ChatRequest, tools: Sequence[Tool]) -> tuple[int, ...]:
@@ -280,6 +290,7 @@ def _chat_choice(
         "delta" if asked.stream else "message": message,
         "logprobs": logprobs,
         "finish_reason": reading.finish(answer),
+        **_token_ids(asked, answer.pieces[first:]),
         **_routed(asked, answer, first),
     }
 
@@ -296,7 +307,7 @@ async def whole(service: Service, job: Job) -> Object:
         answers[place].pieces.append(piece)
     kept = [answer for group in _groups(answers, job.prompts) for answer in _best(group, job.kept)]
     choices = [job.choice(index, answer, 0) for index, answer in enumerate(kept)]
-    return job.heading.object(choices) | {"usage": job.usage(answers)}
+    return job.heading.object(choices) | job.told | {"usage": job.usage(answers)}
 
 
 def _groups(answers: Sequence[Answer], prompts: int) -> list[Sequence[Answer]]:
@@ -314,7 +325,7 @@ async def streamed(service: Service, job: Job, *, with_usage: bool) -> AsyncGene
     usage_field = {"usage": None} if with_usage else {}
     if job.opening is not None:
         for index in range(len(answers)):
-            yield job.heading.object([job.opening(index)], streamed=True) | usage_field
+            yield job.heading.object([job.opening(index)], streamed=True) | job.told | usage_field
     async for place, piece in _counted(service, job.requests):
         answer = answers[place]
         answer.pieces.append(piece)

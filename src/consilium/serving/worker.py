@@ -17,19 +17,12 @@ import torch
 from consilium.engine.engine import Engine
 from consilium.engine.request import Piece, Request
 from consilium.errors import ConsiliumError
+from consilium.serving.body import Failed, Full
 
 _LOG: Final = logging.getLogger("consilium.serving")
 _T = TypeVar("_T")
 _Stream = asyncio.Queue[tuple[int, Piece]]
 _Wish = Callable[[], None]
-
-
-class Full(Exception):
-    """More sequences wait than may."""
-
-
-class Failed(Exception):
-    """A request that the model, or the server, could not finish."""
 
 
 @final
