@@ -29,8 +29,11 @@ def command(*words: str, said: str = r"http://\S+(?=/v1)", **options: Any) -> It
 
 
 @contextlib.contextmanager
-def opened(address: str, **options: Any) -> Iterator[Any]:
-    """A page at ``address``. Skips where there is no browser; an error on its console is one of the test."""
+def opened(address: str, *, refused: int | None = None, **options: Any) -> Iterator[Any]:
+    """A page at ``address``. Skips where there is no browser; an error on its console is one of the test.
+
+    A browser writes there of every answer that is an error: ``refused`` is the status that the test asks for.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if BROWSER is None:
         pytest.skip("there is no chromium")
@@ -44,7 +47,7 @@ def opened(address: str, **options: Any) -> Iterator[Any]:
         found.goto(address)
         yield found
         browser.close()
-    assert faults == []
+    assert [fault for fault in faults if f"status of {refused}" not in fault] == []
 
 
 def picture(page: Any, name: str, folder: Path) -> None:

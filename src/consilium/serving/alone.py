@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import threading
@@ -38,7 +39,8 @@ def serve_page(listener: socket.socket, runs: Path, *, until_closed: bool) -> No
     server = uvicorn.Server(config)
     if until_closed:
         threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what ended it
+        server.run(sockets=[listener])
 
 
 def _end_with_input(server: uvicorn.Server) -> None:

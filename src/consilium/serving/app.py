@@ -47,7 +47,7 @@ def build_app(current: Current, ready: Callable[[], bool], started: Callable[[],
     A request is answered by the service that is current when it comes, to its end.
     """
     app = FastAPI(title="Consilium", docs_url=None, redoc_url=None, lifespan=_lifespan(current, started))
-    tell_errors(app, lambda status: current.service.metrics.count_refused(status))
+    tell_errors(app, _counting(current))
     _add_generating(app, current)
     _add_tokens(app, current)
     _add_state(app, current, ready)
@@ -55,6 +55,13 @@ def build_app(current: Current, ready: Callable[[], bool], started: Callable[[],
     add_page(app, Shown(model=lambda: _served(current), runs=settings.runs, place=settings.place))
     app.openapi = lambda: _described(app)
     return app
+
+
+def _counting(current: Current) -> Callable[[int], None]:
+    def count(status: int) -> None:
+        current.service.metrics.count_refused(status)
+
+    return count
 
 
 def _served(current: Current) -> Served:

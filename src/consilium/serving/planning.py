@@ -16,7 +16,7 @@ from consilium.config.moe import MoE
 from consilium.config.router import Hash, Sinkhorn, TopK
 from consilium.errors import ConsiliumError
 from consilium.planner import exchange, memory, plan
-from consilium.recipes.catalogue import find, names, recipe
+from consilium.recipes.catalogue import find, names, parse, recipe
 from consilium.records.plan import Plan, Serving
 from consilium.report.plain import counted, operations, sized
 from consilium.serving.body import Refused
@@ -69,14 +69,21 @@ def planned(asked: PlanRequest, place: Path) -> Object:
     if model.moe is not None and asked.processes > 1:
         tables.append(_communication(model, model.moe, asked.processes))
     return {
-        "name": f"{asked.model}: {own.family}",
+        "name": _name(asked.model, own),
         "own": _own(own),
-        "sentence": _resident(model, found),
+        "sentence": _resident(model, used),
         "tables": tables,
         "plan": dataclasses.asdict(found),
         "serving": dataclasses.asdict(used) | {"total_bytes": used.total_bytes},
         "tokens_per_second": _tokens_per_second(model, asked),
     }
+
+
+def _name(text: str, model: Model) -> str:
+    if text.partition(":")[0] not in names():
+        return f"{text}: {model.family}"
+    found, size = parse(text)
+    return f"{found.name}:{size}"
 
 
 def _own(model: Model) -> Object:
@@ -155,7 +162,7 @@ def _changed(model: Model, asked: PlanRequest) -> Model:
 
 
 def _table(title: str, rows: Rows, note: str = "") -> Object:
-    return {"title": title, "head": ["", ""], "rows": rows, "note": note}
+    return {"title": title, "rows": rows, "note": note}
 
 
 def _parameters(model: Model, found: Plan) -> Object:
@@ -248,15 +255,16 @@ def _decoder(model: Model) -> Model:
     return dataclasses.replace(model, mtp=dataclasses.replace(model.mtp, depth=0))
 
 
-def _resident(model: Model, found: Plan) -> str:
+def _resident(model: Model, used: Serving) -> str:
     if model.moe is None:
         return ""
     return say(
         "All {experts} experts of each layer have to be in memory, not only the {k} that a token uses: {size}"
-        " in bfloat16.",
+        " in {dtype}.",
         experts=model.moe.experts,
         k=model.moe.most_active,
-        size=sized(found.weight_bytes),
+        size=sized(used.weight_bytes),
+        dtype=used.dtype,
     )
 
 

@@ -14,13 +14,14 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// A table; without a head the first cell of each row is its name.
 export function table(head, rows, numbers = false) {
   const line = (kind, values) => element("tr", {}, ...values.map((value, place) => element(
-    kind,
+    head || place ? kind : "th",
     kind === "th" ? { scope: "col" } : { className: numbers && place ? "number" : "" },
     ...(Array.isArray(value) ? value : [value]),
   )));
-  return element("table", {}, line("th", head), ...rows.map((values) => line("td", values)));
+  return element("table", {}, ...(head ? [line("th", head)] : []), ...rows.map((values) => line("td", values)));
 }
 
 // Says what happened, or what went wrong, in the line of this id.

@@ -33,6 +33,7 @@ async function start() {
     const [tab, ...run] = wanted();
     startTrain(run.join("/"));
     startPlan();
+    $("tabs").hidden = $("main").hidden = false;
     open(TABS.includes(tab) && !$(`tab-${tab}`).hidden ? tab : model === null ? "train" : "chat");
   } catch (error) {
     $("model").textContent = error.message;

@@ -52,12 +52,12 @@ function body(model) {
 
 function draw({ tables, sentence }) {
   $("plan-view").replaceChildren(
-    ...(sentence ? [element("p", {}, element("strong", {}, sentence))] : []),
-    ...tables.map(({ title, head, rows, note }) => element(
+    ...(sentence ? [element("p", { className: "all" }, element("strong", {}, sentence))] : []),
+    ...tables.map(({ title, rows, note }) => element(
       "div",
       { className: "card" },
       element("h3", {}, title),
-      table(head, rows, true),
+      table(null, rows, true),
       ...(note ? [element("p", { className: "note" }, note)] : []),
     )),
   );
