@@ -192,7 +192,7 @@ def test_a_page_elsewhere_cannot_reach_a_server_of_this_machine() -> None:
 
 def test_every_path_but_health_needs_a_key() -> None:
     with serving(keys=("one", "two")) as server, server.http() as client:
-        paths = [route.path for route in build_app(server.service, lambda: True, lambda: None).routes]
+        paths = [route.path for route in build_app(server.current, lambda: True, lambda: None).routes]
         assert {"/v1/completions", "/metrics", "/openapi.json", "/tokenize"} <= set(paths)
         for path in (*paths, "/v1/nothing"):
             for header in ({}, {"authorization": "Bearer three"}, {"authorization": "Bearer"}):
