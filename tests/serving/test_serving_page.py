@@ -54,9 +54,14 @@ def test_every_script_that_is_imported_is_served(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("page") / "small"
-    store.save(lively(DEEPSEEK), folder, tokenizer=Tokenizer.of_bytes())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("page") / "small"
+    store.save(lively(DEEPSEEK), made, tokenizer=Tokenizer.of_bytes())
+    return made
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
     with command("serve", str(folder), "--port", "0", cwd=folder.parent) as found:
         yield found
 
@@ -216,6 +221,19 @@ def test_tabs_are_walked_with_the_arrow_keys(page: Any) -> None:
     assert page.locator("#chat").is_hidden()
     page.keyboard.press("ArrowLeft")
     assert page.get_by_role("tabpanel", name="Chat").is_visible()
+
+
+def test_a_key_is_asked_for_and_opens_the_page(folder: Path) -> None:
+    words = ("serve", str(folder), "--port", "0", "--api-key", "secret")
+    with command(*words, cwd=folder.parent) as address, opened(address, refused=401) as page:
+        page.get_by_text("this server needs a key").wait_for()
+        assert page.locator("#main").is_hidden()
+        page.get_by_label("Key").fill("secret")
+        page.keyboard.press("Enter")
+        assert ask(page, tokens=4).count() == 4
+        assert page.get_by_label("Key").is_hidden()
+        page.get_by_role("tab", name="Plan").click()
+        page.get_by_text("671,026,404,352").wait_for()
 
 
 def test_a_dark_page_is_dark(address: str, tmp_path: Path) -> None:

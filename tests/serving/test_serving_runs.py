@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from consilium.config import io
+from consilium.config.attention import GQA
 from consilium.recipes.catalogue import recipe
 from consilium.records.loads import HEADER_FILE, LOADS_FILE
 from consilium.records.metrics import METRICS_FILE
@@ -283,6 +285,20 @@ def test_generating_reads_what_one_token_uses_and_its_cache(client: TestClient) 
     found = planned(client, model="mixtral:8x7b", gigabytes_per_second=100.0)
     read = 2 * found["plan"]["parameters"]["active_without_input_embedding"] + 32768 * 131_072
     assert found["tokens_per_second"] == pytest.approx(100e9 / read, rel=1e-3)
+
+
+def test_layers_with_a_window_read_no_further(client: TestClient, tmp_path: Path) -> None:
+    model = recipe("mixtral:tiny")
+    assert isinstance(model.attention, GQA)
+    near = dataclasses.replace(model, attention=dataclasses.replace(model.attention, window=16))
+    (tmp_path / "near.yaml").write_text(io.to_yaml(near))
+    (tmp_path / "far.yaml").write_text(io.to_yaml(model))
+    speed = {
+        (name, context): planned(client, model=name, context=context)["tokens_per_second"]
+        for name in ("near.yaml", "far.yaml")
+        for context in (16, 512)
+    }
+    assert speed["near.yaml", 16] == speed["near.yaml", 512] == speed["far.yaml", 16] > speed["far.yaml", 512]
 
 
 def test_a_folder_below_is_planned(client: TestClient, tmp_path: Path) -> None:

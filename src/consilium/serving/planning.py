@@ -15,7 +15,7 @@ from consilium.config.model import Model
 from consilium.config.moe import MoE
 from consilium.config.router import Hash, Sinkhorn, TopK
 from consilium.errors import ConsiliumError
-from consilium.planner import exchange, memory, plan
+from consilium.planner import exchange, kv, memory, plan
 from consilium.recipes.catalogue import find, names, parse, recipe
 from consilium.records.plan import Plan, Serving
 from consilium.report.plain import counted, operations, sized
@@ -299,5 +299,13 @@ def _bytes_read(model: Model, asked: PlanRequest) -> int:
         read -= routed * idle
     context = model.max_length if asked.context is None else asked.context
     bits = memory.BITS[asked.dtype]
-    cache = asked.batch * context * model.layers * model.attention.cache_width
-    return round(read * bits / 8) + cache * max(bits, 16) // 8
+    return round(read * bits / 8) + asked.batch * _cache_read(model, context) * max(bits, 16) // 8
+
+
+def _cache_read(model: Model, context: int) -> int:
+    """Values of the cache of one sequence: layers with a window leave out what is behind it."""
+    values, window = kv.values_per_token(model), kv.windowed(model)
+    if window is None:
+        return values * context
+    near = min(context, window.tokens)
+    return values * near + window.kv_values_beyond * (context - near)
