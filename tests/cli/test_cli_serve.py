@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+PROGRAM = ("-m", "consilium", "serve")
+SOAKED = (str(Path(__file__).parents[1] / "serving/soaked.py"),)
+"""The same, which tells on SIGUSR2 what it holds."""
+
+
 class Started:
-    def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "consilium", "serve", str(folder), "--port", "0", *options]
+    def __init__(self, folder: Path, *options: str, program: Sequence[str] = PROGRAM) -> None:
+        command = [sys.executable, *program, str(folder), "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.told: list[str] = []
@@ -219,14 +224,14 @@ def test_a_new_checkpoint_is_read_while_others_are_answered(tmp_path: Path) -> N
             got = [next(lines) for _ in range(4)]
             shutil.rmtree(tmp_path / "model")
             saved(tmp_path / "model", 1)
-            server.process.send_signal(signal.SIGHUP)
+            server.process.send_signal(signal.SIGUSR1)
             wait_until(lambda: text_of(server.url) != before)
             got += lines
         pieces = [json.loads(line[6:]) for line in got if line.startswith("data: {")]
         assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
         after = text_of(server.url)
         (tmp_path / "model/model.safetensors").write_bytes(b"damaged")
-        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: "the model stays as it is" in "".join(server.told))
         assert text_of(server.url) == after
     finally:
@@ -328,3 +333,27 @@ def test_a_mistake_of_all_workers_is_told_and_ends_them(
     assert found.returncode == 2
     assert "is too little" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_models_that_were_read_before_are_gone(tmp_path: Path) -> None:
+    saved(tmp_path / "model", 0)
+    server = Started(tmp_path / "model", program=SOAKED)
+    try:
+        text_of(server.url)
+        for number in range(1, 4):
+            server.process.send_signal(signal.SIGUSR1)
+            wait_until(lambda n=number: "".join(server.told).count("answers from now on") == n)
+            text_of(server.url)
+
+        def services() -> str:
+            server.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: server.told[-1].startswith("soaked"))
+            return server.told.pop().split()[-1]
+
+        assert "1" in {services() for _ in range(3)}
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()
+    assert server.process.returncode == 0
+    assert server.process.stderr is not None
+    server.process.stderr.close()

@@ -195,7 +195,7 @@ def test_deeper_modules_guess_behind_the_first() -> None:
         assert second == int(model.logits(two.x_BSD)[0, -1].argmax())
 
 
-def test_where_memory_is_short_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_guessing_fails_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(ONE)
     right = Engine(model).complete([[1, 2]], max_tokens=6)
 

@@ -1,4 +1,4 @@
-"""``consilium serve`` that tells, on SIGUSR1, how many objects Python holds and how much memory there is."""
+"""``consilium serve`` that tells, on SIGUSR2, of objects, bytes of memory, and services."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def tell(number: int, frame: object) -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    print(f"soaked {len(gc.get_objects())} {resident}", file=sys.stderr, flush=True)
+    objects = gc.get_objects()
+    services = sum(type(one).__name__ == "Service" for one in objects)
+    print(f"soaked {len(objects)} {resident} {services}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR1, tell)
+    signal.signal(signal.SIGUSR2, tell)
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -48,12 +48,12 @@ class Process:
     def measured(self) -> tuple[int, int]:
         """Objects of Python, and bytes of memory."""
         before = sum(line.startswith("soaked") for line in self.lines)
-        self.process.send_signal(signal.SIGUSR1)
+        self.process.send_signal(signal.SIGUSR2)
         until = time.monotonic() + 30
         while sum(line.startswith("soaked") for line in self.lines) == before:
             assert time.monotonic() < until
             time.sleep(0.05)
-        _, objects, resident = next(
+        _, objects, resident, _ = next(
             line for line in reversed(self.lines) if line.startswith("soaked")
         ).split()
         return int(objects), int(resident)

@@ -142,7 +142,7 @@ class Opened:
         modules = config.mtp.depth if isinstance(self.speculation, Ahead) else 0
         most = None if memory is None else tokens_within(memory, model, self.cache, modules)
         if most is not None:  # all rows at their longest, and as much again for beginnings
-            most = min(most, 2 * MOST_ROWS * model.config.max_length)
+            most = min(most, 2 * (most_rows or MOST_ROWS) * model.config.max_length)
         engine = Engine(
             model,
             self.tokenizer,

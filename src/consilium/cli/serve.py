@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
@@ -96,13 +97,15 @@ def run(options: Namespace) -> int:
     checkpoint = checkpoint_in(options.folder)
     settings = _settings(options)
     check_installed("serve")
-    from consilium.serving.run import is_loopback, listening
+    from consilium.serving.run import RENEWS, is_loopback, listening
 
     if not settings.keys and not is_loopback(options.host):
         raise ConsiliumError(
             f"serve: without a key {options.host} would be open to everybody; give --api-key, or leave"
             " --host out."
         )
+    if RENEWS is not None:
+        signal.signal(RENEWS, signal.SIG_IGN)  # until there is a model to read again
     with listening(options.host, options.port) as listener:
         memory = options.memory or int(_SHARE * free_memory())
         if options.workers == 1:
@@ -124,26 +127,27 @@ def _serve(
     checkpoint: Path, options: Namespace, settings: Settings, memory: int, listener: socket.socket
 ) -> int:
     from consilium.checkpoint.folders import checkpoint_in
-
-    opened = open_checkpoint(checkpoint, options)
     from consilium.serving.metrics import Metrics
     from consilium.serving.run import serve
 
     metrics = Metrics(settings.name)
-    service = _service(opened, options, settings, metrics, memory)
-    note(say("format: {name}", name=service.form.name))
     place = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
-    note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
+
+    def first() -> Service:
+        made = _service(open_checkpoint(checkpoint, options), options, settings, metrics, memory)
+        note(say("format: {name}", name=made.form.name))
+        note(say("{model} at {place}/v1; Ctrl-C stops it", model=settings.name, place=place))
+        return made
 
     def renewed() -> Service:
         newest = checkpoint_in(options.folder)
         note(say("reading {path}", path=newest))
-        room = min(memory, int(_SHARE * free_memory()))  # beside the model that still answers
-        made = _service(open_checkpoint(newest, options), options, settings, metrics, room)
+        free = int(_SHARE * free_memory()) // options.workers  # beside the model that still answers
+        made = _service(open_checkpoint(newest, options), options, settings, metrics, min(memory, free))
         note(say("{path} answers from now on", path=newest))
         return made
 
-    serve(service, listener, host=options.host, renewed=renewed)
+    serve(first, listener, host=options.host, renewed=renewed)
     return 0
 
 

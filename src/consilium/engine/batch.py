@@ -118,7 +118,7 @@ class Batch:
             self._pages.release(known)
             return False
         row.pages, row.cached = known + self._taken(needed), len(known) * PAGE
-        row.shared = row.shared or row.cached
+        row.shared = row.cached if row.shared is None else row.shared
         return True
 
     def extend(self, row: Row, more: int = 0) -> bool:
@@ -135,7 +135,7 @@ class Batch:
         """Take a row out, or what is read of it so far; it may come back."""
         self.rows = [other for other in self.rows if other is not row]
         self._pages.release(row.pages)
-        row.pages, row.cached, row.states = [], 0, None
+        row.pages, row.cached, row.states, row.pooled = [], 0, None, None
 
     @torch.inference_mode()
     def read(self, row: Row) -> Tensor | None:

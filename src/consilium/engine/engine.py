@@ -24,7 +24,6 @@ from consilium.engine.routes import Routes
 from consilium.engine.rows import Row, advance, pooled
 from consilium.errors import ConsiliumError
 from consilium.kv.rows import CacheFormat
-from consilium.machine.memory import is_out_of_memory
 from consilium.model.decoder import Decoder
 from consilium.model.types import Options
 from consilium.moe.types import Mode
@@ -252,15 +251,13 @@ class Engine:
                 self._decode_rows(together, self._guesses(together))
 
     def _guesses(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Of rows that lack no other token, as far as there are pages; none where memory is short."""
+        """Of rows that lack no other token, as far as there are pages; none where guessing fails."""
         most, drafts = [self._most_guessed(row) for row in rows], self._batch.drafts
         if drafts is None:
             return [[] for _ in rows]
         try:
             return drafts.guess(rows, most)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception:  # noqa: BLE001 - text does not need guesses
             return [[] for _ in rows]
 
     def _most_guessed(self, row: Row) -> int:
@@ -274,7 +271,7 @@ class Engine:
         """Where a pass fails, such as for want of memory, each alone: the others have the same tokens so."""
         try:
             decoded = self._batch.decode(rows, guesses)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is that of one request
             if len(rows) == 1:
                 self._fail(rows[0], error)
             else:
@@ -308,7 +305,7 @@ class Engine:
             before = row.cached
             try:
                 logits_1V = self._batch.read(row)
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is that of this request
                 self._waiting.pop(0)
                 self._fail(row, error)
                 continue

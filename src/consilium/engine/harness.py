@@ -6,7 +6,9 @@ batch changes a result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, final
 
@@ -51,11 +53,15 @@ class Harness(_LM):
         return found
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers that end before one of a task's texts."""
-        asked = [self._generating(*request.args) for request in requests]
+        """Answers that end before one of a task's texts; the same question again is another sample."""
+        asked, equal = list[Request](), Counter[Request]()
+        for one in (self._generating(*request.args) for request in requests):
+            asked.append(replace(one, sample=equal[one]))
+            equal[one] += 1
         texts = ["" for _ in asked]
-        for piece in self._engine.stream(asked):
-            texts[piece.request] += piece.text
+        places = [place for place, one in enumerate(asked) if one.max_tokens]
+        for piece in self._engine.stream([asked[place] for place in places]):
+            texts[places[piece.request]] += piece.text
         return texts
 
     @property
@@ -70,34 +76,55 @@ class Harness(_LM):
         return self._engine.length - 2
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, as one text has them; blanks at the border belong to what follows."""
+        """Tokens of both, as one text has them where no token lies across the border.
+
+        Blanks at the border belong to what follows.
+        """
         bare = context.rstrip()
         before, whole = self._tokenizer.encode(bare), self._tokenizer.encode(context + continuation)
-        behind = whole[len(before) :]
-        return [self._opening, *before], behind
+        opened = [self._opening, *before]
+        if whole[: len(before)] == before:
+            return opened, whole[len(before) :]
+        return opened, self._tokenizer.encode(context[len(bare) :] + continuation)
 
     def _scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        asked: list[Request] = []
-        for before, behind in pairs:
-            tokens = (*before, *behind)[-self._length - 1 :]
-            asked.append(Request(prompt=tokens, max_tokens=1, top=1, scores_prompt=True, stop_ids=()))
-        scored: list[tuple[Scored, ...]] = [() for _ in asked]
-        for piece in self._engine.stream(asked):
-            scored[piece.request] = piece.prompt
-        return [_score(some[-len(behind) :]) for some, (_, behind) in zip(scored, pairs, strict=True)]
+        """Of no tokens 0; raises ConsiliumError for a continuation that is longer than the model's length."""
+        asked: dict[int, Request] = {}
+        for place, (before, behind) in enumerate(pairs):
+            if len(behind) > self._length:
+                raise ConsiliumError(
+                    f"eval: a continuation of {len(behind)} tokens exceeds the {self._length} that this model"
+                    " can score at once; leave the task out, or take a model of more."
+                )
+            if behind:
+                tokens = (*before, *behind)[-self._length - 1 :]
+                asked[place] = Request(prompt=tokens, max_tokens=1, top=1, scores_prompt=True, stop_ids=())
+        found: list[Score] = [(0.0, True) for _ in pairs]
+        places = list(asked)
+        for piece in self._engine.stream(list(asked.values())):
+            place = places[piece.request]
+            found[place] = _score(piece.prompt[-len(pairs[place][1]) :])
+        return found
 
     def _generating(self, context: str, settings: dict[str, Any]) -> Request:
-        until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        most = int(settings.get("max_gen_toks", _MOST_NEW))
-        tokens = [self._opening, *self._tokenizer.encode(context)][-max(self._engine.length - most, 1) :]
-        warm = settings.get("do_sample") or float(settings.get("temperature", 0.0)) > 0
-        sampling = Sampling(
-            temperature=float(settings.get("temperature", 1.0)) if warm else 0.0,
-            top_p=float(settings.get("top_p", 1.0)),
-        )
-        stops = tuple(text for text in until if text)
-        return Request(prompt=tuple(tokens), max_tokens=most, sampling=sampling, stop=stops)
+        """Raises ConsiliumError for a setting of a task that is not known here."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        until = given.pop("until", [])
+        most = max(min(int(given.pop("max_gen_toks", _MOST_NEW)), self._engine.length - 1), 0)
+        tokens = [self._opening, *self._tokenizer.encode(context)][-(self._engine.length - most) :]
+        warm = given.pop("do_sample", float(given.get("temperature", 0.0)) > 0)
+        given["temperature"] = float(given.get("temperature", 1.0)) if warm else 0.0
+        if not given.get("top_p", 1.0):
+            del given["top_p"]
+        if unknown := given.keys() - _SETTINGS:
+            raise ConsiliumError(
+                f"eval: the task asks for {', '.join(sorted(unknown))}, which is not known here."
+            )
+        stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        return Request(prompt=tuple(tokens), max_tokens=most, sampling=Sampling(**given), stop=stops)
+
+
+_SETTINGS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"})
 
 
 def _score(scored: Sequence[Scored]) -> Score:

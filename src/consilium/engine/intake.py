@@ -6,7 +6,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, final
 
@@ -34,6 +34,11 @@ class TextCodec(Protocol):
     @property
     def known_ids(self) -> Collection[int]:
         """Ids that mean something: no others are drawn."""
+        ...
+
+    @property
+    def markers(self) -> Mapping[str, int]:
+        """Tokens that stand for no text, by their names."""
         ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -103,6 +108,7 @@ class Intake:
             generator=_stream(request.sampling.seed, request.sample),
             stream=None if self.tokenizer is None else self.tokenizer.stream(),
             stops=StopText(request.stop),
+            markers=frozenset(() if self.tokenizer is None else self.tokenizer.markers.values()),
             matching=None if request.constraint is None else request.constraint.begin(),
         )
 

@@ -41,6 +41,8 @@ class Row:
     generator: torch.Generator
     stream: TextStream | None
     stops: StopText
+    markers: frozenset[int] = frozenset()
+    """Tokens that are no text: no stop text reaches across one."""
     finished: Finish | None = None
     pages: list[int] = field(default_factory=list)
     """Of its tokens; none while it waits for its turn."""
@@ -58,8 +60,8 @@ class Row:
     """Of tokens that were computed since the last piece, where that was asked for."""
     routed: int = 0
     """Tokens whose routes were taken down."""
-    shared: int = 0
-    """Tokens of its prompt that were in the cache when it joined first."""
+    shared: int | None = None
+    """Tokens of its prompt that were in the cache when it joined first; None before."""
     states: tuple[int, Tensor] | None = None
     """Where tokens are guessed by modules: a place, and the states [S, D] of the tokens from there on."""
 
@@ -124,6 +126,8 @@ def advance(row: Row, logits_V: Tensor, meaningless_V: Tensor | None) -> Piece:
     if matching is not None and not ended:
         matching.accept(token)
     text = "" if row.stream is None or ended else row.stops.push(row.stream.push(token))
+    if token in row.markers:
+        text += row.stops.finish()
     if ended or row.stops.found or (matching is not None and matching.is_over):
         row.finished = "stop"
     elif len(row.tokens) >= row.most:
@@ -139,7 +143,7 @@ def advance(row: Row, logits_V: Tensor, meaningless_V: Tensor | None) -> Piece:
         top=likeliest(torch.log_softmax(logits_V.float(), dim=-1), request.top) if request.top else (),
         prompt=tuple(row.scored) if given else (),
         routes=_joined(row),
-        cached=row.shared,
+        cached=row.shared or 0,
     )
 
 

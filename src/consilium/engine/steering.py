@@ -34,7 +34,9 @@ class Steering:
         """What tells it from other steering, and from none."""
         digest = hashlib.sha256(repr((sorted(set(self.mute)), self.top_k)).encode())
         if self.replay is not None:
-            digest.update(repr(self.replay.layers).encode() + self.replay.experts_TMK.numpy().tobytes())
+            experts_TMK = self.replay.experts_TMK
+            digest.update(repr((self.replay.layers, experts_TMK.dtype, experts_TMK.shape)).encode())
+            digest.update(experts_TMK.contiguous().numpy().tobytes())
         return digest.digest()
 
     def check(self, config: Model, prompt: int, name: str) -> None:
@@ -49,16 +51,16 @@ class Steering:
                     f"expert {expert} of layer {layer} cannot be muted; the MoE layers are"
                     f" {layers[0]} to {layers[-1]}, of {moe.experts} experts each."
                 )
-        for layer in layers:
-            left = moe.experts - len({e for muted, e in self.mute if muted == layer})
-            if left < most:
-                raise ConsiliumError(
-                    f"layer {layer} would have {left} experts left of the {most} that a token needs;"
-                    " mute fewer."
-                )
         if self.top_k is not None and not 1 <= self.top_k <= most:
             raise ConsiliumError(f"{self.top_k} experts a token are out of range; use 1 to {most}.")
-        if self.replay is not None and self.replay.experts_TMK.shape[2] > most:
+        for layer in layers:
+            left = moe.experts - len({e for muted, e in self.mute if muted == layer})
+            if left < (needed := min(self.top_k or most, most)):
+                raise ConsiliumError(
+                    f"layer {layer} would have {left} experts left of the {needed} that a token needs;"
+                    " mute fewer."
+                )
+        if self.replay is not None and not 1 <= self.replay.experts_TMK.shape[2] <= most:
             raise ConsiliumError(
                 f"the routing to replay has {self.replay.experts_TMK.shape[2]} experts a token, and the model"
                 f" uses {most}."
@@ -106,6 +108,10 @@ def _check_replay(routes: Routes, layers: tuple[int, ...], experts: int, prompt:
         raise ConsiliumError(
             f"the routing to replay is of layers {list(routes.layers)}, and the model has experts in"
             f" {list(layers)}; replay what this model, or one like it, recorded."
+        )
+    if routes.experts_TMK.numel() and int(routes.experts_TMK.min()) < -1:
+        raise ConsiliumError(
+            f"the routing to replay names expert {int(routes.experts_TMK.min())}; -1 is for none."
         )
     if routes.experts_TMK.numel() and int(routes.experts_TMK.max()) >= experts:
         raise ConsiliumError(

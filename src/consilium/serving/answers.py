@@ -53,6 +53,10 @@ class Spelling:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def name(self, token: int) -> str:
+        """That of a token without text; '' for any other."""
+        return self._names.get(token, "") if token >= 0 and not self.data(token) else ""
+
     def named(self, text: str, below: int) -> tuple[int, ...]:
         """The marker that is written so, if there is one and it is ``below``."""
         token = self._words.markers.get(text, below)

@@ -124,7 +124,9 @@ def _add_tokens(app: FastAPI, current: Current) -> None:
 
     @app.post("/v1/embeddings", openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
-        service, asked = current.service, await _parsed(request, EmbeddingRequest)
+        service = current.service
+        service.worker.check_room(1)
+        asked = await _parsed(request, EmbeddingRequest)
         service.check_model(asked.model)
         prompts = await service.prompts(asked.input, special=True)
         work = asking.embeddings(service, prompts, asked.pooling, request.scope[SALT])

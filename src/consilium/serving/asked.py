@@ -41,7 +41,7 @@ def steering_of(asked: Generating, config: Model) -> Steering | None:
     if not asked.mute_experts and asked.experts_per_token is None and replayed is None:
         return None
     return Steering(
-        mute=tuple((layer, expert) for layer, expert in asked.mute_experts or ()),
+        mute=tuple(dict.fromkeys((layer, expert) for layer, expert in asked.mute_experts or ())),
         top_k=asked.experts_per_token,
         replay=None if replayed is None else _routes(replayed, config),
     )

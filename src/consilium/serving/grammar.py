@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from consilium.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from consilium.errors import ConsiliumError
 from consilium.serving.body import Refused
 from consilium.serving.limits import FORM_CHARACTERS
 from consilium.serving.protocol import Generating
@@ -81,6 +82,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
         self._files = tokenizer.files()
+        self._markers = tuple(token for token in tokenizer.markers.values() if token < vocab_size)
         self._size = vocab_size
         self._end = ends[0]
         self._made: llguidance.LLTokenizer | None = None
@@ -96,7 +98,7 @@ class Grammars:
         if self._made is None:
             text = self._files[TOKENIZER_FILE].decode()
             self._made = llguidance.LLTokenizer(text, n_vocab=self._size, eos_token=self._end)
-        grammar = Grammar(self._made, form, self._size)
+        grammar = Grammar(self._made, form, self._size, self._markers)
         matcher = grammar.matcher()
         if not matcher.is_error():
             matcher.compute_bitmask()  # some faults show with the first token
@@ -119,31 +121,36 @@ class Grammar:
     tokenizer: llguidance.LLTokenizer
     form: str
     vocab_size: int
+    markers: tuple[int, ...]
+    """Tokens that are no text: what they are called is written with other tokens."""
 
     def matcher(self) -> llguidance.LLMatcher:
         return llguidance.LLMatcher(self.tokenizer, self.form, log_level=0, limits=_LIMITS)
 
     def begin(self) -> Match:
-        return Match(self.matcher(), self.vocab_size)
+        return Match(self.matcher(), self)
 
 
 @final
 class Match:
     """One answer on its way through a grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, grammar: Grammar) -> None:
         self._matcher = matcher
-        self._size = vocab_size
+        self._size = grammar.vocab_size
+        self._markers = list(grammar.markers)
 
     def allowed(self) -> Tensor:
         """Bool [V]; all False where the form cannot go on, which is then an error of the request."""
         mask_W = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
         allowed_V = torch.zeros(self._size, dtype=torch.bool)
         allowed_V[: len(mask_W)] = mask_W[: self._size]
+        allowed_V[self._markers] = False
         return allowed_V
 
     def accept(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        if not self._matcher.consume_token(token):
+            raise ConsiliumError("the form of the answer cannot be kept from here on.")
 
     @property
     def may_end(self) -> bool:

@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Final, final
 
 import uvicorn
@@ -22,6 +24,8 @@ from consilium.serving.names import OWN_NAMES
 from consilium.serving.service import Current, Service
 
 _LAST_SECONDS: Final = 2
+RENEWS: Final = getattr(signal, "SIGUSR1", None)
+"""What reads the model again; SIGHUP is what a terminal sends that goes. None where signals have no such."""
 _LOG: Final = logging.getLogger("consilium.serving")
 
 
@@ -52,16 +56,21 @@ def _why(error: OSError) -> str:
 
 
 def serve(
-    service: Service, listener: socket.socket, *, host: str, renewed: Callable[[], Service] | None = None
+    first: Callable[[], Service],
+    listener: socket.socket,
+    *,
+    host: str,
+    renewed: Callable[[], Service] | None = None,
 ) -> None:
-    """Answer requests until a signal, then let those that run finish.
+    """Answer requests with what ``first`` makes until a signal, then let those that run finish.
 
-    SIGHUP reads the model again, by ``renewed``: who is being answered goes on with the one before.
+    SIGUSR1 reads the model again, by ``renewed``: who is being answered goes on with the one before. Nobody
+    but ``Current`` holds a service, so that it goes when nobody asks it any more.
     """
-    current = Current(service)
+    current = Current(first())
     signals = _Signals(current, renewed)
     app = build_app(current, lambda: not gate.draining, signals.watch)
-    gate = Gate(app, service.settings.keys, OWN_NAMES | {host.lower()} if is_loopback(host) else None)
+    gate = Gate(app, current.service.settings.keys, OWN_NAMES | {host.lower()} if is_loopback(host) else None)
     config = uvicorn.Config(
         gate,
         http="h11",
@@ -96,8 +105,8 @@ class _Signals:
         with contextlib.suppress(NotImplementedError):  # Windows leaves them to uvicorn
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._stop)
-            if self._renewed is not None:
-                loop.add_signal_handler(signal.SIGHUP, self._renew, self._renewed)
+            if self._renewed is not None and RENEWS is not None:
+                loop.add_signal_handler(RENEWS, self._renew, self._renewed)
 
     def _stop(self) -> None:
         if self._draining is None:
@@ -114,6 +123,8 @@ class _Signals:
         self.exit()
 
     def _renew(self, renewed: Callable[[], Service]) -> None:
+        if self._draining is not None:
+            return
         if self._changing is not None and not self._changing.done():
             _LOG.warning("the model is being read again already")
             return
@@ -122,11 +133,26 @@ class _Signals:
     async def _change(self, renewed: Callable[[], Service]) -> None:
         """What cannot be read changes nothing."""
         try:
-            service = await asyncio.to_thread(renewed)
+            service = await _apart(renewed)
         except (ConsiliumError, MemoryError) as error:
             _LOG.error("the model stays as it is: %s", error)
             return
         except Exception as error:  # noqa: BLE001 - a fault of ours ends no server
             _LOG.error("the model stays as it is", exc_info=error)
             return
-        self._current.change(service)
+        if self._draining is None:
+            self._current.change(service)
+
+
+def _apart(call: Callable[[], Service]) -> asyncio.Future[Service]:
+    """Called in a thread that a server which ends does not wait for."""
+    done: Future[Service] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it belongs to who asked
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="consilium-reading", daemon=True).start()
+    return asyncio.wrap_future(done)

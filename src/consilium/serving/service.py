@@ -250,6 +250,7 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
         spelling=service.spelling,
         key=secrets.token_hex(8),
         thinks=think,
+        required=schema is not None,
         inside=inside,
     )
 

@@ -31,15 +31,11 @@ _BEGIN: Final[Mapping[Way, str]] = MappingProxyType(
     }
 )
 _END: Final = "</tool_call>"
-_ONE: Final = re.compile(
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<old>[^\n]*)\n```json\n(?P<fenced>.*?)\n```"
-    r"|(?P<name>[^\n]*?)<｜tool▁sep｜>(?P<bare>.*?))<｜tool▁call▁end｜>",
-    re.DOTALL,
-)
-"""A call as DeepSeek-V3 and R1 write it, or as V3.1 does."""
+_CALL, _SEPARATOR, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_NAMED: Final = re.compile(r"(?P<name>[\w.-]{1,64})(?:\[ARGS\])?\s*(?=\{)")
+_DECODER: Final = json.JSONDecoder()
 _MARKS: Final = frozenset(
-    {*_BEGIN.values(), _END, BEGIN, END}
-    | {f"<｜tool▁{name}｜>" for name in ("call▁begin", "sep", "call▁end", "calls▁end")}
+    {*_BEGIN.values(), _END, BEGIN, END} | {_CALL, _SEPARATOR, _CALL_END, "<｜tool▁calls▁end｜>", "[ARGS]"}
 )
 """Markers that are read as the text of their names, though they have none."""
 _NOTHING: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -86,12 +82,12 @@ def read(text: str, way: Way, *, whole: bool) -> Read:
             before, mark, rest = text.partition(_BEGIN[way])
             if not mark:
                 return Read(before if whole else without_beginning(before, _BEGIN[way]))
-            return Read(before.rstrip(), _listed(rest))
+            return _or_text(before, rest, _listed(rest), whole=whole)
         case "deepseek":
             before, mark, rest = text.partition(_BEGIN[way])
             if not mark:
                 return Read(before if whole else without_beginning(before, _BEGIN[way]))
-            return Read(before.rstrip(), _fenced(rest))
+            return _or_text(before, rest, _fenced(rest), whole=whole)
         case "json":
             if not text.lstrip().startswith("{") and (whole or text.strip()):
                 return Read(text)
@@ -135,10 +131,30 @@ def _call(text: str) -> Call | None:
             return None
 
 
+def _or_text(before: str, rest: str, calls: tuple[Call, ...], *, whole: bool) -> Read:
+    """Text and calls behind it; what turns out to be none is text."""
+    content = before.rstrip()
+    return Read(content, calls) if calls or not whole else Read(content + _without_marks(rest))
+
+
+def _without_marks(text: str) -> str:
+    for mark in _MARKS:
+        text = text.replace(mark, "")
+    return text
+
+
 def _fenced(text: str) -> tuple[Call, ...]:
-    """Calls between their marks, as many as are whole."""
-    found = (one.groupdict("") for one in _ONE.finditer(text))
-    calls = [_arguments(one["old"] or one["name"], one["fenced"] or one["bare"]) for one in found]
+    """Calls between their marks, as many as are whole: as DeepSeek-V3 and R1 write them, or as V3.1 does."""
+    calls: list[Call | None] = []
+    for part in text.split(_CALL)[1:]:
+        body, end, _ = part.partition(_CALL_END)
+        if not end:
+            break
+        name, _, told = body.partition(_SEPARATOR)
+        if name == "function":
+            name, _, told = told.partition("\n")
+            told = told.strip().removeprefix("```json").removesuffix("```")
+        calls.append(_arguments(name, told))
     return tuple(call for call in calls if call is not None)
 
 
@@ -151,13 +167,21 @@ def _arguments(name: str, text: str) -> Call | None:
 
 
 def _listed(text: str) -> tuple[Call, ...]:
-    """A list of objects, as far as it is whole."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return ()
-    calls = [_call(json.dumps(one)) for one in (found if isinstance(found, list) else [found])]
-    return tuple(call for call in calls if call is not None)
+    """Lists of objects, objects, or names with arguments behind them, as far as they are whole."""
+    calls: list[Call] = []
+    while text := text.removeprefix(_BEGIN["mistral"]).lstrip():
+        found = _NAMED.match(text)
+        name, text = ("", text) if found is None else (found["name"], text[found.end() :])
+        try:
+            value, end = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            break
+        if name:
+            value = {"name": name, "arguments": value}
+        made = [_call(json.dumps(one)) for one in (value if isinstance(value, list) else [value])]
+        calls += [call for call in made if call is not None]
+        text = text[end:].lstrip().removeprefix(",")
+    return tuple(calls)
 
 
 def schema_of(asked: ChatRequest) -> dict[str, Any] | None:
@@ -249,6 +273,8 @@ class Reading:
     thinks: bool = False
     inside: bool = False
     """Whether the prompt began a thought."""
+    required: bool = False
+    """Whether an answer is a call, and text that is none is the beginning of one."""
 
     def read(self, answer: Answer, count: int) -> Read:
         """What the first ``count`` pieces say."""
@@ -256,13 +282,16 @@ class Reading:
         whole = bool(pieces) and pieces[-1].finished is not None
         if self.way is None and not self.thinks:
             return Read("".join(piece.text for piece in pieces))
-        text = "".join(piece.text or self._mark(piece) for piece in pieces)
+        text = "".join(piece.text + self._mark(piece) for piece in pieces)
         thought = split(text, inside=self.inside, whole=whole) if self.thinks else Thought("", text)
         said = Read(thought.rest) if self.way is None else read(thought.rest, self.way, whole=whole)
+        if self.required and not said.calls:
+            said = Read("")
         return replace(said, reasoning=thought.reasoning)
 
     def _mark(self, piece: Piece) -> str:
-        name = self.spelling.text(piece.token) if piece.token >= 0 else ""
+        """The name of a marker, which has no text of its own."""
+        name = self.spelling.name(piece.token)
         return name if name in _MARKS else ""
 
     def added(self, answer: Answer, first: int, index: int) -> tuple[Read, list[dict[str, Any]]]:

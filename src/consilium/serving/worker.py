@@ -65,7 +65,12 @@ class Worker:
         return self._thread.is_alive()
 
     def check_room(self, sequences: int) -> None:
-        """Raises Full where so many more would wait too long."""
+        """Raises Full where so many more would wait too long, ConsiliumError where they never fit."""
+        if sequences > self._most:
+            raise ConsiliumError(
+                f"{sequences} sequences in one request are more than the {self._most} that may run and wait"
+                " here; ask for fewer."
+            )
         if self.active + sequences > self._most:
             raise Full
 

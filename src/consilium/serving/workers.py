@@ -12,7 +12,7 @@ from typing import Final
 
 _DEATH: Final = 1
 """PR_SET_PDEATHSIG of Linux."""
-_PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def in_workers(count: int, work: Callable[[int], int]) -> int:
@@ -26,7 +26,7 @@ def in_workers(count: int, work: Callable[[int], int]) -> int:
 
     def pass_on(number: int, _frame: object) -> None:
         nonlocal stopping
-        stopping = stopping or number != signal.SIGHUP
+        stopping = stopping or number != signal.SIGUSR1
         _send(workers, number)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
