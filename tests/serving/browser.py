@@ -24,8 +24,10 @@ def command(*words: str, said: str = r"http://\S+(?=/v1)", **options: Any) -> It
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, **options) as process:
         assert process.stderr is not None
         told = (re.search(said, line) for line in process.stderr)
-        yield next(found[0] for found in told if found)
-        process.terminate()
+        try:
+            yield next(found[0] for found in told if found)
+        finally:
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -50,11 +52,10 @@ def opened(address: str, *, refused: int | None = None, **options: Any) -> Itera
     assert [fault for fault in faults if f"status of {refused}" not in fault] == []
 
 
-def picture(page: Any, name: str, folder: Path) -> None:
+def picture(page: Any, name: str, folder: Path, *, whole: bool = True) -> None:
     """Keep what is seen where CONSILIUM_SCREENSHOTS says."""
-    page.screenshot(
-        path=Path(os.environ.get("CONSILIUM_SCREENSHOTS", folder)) / f"{name}.png", full_page=True
-    )
+    place = Path(os.environ.get("CONSILIUM_SCREENSHOTS", folder))
+    page.screenshot(path=place / f"{name}.png", full_page=whole)
 
 
 def unnamed(page: Any) -> list[str]:

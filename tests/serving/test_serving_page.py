@@ -228,10 +228,10 @@ def test_a_key_is_asked_for_and_opens_the_page(folder: Path) -> None:
     with command(*words, cwd=folder.parent) as address, opened(address, refused=401) as page:
         page.get_by_text("this server needs a key").wait_for()
         assert page.locator("#main").is_hidden()
-        page.get_by_label("Key").fill("secret")
+        page.get_by_label("Key", exact=True).fill("secret")
         page.keyboard.press("Enter")
         assert ask(page, tokens=4).count() == 4
-        assert page.get_by_label("Key").is_hidden()
+        assert page.get_by_label("Key", exact=True).is_hidden()
         page.get_by_role("tab", name="Plan").click()
         page.get_by_text("671,026,404,352").wait_for()
 

@@ -13,13 +13,15 @@ function likeliest(token) {
 }
 
 function expertCell(token, row, layer, mute) {
-  return token.experts[row].flatMap((expert, k) => (expert < 0 ? [] : [
+  return token.experts[row].flatMap((expert, k) => (expert < 0 ? [] : [element(
+    "span",
+    { className: "expert" },
     `${expert} (${token.weights[row][k].toFixed(2)})`,
     element("button", {
       type: "button", className: "small", ariaLabel: `mute expert ${expert} of layer ${layer}`,
       onclick: () => mute(layer, expert),
     }, "mute"),
-  ]));
+  ), " "]));
 }
 
 function routes(token, mute) {
@@ -46,5 +48,5 @@ export function show(chip, mute) {
   if (domain !== null) parts.push(`layer ${view.layers[view.layer]}: nearest to ${DOMAINS[domain]}`);
   $("token").replaceChildren(element("p", {}, parts.join("; ")));
   if (token.top.length) $("token").append(likeliest(token));
-  $("token").append(token.experts ? element("div", { className: "wide" }, routes(token, mute)) : element("p", {}, unknown(token)));
+  $("token").append(token.experts ? element("div", { className: "routes", tabIndex: 0, role: "group", ariaLabel: "Experts of each layer" }, routes(token, mute)) : element("p", {}, unknown(token)));
 }
