@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 class Bytes:
     eos_id = 256
     opening_id: int | None = 256
     known_ids = range(257)
+    markers: Mapping[str, int] = MappingProxyType({"<end>": 256})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -13,6 +13,7 @@ from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.engine import Engine
+from consilium.errors import ConsiliumError
 from small import DEEPSEEK, lively
 
 DOCUMENTS = [
@@ -104,6 +105,21 @@ def test_answers_end_before_a_text_of_the_task(folder: Path) -> None:
         ("Q: a", {"until": "no such text", "max_gen_toks": 20, "do_sample": False}),
     )
     assert harness(folder).generate_until(asked) == [whole.split(stop)[0], whole]
+
+
+def test_odd_requests_of_tasks_have_an_answer_or_a_sentence(folder: Path) -> None:
+    made = harness(folder)
+    assert made.loglikelihood(instances("loglikelihood", ("a", ""))) == [(0.0, True)]
+    with pytest.raises(ConsiliumError, match="exceeds the 254"):
+        made.loglikelihood(instances("loglikelihood", ("a", "x" * 300)))
+    asked = ({"max_gen_toks": 10_000}, {"max_gen_toks": 0}, {"temperature": None, "top_p": 0, "until": None})
+    long, none, plain = made.generate_until(instances("generate_until", *(("Q", one) for one in asked)))
+    assert none == ""
+    assert long.startswith(plain[:3])
+    warm = ("Q", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12})
+    assert len(set(made.generate_until(instances("generate_until", *[warm] * 4)))) > 1
+    with pytest.raises(ConsiliumError, match="asks for beam"):
+        made.generate_until(instances("generate_until", ("Q", {"beam": 3})))
 
 
 def test_tasks_of_a_folder_are_scored(

@@ -274,3 +274,25 @@ def test_parts_of_another_size_share_more_and_their_bits_hold_too() -> None:
     for wrong in (0, -4, 6):
         with pytest.raises(ConsiliumError, match="use a multiple of 4"):
             Engine(model, part=wrong)
+
+
+def test_what_is_pooled_of_a_prompt_that_is_read_again_is_the_same() -> None:
+    """A request that goes on takes the page that the reading of the other's prompt had."""
+    model = made(dataclasses.replace(DEEPSEEK, max_length=8192))
+    prompt = tuple(i % 300 for i in range(3000))
+    pooling = Request(prompt=prompt, max_tokens=0, pools="mean", stop_ids=())
+    ((_, (right,)),) = drained(Engine(model), [pooling]).items()
+    again = 0
+    for steps in range(184, 196):
+        engine, found, last = Engine(model, most_tokens=3200), list[Piece](), 0
+        engine.submit(ask((1, 2, 3), 400))
+        for _ in range(steps):
+            engine.step()
+        number = engine.submit(pooling)
+        while not found:
+            found = [piece for piece in engine.step() if piece.request == number]
+            cached = engine._waiting[0].cached if engine._waiting else last
+            again, last = again + (cached < last), cached
+        assert torch.allclose(torch.tensor(found[0].state), torch.tensor(right.state), atol=1e-6)
+        assert found[0].cached == 0
+    assert again, "one of them was read again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -55,6 +56,25 @@ def recorded(layers: tuple[int, ...], tokens: int, expert: int) -> Routes:
     shape = tokens, len(layers)
     experts_TMK = torch.full((*shape, 2), expert, dtype=torch.int16)
     return Routes(layers, experts_TMK, torch.zeros(*shape, 2), torch.zeros(shape), torch.zeros(shape))
+
+
+def nothing(tokens: int) -> Routes:
+    """Of no choice at all."""
+    known = recorded((1, 2), tokens, 0)
+    return dataclasses.replace(known, experts_TMK=known.experts_TMK[:, :, :0])
+
+
+def test_steering_of_other_shapes_has_another_salt() -> None:
+    one, two = recorded((1, 2), 4, 0), recorded((1, 2), 8, 0)
+    flat = dataclasses.replace(two, experts_TMK=one.experts_TMK.reshape(8, 2, 1))
+    assert one.experts_TMK.numpy().tobytes() == flat.experts_TMK.numpy().tobytes()
+    assert Steering(replay=one).salt != Steering(replay=flat).salt
+
+
+def test_with_fewer_experts_a_token_more_may_be_muted() -> None:
+    steering = Steering(mute=tuple((2, expert) for expert in range(7)), top_k=1)
+    (pieces,) = answers(Engine(lively(DEEPSEEK)), [ask(steering)])
+    assert set(routes(pieces).experts_TMK[:, 1].flatten().tolist()) == {-1, 7}
 
 
 def test_a_muted_expert_computes_nothing_and_neighbours_do_not_notice() -> None:
@@ -135,6 +155,8 @@ def test_nothing_is_guessed_of_who_is_steered() -> None:
             Steering(replay=recorded((1, 2), 50, 8)),
             "names expert 8, and the model has 8",
         ),
+        (Steering(replay=recorded((1, 2), 50, -2)), "names expert -2; -1 is for none"),
+        (Steering(replay=nothing(50)), "has 0 experts a token, and the model uses 2"),
         (
             Steering(replay=recorded((1, 2), 39, 0)),
             "is of 39 tokens, and the prompt has 40",

@@ -169,3 +169,15 @@ def test_strange_schemas_are_answered(server: Server) -> None:
 def test_two_thousand_strange_schemas_are_answered(server: Server) -> None:
     fuzz(server.http(), 2000)
     server.settle()
+
+
+def test_names_of_markers_in_a_form_are_text(server: Server) -> None:
+    """The token of that name is no text, and would end the form unfinished."""
+    marker = next(iter(server.service.tokenizer.markers))
+    schema = {"type": "object", "properties": {"a": {"const": f"x{marker}y"}}, "required": ["a"]}
+    for body in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
+        {"structured_outputs": {"choice": [json.dumps({"a": f"x{marker}y"})]}},
+    ):
+        answer = server.http().post("/v1/chat/completions", json=CHAT | {"max_tokens": 80} | body).json()
+        assert json.loads(answer["choices"][0]["message"]["content"]) == {"a": f"x{marker}y"}

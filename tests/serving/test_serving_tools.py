@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Literal
@@ -271,3 +272,43 @@ def test_ten_turns_compute_what_is_new() -> None:
                 assert usage.prompt_tokens - cached <= usage.prompt_tokens - last + 512
             last = usage.prompt_tokens
             messages.append({"role": "assistant", "content": found.choices[0].message.content})
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('[TOOL_CALLS][{"name": "f", "arguments": {}}] done', ["f"]),
+        ('[TOOL_CALLS]f{"a": 1}', ["f"]),
+        ('[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', ["f", "g"]),
+        ('[TOOL_CALLS][{"name": "f"}][{"name": "g"}]', ["f", "g"]),
+        ('[TOOL_CALLS]{"name": "f"} {"name": "g"}', ["f", "g"]),
+    ],
+)
+def test_mistral_writes_calls_in_several_ways(text: str, names: list[str]) -> None:
+    found = read(text, "mistral", whole=True)
+    assert [call.name for call in found.calls] == names
+    assert found.content == ""
+
+
+@pytest.mark.parametrize("way", ["mistral", "deepseek"])
+def test_what_no_call_comes_of_is_text(way: Way) -> None:
+    begin = {"mistral": "[TOOL_CALLS]", "deepseek": "<｜tool▁calls▁begin｜>"}[way]
+    assert read(f"Well {begin}no call", way, whole=True).content == "Wellno call"
+    assert read(f"Well {begin}no call", way, whole=False).content == "Well"
+
+
+def test_a_marker_over_and_over_takes_no_more_than_its_length() -> None:
+    times = []
+    for count in (2_000, 16_000):
+        text = "<｜tool▁calls▁begin｜>" + "<｜tool▁call▁begin｜>" * count
+        began = time.perf_counter()
+        read(text, "deepseek", whole=False)
+        times.append(time.perf_counter() - began)
+    assert times[1] < 40 * times[0] + 0.05
+
+
+def test_a_required_call_that_is_cut_is_no_text(server: Server) -> None:
+    found = create(server, tool_choice="required", max_tokens=4).choices[0]
+    assert found.finish_reason == "length"
+    assert not found.message.content
+    assert not found.message.tool_calls

@@ -96,7 +96,9 @@ class Grammars:
 
     def _checked(self, form: str) -> Grammar:
         if self._made is None:
-            text = self._files[TOKENIZER_FILE].decode()
+            # A marker is never text: llguidance would offer it for its name, and then refuse it.
+            known = json.loads(self._files[TOKENIZER_FILE]) | {"added_tokens": []}
+            text = json.dumps(known)
             self._made = llguidance.LLTokenizer(text, n_vocab=self._size, eos_token=self._end)
         grammar = Grammar(self._made, form, self._size, self._markers)
         matcher = grammar.matcher()
