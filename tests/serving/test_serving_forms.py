@@ -174,7 +174,7 @@ def test_two_thousand_strange_schemas_are_answered(server: Server) -> None:
 def test_names_of_markers_in_a_form_are_text(server: Server) -> None:
     """The token of that name is no text, and would end the form unfinished."""
     marker = next(iter(server.service.tokenizer.markers))
-    schema = {"type": "object", "properties": {"a": {"const": f"x{marker}y"}}, "required": ["a"]}
+    schema = SCHEMA | {"properties": {"a": {"const": f"x{marker}y"}}, "required": ["a"]}
     for body in (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
         {"structured_outputs": {"choice": [json.dumps({"a": f"x{marker}y"})]}},
