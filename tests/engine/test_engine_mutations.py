@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import pytest
 
@@ -22,7 +21,7 @@ class Ends:
     eos_id: int
     opening_id: int | None = None
     known_ids: range = range(300)
-    markers: Mapping[str, int] = MappingProxyType({})
+    markers: Mapping[str, int] = field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
