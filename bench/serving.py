@@ -200,7 +200,8 @@ def main() -> int:
         found = tuple(measure(contestants, load, options.turns))
     words = [f"--{name} {getattr(options, name)}" for name in ("clients", "shared", "turns")]
     label = YARDSTICK if file is None else file.name
-    name = f"serving-{options.clients}{f'-shared-{options.shared}' if options.shared else ''}"
+    model = "" if file is None else f"-{file.stem.lower()}"
+    name = f"serving-{options.clients}{f'-shared-{options.shared}' if options.shared else ''}{model}"
     keep(record(name, f"python bench/serving.py --model {label} {' '.join(words)}", found), options.out)
     return 0
 

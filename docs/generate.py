@@ -26,7 +26,7 @@ Records = Mapping[str, Sequence[BenchRecord]]
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
 PROMISES = ROOT / "bench" / "promises.json"
-BLOCK = re.compile(r"(<!-- generated:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated:([\w.-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,13 @@ def test_records_of_two_kinds_of_processors_stand_one_after_the_other(
     assert generate.main(["--check"]) == 0
 
 
+def test_no_block_of_a_page_is_overlooked(generate: ModuleType) -> None:
+    """Names of records may hold dots."""
+    for page in (*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- generated:") == len(generate.BLOCK.findall(text)), page
+
+
 def test_a_table_of_single_values_has_no_column_for_spread(generate: ModuleType) -> None:
     text = generate.record_block(record("demo", figure("bits", 1.5)), generate.ENGLISH)
     assert text.startswith("| What | Value | Against | Ratio |\n")
