@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from consilium.config.optimizer import AdamW, Muon
     from consilium.config.training import Bytes, Folder, Training
     from consilium.data.tokenizer import Tokenizer
+    from consilium.engine.drafts import Ahead, NGrams
     from consilium.engine.engine import Engine
+    from consilium.engine.request import Request, Sampling
     from consilium.errors import ConsiliumError
     from consilium.evaluation.texts import evaluate
     from consilium.model.build import build
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamW",
+    "Ahead",
     "BuiltIn",
     "Bytes",
     "ConsiliumError",
@@ -35,6 +38,9 @@ __all__ = [
     "Engine",
     "Folder",
     "Muon",
+    "NGrams",
+    "Request",
+    "Sampling",
     "TextPath",
     "Tokenizer",
     "Training",
@@ -52,6 +58,7 @@ __all__ = [
 
 _HOME = {
     "AdamW": "consilium.config.optimizer",
+    "Ahead": "consilium.engine.drafts",
     "BuiltIn": "consilium.config.data",
     "Bytes": "consilium.config.training",
     "ConsiliumError": "consilium.errors",
@@ -59,6 +66,9 @@ _HOME = {
     "Engine": "consilium.engine.engine",
     "Folder": "consilium.config.training",
     "Muon": "consilium.config.optimizer",
+    "NGrams": "consilium.engine.drafts",
+    "Request": "consilium.engine.request",
+    "Sampling": "consilium.engine.request",
     "TextPath": "consilium.config.data",
     "Tokenizer": "consilium.data.tokenizer",
     "Training": "consilium.config.training",

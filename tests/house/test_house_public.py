@@ -13,6 +13,7 @@ from house.tree import ROOT
 
 PUBLIC = [
     "AdamW",
+    "Ahead",
     "BuiltIn",
     "Bytes",
     "ConsiliumError",
@@ -20,6 +21,9 @@ PUBLIC = [
     "Engine",
     "Folder",
     "Muon",
+    "NGrams",
+    "Request",
+    "Sampling",
     "TextPath",
     "Tokenizer",
     "Training",
