@@ -52,6 +52,8 @@ def _forked(work: Callable[[int], int], number: int) -> int:
         return pid
     code = 1
     try:
+        for signalled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signalled, signal.SIG_DFL)  # until it serves there is nothing to end in order
         os.setpgid(0, 0)  # Ctrl-C is for the parent, which passes it on once
         _end_with(parent)
         code = work(number)
