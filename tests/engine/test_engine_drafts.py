@@ -195,7 +195,9 @@ def test_deeper_modules_guess_behind_the_first() -> None:
         assert second == int(model.logits(two.x_BSD)[0, -1].argmax())
 
 
-def test_where_guessing_fails_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_guessing_fails_nothing_is_guessed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = lively(ONE)
     right = Engine(model).complete([[1, 2]], max_tokens=6)
 
@@ -206,6 +208,7 @@ def test_where_guessing_fails_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch
     engine = Engine(model, speculation=Ahead(1))
     assert engine.complete([[1, 2]], max_tokens=6) == right
     assert engine.guesses == (0, 0)
+    assert "tokens cannot be guessed" in caplog.text
 
 
 def test_a_model_without_modules_is_told_so() -> None:

@@ -16,28 +16,9 @@ import torch
 from consilium.checkpoint import store
 from consilium.data.tokenizer import Tokenizer
 from small import DEEPSEEK, lively
+from tasks import DOCUMENTS, TASK
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
-
-TASK = """\
-task: local_choice
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-target_delimiter: ""
-metric_list:
-  - metric: acc
-"""
-DOCUMENTS = [
-    {"question": "def f(", "choices": ["x", "y", " z"], "label": 1},
-    {"question": "import", "choices": [" os", " sys"], "label": 0},
-    {"question": "for i", "choices": [" in", "nto", "s"], "label": 2},
-]
 
 
 @pytest.fixture(scope="module")

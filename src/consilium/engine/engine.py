@@ -10,6 +10,7 @@ Legend: B rows, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar, final
@@ -33,6 +34,7 @@ MOST_ROWS: Final = 64
 MOST_READ: Final = 2048
 """Tokens of prompts after which a step reads no further part."""
 
+_LOG: Final = logging.getLogger("consilium.engine")
 _T = TypeVar("_T")
 
 
@@ -257,7 +259,8 @@ class Engine:
             return [[] for _ in rows]
         try:
             return drafts.guess(rows, most)
-        except Exception:  # noqa: BLE001 - text does not need guesses
+        except Exception as error:  # noqa: BLE001 - text does not need guesses
+            _LOG.warning("tokens cannot be guessed", exc_info=error)
             return [[] for _ in rows]
 
     def _most_guessed(self, row: Row) -> int:
