@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from consilium.serving.gate import Gate
+from consilium.serving.gate import QUIET, Gate
 from consilium.serving.names import LOOPBACK, OWN_NAMES
 from consilium.serving.pages import Shown, page_app
 
@@ -27,16 +27,7 @@ def address(listener: socket.socket) -> str:
 def serve_page(listener: socket.socket, runs: Path, *, until_closed: bool) -> None:
     """Answer until a signal, or, with ``until_closed``, until nobody holds the other end of the input."""
     gate = Gate(page_app(Shown(runs=runs)), (), OWN_NAMES)
-    config = uvicorn.Config(
-        gate,
-        http="h11",
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(gate, **QUIET, lifespan="off"))
     if until_closed:
         threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what ended it

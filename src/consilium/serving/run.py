@@ -18,7 +18,7 @@ import uvicorn
 
 from consilium.errors import ConsiliumError
 from consilium.serving.app import build_app
-from consilium.serving.gate import Gate
+from consilium.serving.gate import QUIET, Gate
 from consilium.serving.limits import BODY_SECONDS
 from consilium.serving.names import OWN_NAMES
 from consilium.serving.service import Current, Service
@@ -73,11 +73,7 @@ def serve(
     gate = Gate(app, current.service.settings.keys, OWN_NAMES | {host.lower()} if is_loopback(host) else None)
     config = uvicorn.Config(
         gate,
-        http="h11",
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
+        **QUIET,
         lifespan="on",
         timeout_keep_alive=int(BODY_SECONDS),
         timeout_graceful_shutdown=_LAST_SECONDS,
