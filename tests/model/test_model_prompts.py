@@ -28,7 +28,7 @@ from consilium.moe.types import Mode, Override
 from consilium.ops.native.compile import Tier
 from consilium.ops.weights import PACKINGS, Packing
 from consilium.recipes import catalogue
-from kernels import HERE
+from kernels import HERE, round_activations
 from model.test_model_native import ATTENTION, COUNTS, ROUTERS, UNKNOWN, Paged, error, moe, prepare
 from small import DEEPSEEK, DENSE, KINDS, SWITCH, lively
 
@@ -90,8 +90,12 @@ def test_cached_rows_in_bfloat16_are_read_as_they_are(config: Model, tier: Tier)
 @pytest.mark.parametrize("tier", HERE)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-def test_packed_weights_read_prompts(config: Model, packing: Packing, tier: Tier) -> None:
-    """Activations are rounded where a product has few of them, and to bfloat16 by tiles."""
+def test_packed_weights_read_prompts(
+    config: Model, packing: Packing, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations are rounded where a product has few of them, by VNNI in every one, by tiles to bfloat16."""
+    if tier == "avx512":
+        round_activations(monkeypatch)
     model = lively(config).eval()
     pack(model, packing)
     prepared = prepare(model, tier)

@@ -6,8 +6,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "integers.h"
+#include "bands.h"
 #include "panels.h"
+#include "steps.h"
 #include "tiles.h"
 
 // How a product is taken. Of few activations each is summed as if it were alone; many are a part of a prompt,

@@ -168,7 +168,11 @@ static inline void attend_span(const Heads &heads, const Slots<T> &slots, int64_
         b += taken, found += taken * heads.found_width(), some.queries += taken * heads.key_width;
     };
     for (; b + 4 <= heads.count; next(4)) attend_few<4>(some, slots, first, count, found);
-    for (; b < heads.count; next(1)) attend_few<1>(some, slots, first, count, found);
+    switch (heads.count - b) {
+        case 3: return attend_few<3>(some, slots, first, count, found);
+        case 2: return attend_few<2>(some, slots, first, count, found);
+        case 1: return attend_few<1>(some, slots, first, count, found);
+    }
 }
 
 // The values of one head, out of what it found in ``spans`` spans, ``stride`` apart.

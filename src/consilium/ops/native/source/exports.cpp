@@ -1,8 +1,7 @@
 // What the library's Python half calls.
 #include <vector>
 
-#include "layers.h"
-#include "pool.h"
+#include "rows.h"
 
 extern "C" {
 
@@ -33,7 +32,8 @@ void consilium_product(const Matrix *matrix, const float *x, int64_t tokens, int
     const Way way = way_of(matrix->type, active);
     team().run(static_cast<int>(threads), [&](Team::Member &member) {
         pack(member, way, active);
-        member.loop(matrix->rows, 64, [&](int64_t begin, int64_t end) {
+        const int64_t piece = piece_of(matrix->rows, threads, many);
+        member.loop(matrix->rows, piece, [&](int64_t begin, int64_t end) {
             std::vector<float *> to(tokens);
             for (int64_t b = 0; b < tokens; ++b) to[b] = y + b * matrix->rows + begin;
             multiply(*matrix, begin, end, way, active, to.data());

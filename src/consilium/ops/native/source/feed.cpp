@@ -5,15 +5,11 @@
 #include <utility>
 #include <vector>
 
-#include "layers.h"
-#include "pool.h"
-#include "products.h"
+#include "rows.h"
 
 enum Activation : int64_t { SWIGLU = 0, GEGLU = 1, GELU = 2, RELU = 3, SQUARED_RELU = 4 };
 
 namespace {
-
-constexpr int64_t PIECE = 64;  // hidden values that a thread computes at once
 
 float gelu(float x) { return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
 
@@ -149,12 +145,14 @@ void gather(const Pass &p, const Feed &f, const float *out, int64_t b) {
 // Calls body(visit, begin, end) for pieces of ``rows(visit)`` rows of every visit, shared among the threads.
 template <class Count, class Body>
 void each_piece(Team::Member &member, const std::vector<Visit> &visits, Count &&rows, Body &&body) {
-    int64_t pieces = 0;
-    for (const Visit &visit : visits) pieces += (rows(visit) + PIECE - 1) / PIECE;
+    int64_t pieces = 0, all = 0;
+    for (const Visit &visit : visits) all += rows(visit);
+    const int64_t each = piece_of(all, member.threads(), !visits.empty() && visits[0].in.many);
+    for (const Visit &visit : visits) pieces += (rows(visit) + each - 1) / each;
     member.loop(pieces, 1, [&](int64_t piece, int64_t) {
         for (const Visit &visit : visits) {
-            const int64_t own = (rows(visit) + PIECE - 1) / PIECE;
-            if (piece < own) return body(visit, piece * PIECE, std::min((piece + 1) * PIECE, rows(visit)));
+            const int64_t own = (rows(visit) + each - 1) / each;
+            if (piece < own) return body(visit, piece * each, std::min((piece + 1) * each, rows(visit)));
             piece -= own;
         }
     });

@@ -1,6 +1,7 @@
 // Products with a matrix of any format: the only place where its format and the way are matched.
-#include "integers.h"
+#include "bands.h"
 #include "panels.h"
+#include "steps.h"
 #include "tiles.h"
 #include "values.h"
 
@@ -25,8 +26,9 @@ template <class Use> void rows_of(const Matrix &matrix, int64_t first, Use &&use
 
 template <class T> const float *const *integers_of(Dense<T>, const Active &x) { return x.at.data(); }
 const float *const *integers_of(Float8, const Active &x) { return x.at.data(); }
-const Rounded *integers_of(Packed<8>, const Active &x) { return x.eight.at.data(); }
-template <bool LOWEST> const Rounded *integers_of(Packed<4, LOWEST>, const Active &x) { return x.four.at.data(); }
+const Rounded<8> *const *integers_of(Packed<8>, const Active &x) { return x.eight.at.data(); }
+template <bool LOWEST>
+const Rounded<4> *const *integers_of(Packed<4, LOWEST>, const Active &x) { return x.four.at.data(); }
 
 }  // namespace
 

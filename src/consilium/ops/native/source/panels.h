@@ -21,8 +21,16 @@ static inline int64_t panel_values(int64_t tokens, int64_t n) {
 
 // A block of activations, value by value: [n][T], zeros where there are fewer.
 static inline void pack_panel(const float *const *x, int64_t tokens, int64_t n, float *to) {
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t b = 0; b < PANEL_TOKENS; ++b) to[i * PANEL_TOKENS + b] = b < tokens ? x[b][i] : 0.0f;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int64_t have = std::min<int64_t>(LANES, n - i);
+        for (int64_t begin = 0; begin < PANEL_TOKENS; begin += LANES) {
+            Vector values[LANES] = {};
+            for (int64_t b = begin; b < std::min(begin + LANES, tokens); ++b)
+                values[b - begin] = have == LANES ? load(x[b] + i) : load_part(x[b] + i, have);
+            transpose(values);
+            for (int64_t j = 0; j < have; ++j) store(to + (i + j) * PANEL_TOKENS + begin, values[j]);
+        }
+    }
 }
 
 template <class T> static inline void widen_row(Dense<T> rows, int64_t begin, int64_t end, float *to) {
@@ -96,8 +104,15 @@ static inline void panel_products(Rows rows, int64_t n, int64_t count, const flo
                                own + r * PANEL_TOKENS);
         }
     }
-    for (int64_t b = 0; b < tokens; ++b) {
+    for (int64_t b = 0; b < tokens; b += LANES) {
         const float *own = sums.data() + b / PANEL_TOKENS * count * PANEL_TOKENS + b % PANEL_TOKENS;
-        for (int64_t r = 0; r < count; ++r) to[b][r] = own[r * PANEL_TOKENS];
+        for (int64_t r = 0; r < count; r += LANES) {
+            const int64_t have = std::min<int64_t>(LANES, count - r);
+            Vector values[LANES] = {};
+            for (int64_t j = 0; j < have; ++j) values[j] = load(own + (r + j) * PANEL_TOKENS);
+            transpose(values);
+            for (int64_t i = 0; i < std::min<int64_t>(LANES, tokens - b); ++i)
+                std::memcpy(to[b + i] + r, values + i, have * sizeof(float));
+        }
     }
 }

@@ -41,6 +41,8 @@ class Team {
         int number;
         int next = 0;
 
+        int64_t threads() const { return team.size; }
+
         // Share [0, count) in pieces of ``piece``; all wait for the last one.
         template <class Body> void loop(int64_t count, int64_t piece, Body &&body) {
             auto &counter = team.counters[next++];

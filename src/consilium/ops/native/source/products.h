@@ -4,10 +4,15 @@
 // Legend: R rows of the matrix at once, B activations at once, n values of a row.
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 constexpr int ROWS = 4;                       // of a matrix that are read at once, each a stream of its own
 constexpr int TOKENS = LANES == 16 ? 4 : 2;   // as many as leave registers for the sums
+
+// How many rows ahead are fetched at most, into the second cache: the first one waits for too few lines at a time.
+constexpr int64_t AHEAD_ROWS = 16;
 
 // Rows of floating-point values, ``stride`` apart.
 template <class T> struct Dense {
@@ -15,6 +20,10 @@ template <class T> struct Dense {
     int64_t stride;
 
     Dense from(int64_t row) const { return {data + row * stride, stride}; }
+    // How many rows ahead to fetch, at least those behind the ``now`` that are read: of short ones more.
+    int64_t ahead(int64_t now) const {
+        return std::max(now, std::min(AHEAD_ROWS, 8192 / (stride * static_cast<int64_t>(sizeof(T)))));
+    }
 };
 
 // Rows in groups of 32 integers that share a scale. An 8-bit group is 32 bytes; a 4-bit group 16, of which each
@@ -53,6 +62,7 @@ struct Float8 {
 // The R x B products of rows with activations of n values.
 template <int R, int B, class T>
 static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (*out)[B]) {
+    const int64_t ahead = rows.ahead(R);
     Vector sums[R][B] = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -60,7 +70,7 @@ static inline void dots(Dense<T> rows, int64_t n, const float *const *x, float (
         for (int b = 0; b < B; ++b) active[b] = load(x[b] + i);
         for (int r = 0; r < R; ++r) {
             if (i % (64 / static_cast<int>(sizeof(T))) == 0)
-                __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
+                __builtin_prefetch(rows.data + (r + ahead) * rows.stride + i, 0, 2);
             const Vector weight = load(rows.data + r * rows.stride + i);
             for (int b = 0; b < B; ++b) sums[r][b] += weight * active[b];
         }
@@ -83,7 +93,7 @@ static inline void dots(Float8 rows, int64_t n, const float *const *x, float (*o
         int64_t i = first;
         for (; i + 2 * LANES <= end; i += 2 * LANES)
             for (int r = 0; r < R; ++r) {
-                if (i % 64 == 0) __builtin_prefetch(rows.data + (r + R) * rows.stride + i);
+                if (i % 64 == 0) __builtin_prefetch(rows.data + (r + AHEAD_ROWS) * rows.stride + i, 0, 2);
                 Vector weight[2];
                 widen_eights(rows.data + r * rows.stride + i, weight);
                 for (int b = 0; b < B; ++b)
@@ -155,6 +165,7 @@ static inline void mix(const T *rows, int64_t stride, int64_t n, int64_t count, 
             for (int w = 0; w < WIDE; ++w) sums[b][w] = load(out[b] + i + w * LANES);
         for (int64_t r = 0; r < count; ++r)
             for (int w = 0; w < WIDE; ++w) {
+                __builtin_prefetch(rows + (r + AHEAD_ROWS) * stride + i + w * LANES, 0, 2);
                 const Vector value = load(rows + r * stride + i + w * LANES);
                 for (int b = 0; b < B; ++b) sums[b][w] += value * share[b][r];
             }

@@ -130,6 +130,7 @@ void visit(const Pass &p, const Attend &a, const Spread<Cell> &span, int64_t fir
            Rows &mixed) {
     const int64_t last = unit.begin + unit.count - 1;
     if (p.position[last] < first || first_seen(p, a, unit.begin) >= first + count) return;
+    count = std::min(count, p.position[last] + 1 - first);
     const int64_t g = unit.head / (a.heads / span.heads);
     thread_local Buffer<float> logits, found;
     logits.want(unit.count * count), found.want(unit.count * span.value);

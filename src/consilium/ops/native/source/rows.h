@@ -8,7 +8,14 @@
 #include "layers.h"
 #include "pool.h"
 
-constexpr int64_t PIECE = 64;  // rows of a matrix that a thread takes at once
+// Rows of a matrix that a thread takes at once. Of few tokens as many as leave each thread two pieces, since what is
+// fetched ahead ends with a piece; of many, and of those that tiles take, what leaves the second cache room.
+static inline int64_t piece_of(int64_t rows, int64_t threads, bool many) {
+    constexpr int64_t LEAST = 64, MOST = 256;
+    if (TILED || many) return LEAST;
+    const int64_t share = (rows + 2 * threads - 1) / (2 * threads);
+    return std::clamp((share + TILE - 1) / TILE * TILE, LEAST, MOST);
+}
 
 // Values of every token, one row after the other.
 struct Rows {
@@ -27,18 +34,20 @@ using Product = std::pair<const Matrix *, Rows *>;
 
 // Products of the same activations with several matrices, shared among the threads.
 static inline void multiply_all(Team::Member &member, std::initializer_list<Product> products, Rows &x) {
-    int64_t pieces = 0;
+    int64_t pieces = 0, rows = 0;
     bool packed[WAYS] = {};
     for (auto &[matrix, out] : products) {
         const Way way = way_of(matrix->type, x.active);
         if (!std::exchange(packed[way], true)) pack(member, way, x.active);
     }
-    for (auto &[matrix, out] : products) pieces += (matrix->rows + PIECE - 1) / PIECE;
+    for (auto &[matrix, out] : products) rows += matrix->rows;
+    const int64_t each = piece_of(rows, member.threads(), x.active.many);
+    for (auto &[matrix, out] : products) pieces += (matrix->rows + each - 1) / each;
     member.loop(pieces, 1, [&](int64_t piece, int64_t) {
         for (auto &[matrix, out] : products) {
-            const int64_t own = (matrix->rows + PIECE - 1) / PIECE;
+            const int64_t own = (matrix->rows + each - 1) / each;
             if (piece < own) {
-                const int64_t begin = piece * PIECE, end = std::min(begin + PIECE, matrix->rows);
+                const int64_t begin = piece * each, end = std::min(begin + each, matrix->rows);
                 std::vector<float *> to(out->at);
                 for (float *&at : to) at += begin;
                 return multiply(*matrix, begin, end, way_of(matrix->type, x.active), x.active, to.data());

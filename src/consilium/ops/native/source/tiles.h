@@ -48,29 +48,6 @@ static inline void release_tiles() {
     tiles_set = 0;
 }
 
-// 16 x 16 words, turned.
-static inline void transpose(__m512i *rows) {
-    __m512i pairs[16], fours[16], eights[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
-        }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; ++j) {
-            eights[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0x88);
-            eights[i + 4 + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0xdd);
-        }
-    for (int j = 0; j < 8; ++j) {
-        rows[j] = _mm512_shuffle_i32x4(eights[j], eights[8 + j], 0x88);
-        rows[8 + j] = _mm512_shuffle_i32x4(eights[j], eights[8 + j], 0xdd);
-    }
-}
-
 // 32 floats of ``from``, of which ``have`` are there, as bfloat16.
 static inline __m512i narrowed(const float *from, int64_t have) {
     const auto part = [&](int64_t begin) {

@@ -36,8 +36,9 @@ static inline Way exact_way(const Active &x) { return x.many && x.tokens() > FEW
 // How products with a matrix of this type are taken.
 static inline Way way_of(int64_t type, const Active &x) {
     if (TILED && (type == BFLOAT16 || (x.many && type != FLOAT32))) return TILES;
-    if (exact_way(x) == PANELS) return PANELS;
-    return type == INT8 ? INTEGERS8 : type == INT4 || type == UINT4 ? INTEGERS4 : FLOATS;
+    const bool packed = type == INT8 || type == INT4 || type == UINT4;
+    if (!packed || (!BANDED && exact_way(x) == PANELS)) return exact_way(x);
+    return type == INT8 ? INTEGERS8 : INTEGERS4;
 }
 
 // Puts the products of rows [begin, end) with activation b, packed for ``way``, into to[b], bias included.

@@ -50,8 +50,13 @@ struct Bfloat16 {
 static inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
 
 static inline Vector load(const Bfloat16 *from) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
     const Halves halves = *reinterpret_cast<const Halves *>(from);
     return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 typedef _Float16 Half;
@@ -137,6 +142,46 @@ template <int BITS> static inline void unpack(const uint8_t *group, Vector *weig
             widen_nibbles(group + v * LANES, weights + v, weights + EACH / 2 + v);
 }
 
+#if defined(__AVX512F__)
+// 16 x 16 words, turned.
+static inline void transpose(__m512i *rows) {
+    __m512i pairs[16], fours[16], eights[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            eights[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0x88);
+            eights[i + 4 + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        rows[j] = _mm512_shuffle_i32x4(eights[j], eights[8 + j], 0x88);
+        rows[8 + j] = _mm512_shuffle_i32x4(eights[j], eights[8 + j], 0xdd);
+    }
+}
+#endif
+
+// LANES x LANES floats, turned.
+static inline void transpose(Vector *rows) {
+#if defined(__AVX512F__)
+    __m512i words[LANES];
+    for (int i = 0; i < LANES; ++i) words[i] = reinterpret_cast<__m512i>(rows[i]);
+    transpose(words);
+    for (int i = 0; i < LANES; ++i) rows[i] = reinterpret_cast<Vector>(words[i]);
+#else
+    float values[LANES][LANES];
+    for (int i = 0; i < LANES; ++i) std::memcpy(values[i], rows + i, sizeof values[i]);
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) rows[i][j] = values[j][i];
+#endif
+}
+
 static inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
 
 static inline float widen(float value) { return value; }
@@ -187,12 +232,26 @@ static inline float largest_of(const float *values, int64_t count) {
     return largest;
 }
 
+// Of all lanes: the upper half is added to the lower one until one lane is left.
 static inline float sum(Vector value) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 wide = reinterpret_cast<__m512>(value);
+    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(wide), 1));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(wide), upper);
+#else
+    const __m256 eight = reinterpret_cast<__m256>(value);
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lanes[LANES];
     store(lanes, value);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
+#endif
 }
 
 // e^x within 2 units in the last place, by x = n ln 2 + r and a polynomial of r (Cephes' coefficients).
