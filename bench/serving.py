@@ -3,9 +3,10 @@
 usage: python bench/serving.py [--model deepseek-v3:1b] [--clients 8] [--shared 0] [--turns 3] [--out FILE]
 
 A closed loop: each client asks for its next answer when it has the last. A request has 512 tokens of prompt,
-of which the first ``--shared`` are everybody's, and 128 of answer, greedy and streamed. Both servers are
+of which the first ``--shared`` are everybody's, and 128 of answer, greedy and streamed. All servers are
 processes of their own with as many threads, one at a time; they take turns. Tokens a second are those of
-prompts and answers together.
+prompts and answers together. Of a file transformers' continuous batching takes part too; latent attention is
+nothing that its cache has pages for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from kept import keep
 from shapes import YARDSTICK, model_of
 
 from consilium.benchmarking.record import record, several
+from consilium.checkpoint.convert import convert
 from consilium.machine.processors import threads
 from consilium.records.bench import Figure
 
@@ -119,9 +121,19 @@ def ours(model: Path, packing: str, shared: int) -> Iterator[int]:
         process.terminate()
 
 
+def llama_cpp(file: Path, clients: int) -> contextlib.AbstractContextManager[int]:
+    return rival([__file__, "--serve", str(file), "--clients", str(clients)])
+
+
+def transformers(folder: Path, clients: int) -> contextlib.AbstractContextManager[int]:
+    bench = Path(__file__).with_name("batching.py")
+    return rival([str(bench), str(folder), "--clients", str(clients), "--tokens", str(PROMPT + ANSWER)])
+
+
 @contextlib.contextmanager
-def llama_cpp(file: Path, clients: int) -> Iterator[int]:
-    command = [sys.executable, __file__, "--serve", str(file), "--clients", str(clients)]
+def rival(arguments: Sequence[str]) -> Iterator[int]:
+    """A server that says its port on standard output."""
+    command = [sys.executable, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout is not None
@@ -196,6 +208,10 @@ def main() -> int:
             contestants[f"consilium {name}"] = lambda m=model, p=packing: ours(m, p, options.shared)
             if (theirs := work / f"{kind}.gguf").exists():
                 contestants[f"llama.cpp {name}"] = lambda f=theirs: llama_cpp(f, options.clients)
+        if file is not None:
+            if not (work / "hf").exists():
+                convert(file, work / "hf")
+            contestants["transformers bfloat16"] = lambda: transformers(work / "hf", options.clients)
         load = Load(options.clients, options.shared, setting.model.vocab_size)
         found = tuple(measure(contestants, load, options.turns))
     words = [f"--{name} {getattr(options, name)}" for name in ("clients", "shared", "turns")]

@@ -96,6 +96,22 @@ def test_an_unknown_field_is_told_the_nearest(http: httpx.Client) -> None:
     assert message == "unknown field 'max_token'. Did you mean 'max_tokens'?"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prompt", [-1, 5], "prompt.0: Input should be greater than or equal to 0"),
+        ("prompt", [], "prompt: List should have at least 1 item after validation, not 0"),
+        ("stop", [""], "stop.0: String should have at least 1 character"),
+        ("prompt", 3, "prompt: Input should be a valid string"),
+    ],
+    ids=repr,
+)
+def test_a_value_of_several_types_is_judged_as_what_it_is(
+    field: str, value: object, message: str, http: httpx.Client
+) -> None:
+    assert refused(http.post(COMPLETIONS, json=CONTROL | {field: value})) == message
+
+
 def test_another_model_is_not_served(http: httpx.Client) -> None:
     answer = http.post(COMPLETIONS, json=CONTROL | {"model": "gpt-4"})
     assert "only 'small'" in refused(answer, 404)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from consilium.errors import nearest
 from consilium.serving.limits import DEPTH
@@ -98,10 +100,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused(error: ValidationError, kind: type[BaseModel]) -> Refused:
     """The first fault in one sentence, with the nearest known name for an unknown one."""
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(map(str, fault["loc"]))[:_SAID] or "body"
+    fault = _telling(error.errors(include_url=False))
+    place = ".".join(str(part) for part in fault["loc"] if _is_place(part))[:_SAID] or "body"
     if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
         return Refused(400, f"unknown field {place!r}.{nearest(place, kind.model_fields)}", param=place)
     if fault["type"] == "value_error":
         return Refused(400, fault["msg"].removeprefix("Value error, "), param=place)
     return Refused(400, f"{place}: {fault['msg']}", param=place)
+
+
+def _telling(faults: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first one; where a value may be of several types, what is wrong with it as the type that it has."""
+    first = faults[0]
+    if not first["type"].endswith("_type") or len(first["loc"]) < 2:
+        return first
+    place = first["loc"][:-1]
+    beside = (fault for fault in faults if fault["loc"][: len(place)] == place)
+    return next((fault for fault in beside if not fault["type"].endswith("_type")), first)
+
+
+def _is_place(part: int | str) -> bool:
+    """Whether it is a field or a number in a list, and not which of several types was tried."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
