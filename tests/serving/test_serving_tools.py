@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from hypothesis import assume, given
@@ -17,7 +17,9 @@ from consilium.data.forms import Call, Message
 from consilium.data.template import Template
 from consilium.data.tokenizer import Tokenizer
 from consilium.engine.chat import Templated
-from consilium.serving.tools import Way, read, told_in_text, way_of
+from consilium.engine.request import Piece
+from consilium.serving.answers import Answer, Spelling
+from consilium.serving.tools import Reader, Reading, Way, read, told_in_text, way_of
 from serving.served import NAME, Server, engine_of, serving
 
 WEATHER = {
@@ -88,6 +90,39 @@ def test_calls_are_read_at_every_cut_and_no_markup_is_text(
         cut = read(text[:size], way, whole=True)
         assert not any(mark in cut.content for mark in MARKS)
         last = found
+
+
+class Counting:
+    """A spelling that counts who asks it."""
+
+    asked = 0
+
+    def name(self, _: int) -> str:
+        self.asked += 1
+        return "A"
+
+
+@given(before=texts, some=calls, seed=st.integers(0, 99))
+def test_pieces_add_up_to_the_answer_and_each_is_read_once(before: str, some: list[Call], seed: int) -> None:
+    text, random = written(before, some, "hermes"), Random(seed)
+    right = read(text, "hermes", whole=True)
+    spelling = Counting()
+    reader = Reader(Reading("hermes", cast(Spelling, spelling), "key"), 0)
+    answer, content, told = Answer(()), "", list[Any]()
+    while text or answer.finish is None:
+        size = random.randint(0, 9)
+        piece, text = text[:size], text[size:]
+        answer.pieces.append(Piece(0, 65, piece, 0.0, None if text else "stop"))
+        if random.random() < 0.7 or not text:
+            said, more = reader.added(answer)
+            content, told = content + said.content, told + more
+    assert content == right.content
+    assert spelling.asked == len(answer.pieces)
+    assert [json.loads(call["function"]["arguments"]) for call in told] == [
+        dict(c.arguments) for c in right.calls
+    ]
+    assert [call["index"] for call in told] == list(range(len(right.calls)))
+    assert reader.finish(answer) == ("tool_calls" if right.calls else "stop")
 
 
 @pytest.mark.parametrize("way", ["hermes", "mistral", "deepseek", "json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 import weakref
@@ -34,7 +35,7 @@ from consilium.serving.limits import Settings
 from consilium.serving.metrics import Metrics
 from consilium.serving.protocol import ChatRequest, CompletionRequest, Generating, Tool
 from consilium.serving.thinking import AfterThought, opened, thinks
-from consilium.serving.tools import Reading, conversation, schema_of, told_in_text, way_of
+from consilium.serving.tools import Reader, Reading, conversation, schema_of, told_in_text, way_of
 from consilium.serving.worker import Worker
 
 Object = dict[str, Any]
@@ -186,8 +187,11 @@ async def completion(service: Service, asked: CompletionRequest, salt: bytes) ->
         )
         requests += [replace(one, sample=sample) for sample in range(drawn)]
 
+    decoded = functools.cache(service.tokenizer.decode)
+
     def choice(index: int, answer: Answer, first: int) -> Object:
-        return _completion_choice(service, asked, index, answer, first)
+        before = decoded(tuple(answer.prompt)) if asked.echo else ""
+        return _completion_choice(service, asked, before, index, answer, first)
 
     heading = Heading("text_completion", service.settings.name)
     silent = asked.max_tokens == 0
@@ -196,11 +200,11 @@ async def completion(service: Service, asked: CompletionRequest, salt: bytes) ->
 
 
 def _completion_choice(
-    service: Service, asked: CompletionRequest, index: int, answer: Answer, first: int
+    service: Service, asked: CompletionRequest, before: str, index: int, answer: Answer, first: int
 ) -> Object:
+    """What the pieces from ``first`` on add, or all of an answer; ``before`` is the prompt that is echoed."""
     pieces = answer.pieces[first:] if asked.max_tokens != 0 else []
     begins = bool(asked.echo) and first == 0
-    before = service.tokenizer.decode(answer.prompt) if asked.echo else ""
     text = "".join(piece.text for piece in pieces)
     logprobs = None
     if asked.logprobs is not None:
@@ -254,8 +258,10 @@ async def chat(service: Service, asked: ChatRequest, salt: bytes) -> Job:
         inside=inside,
     )
 
+    readers = [Reader(reading, index) for index in range(len(requests))]
+
     def choice(index: int, answer: Answer, first: int) -> Object:
-        return _chat_choice(service, asked, reading, index, answer, first)
+        return _chat_choice(service, asked, readers[index], index, answer, first)
 
     heading = Heading("chat.completion", service.settings.name)
     each, said = bool(asked.logprobs), prompt_told(prompt, service.spelling) if asked.return_token_ids else {}
@@ -272,10 +278,10 @@ def _asked_ids(form: Format, asked: ChatRequest, tools: Sequence[Tool]) -> tuple
 
 
 def _chat_choice(
-    service: Service, asked: ChatRequest, reading: Reading, index: int, answer: Answer, first: int
+    service: Service, asked: ChatRequest, reader: Reader, index: int, answer: Answer, first: int
 ) -> Object:
     """What the pieces from ``first`` on add, or all of an answer."""
-    said, calls = reading.added(answer, first, index)
+    said, calls = reader.added(answer)
     logprobs = None
     if asked.logprobs:
         logprobs = chat_logprobs(told(answer.pieces[first:]), service.spelling)
@@ -290,7 +296,7 @@ def _chat_choice(
         "index": index,
         "delta" if asked.stream else "message": message,
         "logprobs": logprobs,
-        "finish_reason": reading.finish(answer),
+        "finish_reason": reader.finish(answer),
         **_token_ids(asked, answer.pieces[first:]),
         **_routed(asked, answer, first),
     }

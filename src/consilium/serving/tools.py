@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, final
 
 from consilium.data.forms import Call, Message
 from consilium.engine.request import Piece
@@ -264,7 +264,7 @@ def _in_text(message: Message) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Reads answers that may hold thoughts and calls; without a ``way`` what is no thought is text."""
+    """How answers that may hold thoughts and calls are read; without a ``way`` what is no thought is text."""
 
     way: Way | None
     spelling: Spelling
@@ -276,41 +276,53 @@ class Reading:
     required: bool = False
     """Whether an answer is a call, and text that is none is the beginning of one."""
 
-    def read(self, answer: Answer, count: int) -> Read:
-        """What the first ``count`` pieces say."""
-        pieces = answer.pieces[:count]
-        whole = bool(pieces) and pieces[-1].finished is not None
+    def text(self, piece: Piece) -> str:
+        """What it says, and the name of a marker that is read, which has no text of its own."""
         if self.way is None and not self.thinks:
-            return Read("".join(piece.text for piece in pieces))
-        text = "".join(piece.text + self._mark(piece) for piece in pieces)
+            return piece.text
+        name = self.spelling.name(piece.token)
+        return piece.text + name if name in _MARKS else piece.text
+
+    def read(self, text: str, *, whole: bool) -> Read:
         thought = split(text, inside=self.inside, whole=whole) if self.thinks else Thought("", text)
         said = Read(thought.rest) if self.way is None else read(thought.rest, self.way, whole=whole)
         if self.required and not said.calls:
             said = Read("")
         return replace(said, reasoning=thought.reasoning)
 
-    def _mark(self, piece: Piece) -> str:
-        """The name of a marker, which has no text of its own."""
-        name = self.spelling.name(piece.token)
-        return name if name in _MARKS else ""
+    def as_told(self, call: Call, index: int, number: int) -> dict[str, Any]:
+        """One call of answer ``index``, as the API has it."""
+        return {
+            "index": number,
+            "id": f"call_{self.key}{index:02}{number:02}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        }
 
-    def added(self, answer: Answer, first: int, index: int) -> tuple[Read, list[dict[str, Any]]]:
-        """Texts, and calls as the API has them, that the pieces from ``first`` on add."""
-        before, now = self.read(answer, first), self.read(answer, len(answer.pieces))
+
+@final
+class Reader:
+    """Reads one answer as it grows, each piece once."""
+
+    def __init__(self, reading: Reading, index: int) -> None:
+        self._reading, self._index = reading, index
+        self._text, self._pieces = "", 0
+        self._said = Read("")
+
+    def added(self, answer: Answer) -> tuple[Read, list[dict[str, Any]]]:
+        """Texts, and calls as the API has them, that pieces have added since the last time."""
+        self._text += "".join(self._reading.text(piece) for piece in answer.pieces[self._pieces :])
+        self._pieces = len(answer.pieces)
+        before, now = self._said, self._reading.read(self._text, whole=answer.finish is not None)
+        self._said = now
         calls = [
-            {
-                "index": number,
-                "id": f"call_{self.key}{index:02}{number:02}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
-            }
+            self._reading.as_told(call, self._index, number)
             for number, call in enumerate(now.calls)
+            if number >= len(before.calls)
         ]
         content, reasoning = now.content[len(before.content) :], now.reasoning[len(before.reasoning) :]
-        return Read(content, reasoning=reasoning), calls[len(before.calls) :]
+        return Read(content, reasoning=reasoning), calls
 
     def finish(self, answer: Answer) -> str | None:
-        calls = (
-            self.way is not None and answer.finish == "stop" and self.read(answer, len(answer.pieces)).calls
-        )
-        return "tool_calls" if calls else answer.finish
+        """Why it ended, of what was read."""
+        return "tool_calls" if self._said.calls and answer.finish == "stop" else answer.finish
