@@ -104,6 +104,7 @@ def test_experts_are_muted_and_fewer_are_used(
         ((*ASKED, "--experts-per-token", "9"), "use 1 to 2"),
         ((*ASKED, "--prompt", "b", "--record-routing", "r"), "of one prompt; give one"),
         ((*ASKED, "--replay-routing", "absent"), "absent"),
+        ((*ASKED, "--record-routing", "/dev/full"), "there is something that is no file"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -311,7 +311,8 @@ def test_where_one_dies_all_end(which: str, start: Any) -> None:
     server = start("--workers", "2", "--threads", "1")
     workers = processes(server)
     os.kill(workers[0] if which == "a worker" else server.process.pid, signal.SIGKILL)
-    server.end()
+    told = server.end()
+    assert ("a worker ended by itself (signal 9)" in told) == (which == "a worker")
     assert server.process.returncode == (1 if which == "a worker" else -signal.SIGKILL)
     wait_until(
         lambda: (

@@ -144,6 +144,29 @@ def test_mistakes_are_one_sentence(
     assert said in capsys.readouterr().err
 
 
+def test_a_task_that_cannot_be_made_ready_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data, task = tmp_path / "data.jsonl", tmp_path / "local.yaml"
+    data.write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS))
+    words = ["eval", str(folder), "--tasks", "local_choice", "--tasks-path", str(tmp_path)]
+    right = TASK.format(data=data)
+    for text, said in (
+        (right.replace('"{{choices}}"', "nofield"), "cannot make task 'local_choice' ready"),
+        (TASK.format(data=tmp_path / "absent.jsonl"), "cannot make task 'local_choice' ready"),
+        ("task: [broken", "local.yaml cannot be read as YAML"),
+    ):
+        assert text != right
+        task.write_text(text)
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert "fault of Consilium" not in told
+
+
 def test_who_lacks_the_harness_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

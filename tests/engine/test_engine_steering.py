@@ -161,6 +161,7 @@ def test_nothing_is_guessed_of_who_is_steered() -> None:
             Steering(replay=recorded((1, 2), 39, 0)),
             "is of 39 tokens, and the prompt has 40",
         ),
+        (Steering(replay=recorded((1, 2), 50, 3)), "sends a token to expert 3 twice; name each once"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(steering: Steering, said: str) -> None:

@@ -156,6 +156,12 @@ def test_what_is_no_json_is_refused_at_once(body: bytes, http: httpx.Client) -> 
     assert time.perf_counter() - began < 2
 
 
+def test_what_is_not_closed_is_told_as_that(http: httpx.Client) -> None:
+    for body in (b'{"prompt":', b'{"prompt": [[1, 2]', b'{"prompt": "a"'):
+        message = refused(http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"}))
+        assert message.startswith("the body is no JSON: ")
+
+
 def test_a_deep_body_within_the_limit_is_parsed(http: httpx.Client) -> None:
     body = {"metadata": {"a": json.loads("[" * (DEPTH - 2) + "]" * (DEPTH - 2))}}
     assert http.post(COMPLETIONS, json=CONTROL | body).status_code == 200

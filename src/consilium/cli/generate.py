@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from consilium.cli.arguments import json_flag, path
 from consilium.cli.generation import Clock, generation_arguments, guesses_told, open_model, sampling_of
 from consilium.cli.progress import note
+from consilium.disk.atomic import check_place
 from consilium.errors import ConsiliumError
 from consilium.words.say import say
 
@@ -92,6 +93,8 @@ def run(options: Namespace) -> int:
     prompts = _prompts(options)
     if len(prompts) > 1 and (options.record_routing or options.replay_routing):
         raise ConsiliumError("generate: routing is recorded and replayed of one prompt; give one.")
+    if options.record_routing is not None:
+        check_place(options.record_routing)
     opened = open_model(options)
     recorded = _recorded(options)
     form = opened.form() if options.chat else None

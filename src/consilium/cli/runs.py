@@ -37,6 +37,10 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     if options.open:
+        if options.json or options.dropped:
+            raise ConsiliumError(
+                "runs: --open shows a page and prints no list; leave out --json and --dropped."
+            )
         return _open(options)
     if options.dropped:
         return _dropped(options)

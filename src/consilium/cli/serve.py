@@ -167,6 +167,11 @@ def _service(
         most_rows=options.max_num_seqs,
         part=options.prompt_part,
     )
+    if engine.model.config.max_length < (options.max_model_len or 0):
+        raise ConsiliumError(
+            f"serve: --max-model-len {options.max_model_len} exceeds the model's length"
+            f" {engine.model.config.max_length}; give at most that."
+        )
     worker = Worker(engine, most_waiting=settings.most_waiting)
     grammars = Grammars(opened.tokenizer, engine.model.config.vocab_size, engine.stop_ids)
     spelling = Spelling(opened.tokenizer)

@@ -54,6 +54,11 @@ def commit_file(
         raise write_failure(error, destination) from error
 
 
+def check_place(destination: Path) -> None:
+    """Raise ConsiliumError for what is in the way, as ``commit_file`` would, before anything is written."""
+    _refuse_in_the_way(destination.resolve(), new=False)
+
+
 def write_file(destination: Path, content: bytes, *, files: Filesystem = DISK) -> None:
     """Replace ``destination`` by ``content`` whole or not at all; errors are those of ``commit_file``."""
     commit_file(destination, lambda staged: files.write(staged, [content]), files=files)

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, final
+
+import yaml
 
 from consilium.engine.engine import Engine
 from consilium.engine.intake import TextCodec
 from consilium.engine.request import Request, Sampling, Scored
-from consilium.errors import ConsiliumError
+from consilium.errors import ConsiliumError, one_line
 
 _UTILS: Any = import_module("lm_eval.utils")
 _LM: Any = import_module("lm_eval.api.model").LM
@@ -137,10 +140,12 @@ def evaluated(
 ) -> dict[str, Any]:
     """What the harness finds, in its own words.
 
-    Raises ConsiliumError for a task that it does not know.
+    Raises ConsiliumError for a task that it does not know, and for one that it cannot make ready.
     """
     assert engine.tokenizer is not None, "text is what tasks are of"
     lm_eval: Any = import_module("lm_eval")
+    if include is not None:
+        _check_files(Path(include))
     manager = import_module("lm_eval.tasks").TaskManager(include_path=include)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -148,6 +153,7 @@ def evaluated(
                 f"eval: lm-evaluation-harness knows no task {task!r}; lm-eval ls tasks lists its own, and"
                 " --tasks-path DIR adds yours."
             )
+        _check_ready(manager, task)
     found: dict[str, Any] = lm_eval.simple_evaluate(
         model=Harness(engine, engine.tokenizer),
         tasks=list(tasks),
@@ -157,6 +163,27 @@ def evaluated(
         bootstrap_iters=0,
     )
     return found
+
+
+def _check_files(folder: Path) -> None:
+    """The harness passes over files that it cannot read, and then knows no such task."""
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            for _ in yaml.parse(file.read_text("utf-8")):
+                pass
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise ConsiliumError(f"eval: {file} cannot be read as YAML ({one_line(str(error))}).") from None
+
+
+def _check_ready(manager: Any, task: str) -> None:
+    """What a task names is looked up in its data here, before the model is asked anything."""
+    try:
+        manager.load([task])
+    except Exception as error:
+        raise ConsiliumError(
+            f"eval: lm-evaluation-harness cannot make task {task!r} ready ({type(error).__name__}:"
+            f" {one_line(str(error))}); look into its YAML and at the data that it names."
+        ) from error
 
 
 def table(found: dict[str, Any]) -> str:

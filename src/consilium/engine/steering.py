@@ -123,3 +123,8 @@ def _check_replay(routes: Routes, layers: tuple[int, ...], experts: int, prompt:
             f"the routing to replay is of {routes.tokens} tokens, and {name} has {length}; record it with the"
             " same prompt."
         )
+    sorted_TMK = routes.experts_TMK.sort(-1).values
+    twice = (sorted_TMK[..., 1:] == sorted_TMK[..., :-1]) & (sorted_TMK[..., 1:] >= 0)
+    if twice.any():
+        expert = int(sorted_TMK[..., 1:][twice][0])
+        raise ConsiliumError(f"the routing to replay sends a token to expert {expert} twice; name each once.")

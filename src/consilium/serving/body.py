@@ -76,7 +76,8 @@ def _check_depth(body: bytes) -> None:
         if not brackets:
             return
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if brackets:
+    unclosed = len(brackets) <= DEPTH and not (set(b"[{") & set(brackets) and set(b"]}") & set(brackets))
+    if brackets and not unclosed:  # what is unclosed is for the parser to tell
         raise Refused(400, f"the body has more than {DEPTH} lists and objects in one another, or is no JSON")
 
 

@@ -106,13 +106,13 @@ class Grammars:
             matcher.compute_bitmask()  # some faults show with the first token
         if matcher.is_error():
             raise Refused(
-                400, f"the form cannot be used: {_first_line(matcher.get_error())}", param="response_format"
+                400, f"the form cannot be used: {_in_one_line(matcher.get_error())}", param="response_format"
             )
         return grammar
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason told"])[0][:200]
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())[:200] or "no reason told"
 
 
 @final

@@ -25,7 +25,7 @@ def refusal(error: Exception) -> Refused:
         case Full():
             return Refused(429, "too many requests wait already; ask again in a while", code="overloaded")
         case Failed():
-            return Refused(500, f"{error}; other requests go on", code="failed")
+            return Refused(500, str(error), code="failed")
         case ConsiliumError():
             return Refused(400, str(error))
         case TimeoutError():

@@ -23,6 +23,7 @@ _LOG: Final = logging.getLogger("consilium.serving")
 _T = TypeVar("_T")
 _Stream = asyncio.Queue[tuple[int, Piece]]
 _Wish = Callable[[], None]
+_STOPPING: Final = ConsiliumError("the server is stopping")
 
 
 @final
@@ -56,9 +57,8 @@ class Worker:
 
     def abandon(self) -> None:
         """Tell everybody who still waits that no more comes."""
-        last = ConsiliumError("the server is stopping")
         for number, (stream, place) in tuple(self._streams.items()):
-            stream.put_nowait((place, Piece(number, -1, "", 0.0, "error", error=last)))
+            stream.put_nowait((place, Piece(number, -1, "", 0.0, "error", error=_STOPPING)))
 
     @property
     def is_alive(self) -> bool:
@@ -92,7 +92,8 @@ class Worker:
             while left:
                 place, piece = await asyncio.wait_for(stream.get(), max(end - time.monotonic(), 0))
                 if piece.error is not None:
-                    raise Failed(str(piece.error))
+                    others = "" if piece.error is _STOPPING else "; other requests go on"
+                    raise Failed(f"{piece.error}{others}")
                 left -= piece.finished is not None
                 yield place, piece
         finally:

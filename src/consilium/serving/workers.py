@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Final
 
+_LOG: Final = logging.getLogger("consilium.serving")
 _DEATH: Final = 1
 """PR_SET_PDEATHSIG of Linux."""
 _PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -39,11 +41,16 @@ def in_workers(count: int, work: Callable[[int], int]) -> int:
             worst = max(worst, 1 if code < 0 or not (code or stopping) else code)
             if not stopping:
                 stopping = True
+                _LOG.error("a worker ended by itself (%s), and the others end too", _how(code))
                 _send(workers, signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return worst
+
+
+def _how(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
 def _forked(work: Callable[[int], int], number: int) -> int:
