@@ -249,7 +249,7 @@ def test_ctrl_c_ends_the_answer_and_twice_the_conversation(run: Path) -> None:
     until(b"hello\r\n")
     time.sleep(0.05)
     os.write(terminal, b"\x03")
-    assert b"tokens" in until(b"\n> ")
+    assert b" token" in until(b"\n> ")  # the first one drawn may end it, however soon the signal comes
     said, ended = b"", (0, 0)
     for _ in range(40):
         os.write(terminal, b"\x03")  # Python may sleep through one that comes while a prompt is written

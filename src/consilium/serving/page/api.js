@@ -67,6 +67,30 @@ function promptTokens(texts) {
   return texts.map((text) => token(read(bytes(text), text), { prompt: true }));
 }
 
+const prompts = new WeakMap();
+// What a token of a prompt belongs to: {ids, steering, tokens, scored}.
+export const promptOf = (one) => prompts.get(one);
+
+// What might have come in place of each token of a prompt: asked for once, of all of them, by who looks at one.
+export function score(prompt) {
+  prompt.scoring ??= (async () => {
+    const body = { prompt: prompt.ids, echo: true, logprobs: 5, max_tokens: 0, ...prompt.steering };
+    const { logprobs: found } = (await (await post("v1/completions", body)).json()).choices[0];
+    prompt.tokens.forEach((one, place) => {
+      one.logprob = found.token_logprobs[place];
+      one.top = Object.entries(found.top_logprobs[place] ?? {})
+        .map(([text, logprob]) => ({ token: text, logprob }))
+        .sort((one, other) => other.logprob - one.logprob)
+        .slice(0, 5);
+    });
+    prompt.scored = true;
+  })().catch((error) => {
+    prompt.scoring = null; // the next look asks again
+    throw error;
+  });
+  return prompt.scoring;
+}
+
 export const nothing = () => ({ prompt: [], tokens: [], text: "", finish: null });
 
 // Asks for the next turn of a conversation and fills `answer`, which has what came where the rest never does.
@@ -79,7 +103,11 @@ export async function generate(asked, told, { answer = nothing(), signal } = {})
   let known = 0;
   for await (const event of events(await post("v1/chat/completions", body, signal))) {
     if (event.prompt_token_strs && !answer.prompt.length) {
+      const { mute_experts, experts_per_token } = asked;
+      const steering = { mute_experts, experts_per_token };
       answer.prompt = promptTokens(event.prompt_token_strs);
+      const prompt = { ids: event.prompt_token_ids, steering, tokens: answer.prompt, scored: false };
+      answer.prompt.forEach((one) => prompts.set(one, prompt));
       told.tokens(answer.prompt);
     }
     const choice = event.choices[0];
