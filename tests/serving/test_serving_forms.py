@@ -165,6 +165,20 @@ def test_strange_schemas_are_answered(server: Server) -> None:
     server.settle()
 
 
+def test_a_form_without_an_end_is_the_mistake_of_who_asks(server: Server) -> None:
+    """Each object wants another one inside: the library finds out on the way."""
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}, "b": {"enum": []}}, "required": ["a"]}
+    statuses = set[int]()
+    for seed in range(60):
+        body = CHAT | {"max_tokens": 5, "seed": seed, "structured_outputs": {"json": endless}}
+        answer = server.http().post("/v1/chat/completions", json=body)
+        statuses.add(answer.status_code)
+        if answer.status_code == 400:
+            assert "no answer can keep the form" in answer.text
+    assert statuses <= {200, 400}
+    server.settle()
+
+
 @pytest.mark.slow
 def test_two_thousand_strange_schemas_are_answered(server: Server) -> None:
     fuzz(server.http(), 2000)

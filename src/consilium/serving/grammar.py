@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from consilium.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from consilium.errors import ConsiliumError
 from consilium.serving.body import Refused
 from consilium.serving.limits import FORM_CHARACTERS
 from consilium.serving.protocol import Generating
@@ -26,6 +25,7 @@ from consilium.serving.protocol import Generating
 SECONDS: Final = 2.0
 """In which it has to be understood."""
 _LIMITS: Final = llguidance.LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000)
+_NOT_KEPT: Final = "no answer can keep the form from here on; give one that an answer can complete"
 _COMPACT: Final[Any] = {"whitespace_flexible": False}
 """Where blanks may be without end, some models write nothing else."""
 
@@ -152,7 +152,7 @@ class Match:
 
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise ConsiliumError("the form of the answer cannot be kept from here on.")
+            raise Refused(400, _NOT_KEPT, param="response_format")
 
     @property
     def may_end(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from consilium.engine.engine import Engine
 from consilium.engine.request import Piece, Request
 from consilium.errors import ConsiliumError
-from consilium.serving.body import Failed, Full
+from consilium.serving.body import Failed, Full, Refused
 
 _LOG: Final = logging.getLogger("consilium.serving")
 _T = TypeVar("_T")
@@ -80,7 +80,8 @@ class Worker:
         """The pieces of several requests as they come, each with the place of its request.
 
         Who stops listening cancels them all. Raises Full, ConsiliumError for a request that the engine does
-        not take, Failed for one that it cannot finish, TimeoutError where all take longer than ``seconds``.
+        not take, Failed for one that it cannot finish, Refused where nothing can keep the form that was asked
+        for, TimeoutError where all take longer than ``seconds``.
         """
         end = time.monotonic() + seconds
         self.check_room(len(requests))
@@ -92,6 +93,8 @@ class Worker:
             while left:
                 place, piece = await asyncio.wait_for(stream.get(), max(end - time.monotonic(), 0))
                 if piece.error is not None:
+                    if isinstance(piece.error.__cause__, Refused):
+                        raise piece.error.__cause__
                     others = "" if piece.error is _STOPPING else "; other requests go on"
                     raise Failed(f"{piece.error}{others}")
                 left -= piece.finished is not None
@@ -144,7 +147,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - a fault of ours ends what runs, and not the server
             pieces = self._given_up(error)
         for piece in pieces:
-            if piece.error is not None:
+            if piece.error is not None and not isinstance(piece.error.__cause__, Refused):
                 _LOG.error("a request failed", exc_info=piece.error)
         sent = [(*self._streams[p.request], p) for p in pieces if p.request in self._streams]
         if sent and self._loop is not None:
