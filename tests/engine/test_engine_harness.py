@@ -103,14 +103,20 @@ def test_odd_requests_of_tasks_have_an_answer_or_a_sentence(folder: Path) -> Non
         made.generate_until(instances("generate_until", ("Q", {"beam": 3})))
 
 
-def test_tasks_of_a_folder_are_scored(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Documents for the harness, which then asks nobody else."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS))
+    made = tmp_path / "data.jsonl"
+    made.write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS))
+    return made
+
+
+def test_tasks_of_a_folder_are_scored(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/local.yaml").write_text(TASK.format(data=data))
     words = ["eval", str(folder), "--tasks", "local_choice", "--tasks-path", str(tmp_path / "tasks")]
@@ -145,13 +151,9 @@ def test_mistakes_are_one_sentence(
 
 
 def test_a_task_that_cannot_be_made_ready_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data, task = tmp_path / "data.jsonl", tmp_path / "local.yaml"
-    data.write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS))
+    task = tmp_path / "local.yaml"
     words = ["eval", str(folder), "--tasks", "local_choice", "--tasks-path", str(tmp_path)]
     right = TASK.format(data=data)
     for text, said in (
