@@ -24,6 +24,7 @@ from consilium.engine.chat import Format, Questions, Templated
 from consilium.engine.engine import Engine
 from consilium.serving.answers import Spelling
 from consilium.serving.app import build_app
+from consilium.serving.connection import QUIET
 from consilium.serving.gate import Gate
 from consilium.serving.grammar import Grammars
 from consilium.serving.limits import Settings
@@ -101,7 +102,7 @@ def serving(
         form = Templated(Template(template, "here"), tokenizer, ())
     current = Current(Service(engine, worker, tokenizer, form, given, metrics, grammars, Spelling(tokenizer)))
     gate = Gate(build_app(current, lambda: not gate.draining, lambda: None), given.keys, hosts)
-    config = uvicorn.Config(gate, http="h11", ws="none", log_level="critical", lifespan="on")
+    config = uvicorn.Config(gate, **QUIET | {"log_level": "critical"}, lifespan="on")
     server = uvicorn.Server(config)
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = str(Path(folder) / "s")

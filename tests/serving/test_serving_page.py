@@ -239,6 +239,24 @@ def test_a_key_is_asked_for_and_opens_the_page(folder: Path) -> None:
         page.get_by_text("671,026,404,352").wait_for()
 
 
+def test_which_of_several_workers_answers_makes_no_difference(folder: Path) -> None:
+    words = ("serve", str(folder), "--port", "0", "--workers", "2")
+    with command(*words, cwd=folder.parent) as address:
+        said = set()
+        for _ in range(4):
+            with opened(address) as page:
+                page.get_by_label("Temperature").fill("0")
+                chips = ask(page)
+                count = chips.count()
+                said.add("".join(chips.all_text_contents()))
+                chips.nth(3).click()
+                page.locator("#token table").last.get_by_role("button").first.click()
+                page.get_by_role("button", name="Generate again").click()
+                page.get_by_text(re.compile("as before|than before")).wait_for()
+                assert chips.count() > count
+        assert len(said) == 1
+
+
 def test_a_dark_page_is_dark(address: str, tmp_path: Path) -> None:
     with opened(address, color_scheme="dark") as page:
         ask(page)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from consilium.serving import gate
+from consilium.serving import connection, gate
 from consilium.serving.app import build_app
 from consilium.serving.limits import BODY, DEPTH
 from serving.served import NAME, Server, engine_of, serving
@@ -183,6 +183,44 @@ def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monkeypatch
             b"Content-Length: 100\r\n\r\n{"
         )
         assert sent.recv(100).startswith(b"HTTP/1.1 408")
+
+
+_ASKS = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", _ASKS + b"\r\n"], ids=["at-first", "after-an-answer"])
+def test_headers_that_do_not_end_are_not_waited_for(
+    before: bytes, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.5)
+    with server.connection() as sent:
+        sent.sendall(before)
+        answered = sent.recv(4096) if before else b""
+        assert answered.startswith(b"HTTP/1.1 200") or not before
+        sent.sendall(_ASKS)
+        begun = time.monotonic()
+        with pytest.raises(OSError, match=r"pipe|reset"):
+            while time.monotonic() - begun < 10:
+                sent.sendall(b"X-A: b\r\n")
+                time.sleep(0.05)
+        assert 0.3 < time.monotonic() - begun < 5
+
+
+def test_a_connection_that_says_nothing_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.2)
+    with server.connection() as sent:
+        assert sent.recv(100) == b""
+
+
+def test_an_answer_may_take_longer_than_headers(
+    server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.05)
+    asked = CONTROL | {"max_tokens": 400, "stream": True, "ignore_eos": True}
+    begun = time.monotonic()
+    answered = http.post(COMPLETIONS, json=asked)
+    assert answered.text.rstrip().endswith("[DONE]")
+    assert time.monotonic() - begun > 0.1, "else the test shows nothing"
 
 
 @pytest.mark.parametrize(

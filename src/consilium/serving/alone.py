@@ -10,7 +10,8 @@ from pathlib import Path
 
 import uvicorn
 
-from consilium.serving.gate import QUIET, Gate
+from consilium.serving.connection import QUIET
+from consilium.serving.gate import Gate
 from consilium.serving.names import LOOPBACK, OWN_NAMES
 from consilium.serving.pages import Shown, page_app
 

@@ -48,10 +48,6 @@ PAGE: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 """Paths of the page: its files, which are the same for everybody, and their kinds."""
 OPEN: Final = frozenset({"/health", *PAGE})
 """Paths that need no key: whether the process lives is no secret, and the page asks for one itself."""
-QUIET: Final[Mapping[str, Any]] = MappingProxyType(
-    {"http": "h11", "ws": "none", "log_level": "warning", "access_log": False, "server_header": False}
-)
-"""How uvicorn serves what is behind a gate: HTTP alone, and nothing of a request is logged."""
 SALT: Final = "consilium.salt"
 """Where a request's scope says whose it is: what is computed for a prompt is shared within a key alone."""
 _JSON: Final = b"application/json"

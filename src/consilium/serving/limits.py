@@ -12,6 +12,8 @@ BODY_SECONDS: Final = 10.0
 """In which they have to be there."""
 HEADERS: Final = 64
 HEADER_BYTES: Final = 16 * 2**10
+HEADER_SECONDS: Final = 10.0
+"""In which those of a request have to be there, from its first byte or from the connection on."""
 DEPTH: Final = 64
 """Of lists and objects in one another."""
 PROMPTS: Final = 256

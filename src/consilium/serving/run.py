@@ -18,7 +18,8 @@ import uvicorn
 
 from consilium.errors import ConsiliumError
 from consilium.serving.app import build_app
-from consilium.serving.gate import QUIET, Gate
+from consilium.serving.connection import QUIET
+from consilium.serving.gate import Gate
 from consilium.serving.limits import BODY_SECONDS
 from consilium.serving.names import OWN_NAMES
 from consilium.serving.service import Current, Service
