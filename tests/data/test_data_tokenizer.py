@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -57,6 +58,16 @@ def test_a_stream_cut_anywhere_has_shown_whole_characters_only(text: str) -> Non
         assert text.startswith(shown)
     assert shown == text
     assert stream.finish() == ""
+
+
+def test_every_byte_and_every_two_bytes_stream_as_they_decode() -> None:
+    """Characters cut in the middle, bytes that begin none, and surrogates: each is a sign, and no error."""
+    token_of = {BYTES.decode_bytes([token]): token for token in range(SMALLEST_VOCABULARY)}
+    singles = [token_of[bytes([byte])] for byte in range(256)]
+    for ids in ([], *((first,) for first in singles), *itertools.product(singles, repeat=2)):
+        stream = BYTES.stream()
+        streamed = "".join(map(stream.push, ids)) + stream.finish()
+        assert streamed == BYTES.decode_bytes(ids).decode(errors="replace") == BYTES.decode(ids)
 
 
 @given(text=unicode)

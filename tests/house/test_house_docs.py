@@ -117,3 +117,11 @@ def test_every_decision_has_a_number_of_its_own_a_few_lines_and_its_four_parts()
 def test_the_makefile_has_every_promised_target() -> None:
     targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert {"demo", "test", "test-slow", "lint", "bench", "clean"} <= set(" ".join(targets).split())
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
+        assert set(named) <= there, page_id(page)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -37,6 +39,10 @@ def pages(server: Server) -> int:
 def server() -> Iterator[Server]:
     with serving() as found:
         yield found
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def raw(body: dict[str, Any]) -> bytes:
@@ -261,15 +267,21 @@ def test_who_does_not_read_delays_nobody(server: Server) -> None:
     assert pages(server) == 0
 
 
-def test_many_prompts_stay_within_the_cache_that_was_given() -> None:
+@pytest.mark.parametrize(
+    "count", [15, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
+def test_many_prompts_stay_within_the_cache_that_was_given(count: int) -> None:
     engine = engine_of(most_tokens=4096)
     batch: Any = engine._batch  # pyright: ignore[reportPrivateUsage]
     random = Random(0)
     with serving(engine) as server, server.http() as client:
-        for _ in range(15):
+        for asked in range(count):
+            if asked == 10:
+                before = resident()
             prompt = [1] + [random.randrange(60, 200) for _ in range(random.choice([600, 1300]))]
             assert client.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 2}).status_code == 200
         assert batch._pages.total == 64
+        assert resident() - before < 32 * 2**20
         message = client.post(COMPLETIONS, json={"prompt": [1] * 2000, "max_tokens": 48}).status_code
         assert message == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -199,8 +200,8 @@ def test_headers_that_do_not_end_are_not_waited_for(
         assert answered.startswith(b"HTTP/1.1 200") or not before
         sent.sendall(_ASKS)
         begun = time.monotonic()
-        with pytest.raises(OSError, match=r"pipe|reset"):
-            while time.monotonic() - begun < 10:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - begun < 9:
                 sent.sendall(b"X-A: b\r\n")
                 time.sleep(0.05)
         assert 0.3 < time.monotonic() - begun < 5
