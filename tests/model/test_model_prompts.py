@@ -67,7 +67,7 @@ def wide_twin(model: Decoder) -> Decoder:
 def test_parts_give_what_the_whole_gives(config: Model, dtype: torch.dtype, tier: Tier) -> None:
     model = lively(config).to(dtype).eval()
     prepared, right = prepare(model, tier), wide_twin(model)
-    rounds = tier == "amx" and dtype == torch.bfloat16
+    rounds = tier in ("avx512bf16", "amx") and dtype == torch.bfloat16
     for parts in PARTS:
         cache = build_cache(config, batch=1, capacity=75, dtype=torch.float32)
         ids_1S = ids_of(sum(parts))
@@ -94,7 +94,7 @@ def test_packed_weights_read_prompts(
     config: Model, packing: Packing, tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Activations are rounded where a product has few of them, by VNNI in every one, by tiles to bfloat16."""
-    if tier == "avx512":
+    if tier in ("avx512", "avx512bf16"):
         round_activations(monkeypatch)
     model = lively(config).eval()
     pack(model, packing)

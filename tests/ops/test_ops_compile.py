@@ -236,6 +236,8 @@ def test_a_tier_that_the_processor_lacks_is_refused(wanted: None, monkeypatch: p
         ("AVX512", set(), "avx2"),
         ("AVX512", {"avx512_vnni"}, "avx512"),
         ("AVX512", {"avx512_vnni", "amx_tile"}, "avx512"),
+        ("AVX512", {"avx512_bf16"}, "avx2"),
+        ("AVX512", {"avx512_vnni", "avx512_bf16"}, "avx512bf16"),
     ],
 )
 def test_the_fastest_tier_is_one_whose_every_instruction_is_here(

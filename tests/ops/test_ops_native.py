@@ -98,7 +98,7 @@ def test_other_formats_and_layouts_are_not_described() -> None:
 
 @pytest.mark.parametrize("tier", HERE)
 def test_a_tier_has_its_own_vectors(tier: Tier) -> None:
-    assert kernels_of(tier).lanes == {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}[tier]
+    assert kernels_of(tier).lanes == {"portable": 4, "avx2": 8}.get(tier, 16)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")

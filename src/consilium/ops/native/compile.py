@@ -31,13 +31,14 @@ from consilium.errors import ConsiliumError, nearest
 from consilium.machine.amx import permitted
 from consilium.machine.processors import instructions, threads
 
-Tier = Literal["portable", "avx2", "avx512", "amx"]
+Tier = Literal["portable", "avx2", "avx512", "avx512bf16", "amx"]
 
 _AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
 _AVX512: Final = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
-_AMX: Final = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_BF16: Final = (*_AVX512, "-mavx512bf16")
+_AMX: Final = (*_BF16, "-mamx-tile", "-mamx-bf16")
 FLAGS: Final[Mapping[Tier, tuple[str, ...]]] = MappingProxyType(
-    {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
+    {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _BF16, "amx": _AMX}
 )
 """From the slowest tier to the fastest. What a compiler makes of ``portable`` runs on every machine of its
 kind, with NEON's vectors where the processor is an ARM."""
@@ -92,8 +93,10 @@ def tiers() -> tuple[Tier, ...]:
 
 def _fastest() -> Tier:
     match torch.backends.cpu.get_cpu_capability():
+        case "AVX512" if "avx512_vnni" in instructions() and permitted():
+            return "amx"
         case "AVX512" if "avx512_vnni" in instructions():
-            return "amx" if permitted() else "avx512"
+            return "avx512bf16" if "avx512_bf16" in instructions() else "avx512"
         case "AVX512" | "AVX2":
             return "avx2"
         case _:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bands.h"
+#include "pairs.h"
 #include "panels.h"
 #include "steps.h"
 #include "tiles.h"

@@ -1,5 +1,6 @@
 // Products with a matrix of any format: the only place where its format and the way are matched.
 #include "bands.h"
+#include "pairs.h"
 #include "panels.h"
 #include "steps.h"
 #include "tiles.h"

@@ -200,7 +200,7 @@ template <class T, class Cell> void attend_spans(const Pass &p, const Attend &a,
 }  // namespace
 
 void attend_prompt(const Pass &p, const Attend &a, bool latent, Rows &q, Rows &mixed) {
-    using Narrow = std::conditional_t<TILED, Bfloat16, float>;
+    using Narrow = std::conditional_t<PAIRED, Bfloat16, float>;
     if (a.cache_type == FLOAT32) return attend_spans<float, float>(p, a, latent, q, mixed);
     if (a.cache_type == INT8) return attend_spans<int8_t, Narrow>(p, a, latent, q, mixed);
     attend_spans<Bfloat16, Narrow>(p, a, latent, q, mixed);

@@ -1,25 +1,11 @@
-// Products by the processor's own matrices (AMX): bfloat16 values, summed in float32. An activation's sums are the
-// same whatever other activations are computed beside it.
+// Products by the processor's own matrices (AMX).
 //
 // Legend: n values of a row, K blocks of 32 of them, T activations of a part, at most 32.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
-#include "products.h"
-
-constexpr int64_t TILE = 16;        // rows of a tile; activations of one
-constexpr int64_t TILE_VALUES = 32; // of a row in a tile
-constexpr int64_t TILE_BAND = 64;   // rows of a matrix at once
-
-// Values that an activation takes, packed.
-static inline int64_t tile_width(int64_t n) { return (n + TILE_VALUES - 1) / TILE_VALUES * TILE_VALUES; }
-static inline int64_t tile_values(int64_t tokens, int64_t n) { return tokens * tile_width(n); }
+#include "narrow.h"
 
 #if defined(__AMX_BF16__)
-constexpr bool TILED = true;
-
 struct alignas(64) Palette {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -46,47 +32,6 @@ static inline void set_tiles(int64_t tokens) {
 static inline void release_tiles() {
     if (tiles_set) _tile_release();
     tiles_set = 0;
-}
-
-// 32 floats of ``from``, of which ``have`` are there, as bfloat16.
-static inline __m512i narrowed(const float *from, int64_t have) {
-    const auto part = [&](int64_t begin) {
-        const int64_t left = have - begin;
-        const __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
-        return _mm512_maskz_loadu_ps(there, from + begin);
-    };
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(16), part(0)));
-}
-
-// Activations of a part, as tiles read them: [K][those of the first tile, those of the second][16 pairs][T][2].
-static inline void pack_tiles(const float *const *x, int64_t tokens, int64_t n, Bfloat16 *to) {
-    for (int64_t first = 0; first < n; first += TILE_VALUES)
-        for (int64_t begin = 0; begin < tokens; begin += TILE) {
-            const int64_t count = std::min(TILE, tokens - begin);
-            __m512i rows[16] = {};
-            for (int64_t b = 0; b < count; ++b) rows[b] = narrowed(x[begin + b] + first, n - first);
-            transpose(rows);
-            const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-            for (int pair = 0; pair < 16; ++pair, to += 2 * count)
-                _mm512_mask_storeu_epi32(to, there, rows[pair]);
-        }
-}
-
-// Where tiles of a band of rows lie, all in values.
-struct Band {
-    const Bfloat16 *data;
-    int64_t row, step, block;  // from a row to the next, from 32 values to the next, from 16 rows to the next
-
-    const Bfloat16 *at(int64_t b, int64_t k) const { return data + b * block + k * step; }
-    int bytes() const { return static_cast<int>(row * 2); }
-};
-
-static inline void put(const float *sums, int64_t rows, int64_t tokens, float *const *to, int64_t first) {
-    __m512i turned[16];
-    for (int r = 0; r < 16; ++r) turned[r] = _mm512_loadu_si512(sums + r * 16);
-    transpose(turned);
-    const __mmask16 there = static_cast<__mmask16>((1u << rows) - 1);
-    for (int64_t b = 0; b < tokens; ++b) _mm512_mask_storeu_epi32(to[b] + first, there, turned[b]);
 }
 
 #define STORE_TILE(tile, block, begin, count)                                                                    \
@@ -166,49 +111,6 @@ static inline void tile_many(const Band &band, int64_t rows, int64_t blocks, con
 }
 #undef STORE_TILE
 
-// 32 values of a row as bfloat16; of the last of them ``have`` are there.
-static inline void widen_block(Dense<Bfloat16> rows, int64_t first, int64_t have, Bfloat16 *to) {
-    const __mmask32 there = have >= 32 ? 0xffffffffu : (1u << have) - 1;
-    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(there, rows.data + first));
-}
-static inline void widen_block(Dense<float> rows, int64_t first, int64_t have, Bfloat16 *to) {
-    _mm512_storeu_si512(to, narrowed(rows.data + first, have));
-}
-static inline void store_pair(Vector first, Vector second, Bfloat16 *to) {
-    const auto low = reinterpret_cast<__m512>(first), high = reinterpret_cast<__m512>(second);
-    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-}
-template <int BITS, bool LOWEST>
-static inline void widen_block(Packed<BITS, LOWEST> rows, int64_t first, int64_t, Bfloat16 *to) {
-    const int64_t group = first / GROUP;
-    Vector weights[2];
-    unpack<BITS>(rows.data + group * GROUP * BITS / 8, weights);
-    float scale, added = 0;
-    rows.widen_scales(group, 1, &scale, &added);
-    store_pair(weights[0] * scale + added, weights[1] * scale + added, to);
-}
-
-static inline void widen_block(Float8 rows, int64_t first, int64_t have, Bfloat16 *to) {
-    alignas(32) uint8_t bytes[TILE_VALUES] = {};
-    if (have < TILE_VALUES) std::memcpy(bytes, rows.data + first, have);
-    Vector weights[2];
-    widen_eights(have < TILE_VALUES ? bytes : rows.data + first, weights);
-    const float scale = EIGHTS * rows.scales[first / FLOAT8_GROUP];
-    store_pair(weights[0] * scale, weights[1] * scale, to);
-}
-
-// Up to 64 rows as tiles, one behind the other.
-template <class Rows> static inline Band widened(Rows rows, int64_t n, int64_t count) {
-    thread_local std::vector<Bfloat16> panel;
-    const int64_t blocks = tile_width(n) / TILE_VALUES;
-    panel.resize(TILE_BAND * blocks * TILE_VALUES);
-    for (int64_t r = 0; r < count; ++r)
-        for (int64_t k = 0; k < blocks; ++k)
-            widen_block(rows.from(r), k * TILE_VALUES, n - k * TILE_VALUES,
-                        panel.data() + ((r / TILE * blocks + k) * TILE + r % TILE) * TILE_VALUES);
-    return {panel.data(), TILE_VALUES, TILE * TILE_VALUES, blocks * TILE * TILE_VALUES};
-}
-
 // A matrix of bfloat16 is read where it lies, where whole tiles are.
 template <class Rows> static inline bool lies_in_tiles(Rows, int64_t, int64_t) { return false; }
 static inline bool lies_in_tiles(Dense<Bfloat16>, int64_t n, int64_t count) {
@@ -247,9 +149,5 @@ static inline void tile_products(Rows rows, int64_t n, int64_t count, const Bflo
     }
 }
 #else
-constexpr bool TILED = false;
 static inline void release_tiles() {}
-static inline void pack_tiles(const float *const *, int64_t, int64_t, Bfloat16 *) {}
-template <class Rows>
-static inline void tile_products(Rows, int64_t, int64_t, const Bfloat16 *, int64_t, float *const *) {}
 #endif

@@ -35,8 +35,9 @@ static inline Way exact_way(const Active &x) { return x.many && x.tokens() > FEW
 
 // How products with a matrix of this type are taken.
 static inline Way way_of(int64_t type, const Active &x) {
-    if (TILED && (type == BFLOAT16 || (x.many && type != FLOAT32))) return TILES;
     const bool packed = type == INT8 || type == INT4 || type == UINT4;
+    if (TILED && type == BFLOAT16) return TILES;
+    if (PAIRED && x.many && type != FLOAT32 && (TILED || !packed)) return TILES;
     if (!packed || (!BANDED && exact_way(x) == PANELS)) return exact_way(x);
     return type == INT8 ? INTEGERS8 : INTEGERS4;
 }
