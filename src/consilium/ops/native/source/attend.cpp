@@ -49,7 +49,7 @@ Reading reading(const Pass &p, const Attend &a, const float *queries, int64_t ea
 }
 
 // The rows of a span as those of one page, as wide as tiles read them, or exact.
-using Wide = std::conditional_t<TILED, Bfloat16, float>;
+using Wide = std::conditional_t<PAIRED, Bfloat16, float>;
 Slots<Wide> widened(const Slots<int8_t> &slots, const Attend &a, int64_t first, int64_t count) {
     thread_local Buffer<Wide> rows;
     const int64_t width = a.rank + 2 * a.pairs;

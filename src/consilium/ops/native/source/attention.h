@@ -8,10 +8,12 @@
 
 #include <algorithm>
 
+#include "pairs.h"
 #include "tiles.h"
 
 constexpr int64_t SPAN = 256;                     // L: rows that stay in the second cache from keys to values
-constexpr int64_t TOGETHER = TILED ? TILE : 4;    // heads of a unit of work at most
+constexpr int64_t TOGETHER = PAIRED ? TILE : 4;   // heads of a unit of work at most
+constexpr int64_t CROWD = TILED ? 1 : 8;          // heads from which on they are worth the lanes of a tile
 
 // Where the cached rows of one sequence are: slot j is row j % slots of page table[j / slots].
 template <class T> struct Slots {
@@ -88,7 +90,7 @@ static inline void attend_few(const Heads &heads, const Slots<T> &slots, int64_t
     }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // Values of two slots after the other, [L / 2][V][2], as tiles read them: zeros beyond the last.
 static inline void pair_values(const Heads &heads, const Slots<Bfloat16> &slots, int64_t first, int64_t count,
                                int64_t width, Bfloat16 *to) {
@@ -116,13 +118,42 @@ static inline void pair_values(const Heads &heads, const Slots<Bfloat16> &slots,
     }
 }
 
-// Up to 16 heads by tiles: keys are read where they lie, shares of heads are rows, and values come in pairs.
+// Values of up to 16 heads, whose shares are rows [16][L], of values in pairs [L / 2][V][2].
+static inline void mix_pairs(const Heads &heads, const Bfloat16 *shares, const Bfloat16 *pairs, int64_t count,
+                             int64_t width, float *found) {
+#if defined(__AMX_BF16__)
+    set_tiles(TILE);
+    alignas(64) float sums[TILE * TILE];
+    for (int64_t i = 0; i < heads.value_width; i += TILE) {
+        _tile_zero(0);
+        for (int64_t k = 0; k * TILE_VALUES < count; ++k) {
+            _tile_loadd(4, shares + k * TILE_VALUES, SPAN * 2);
+            _tile_loadd(6, pairs + (k * TILE * width + i) * 2, static_cast<int>(width * 4));
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, sums, 64);
+        for (int64_t b = 0; b < heads.count; ++b)
+            std::copy_n(sums + b * TILE, std::min(TILE, heads.value_width - i), found + b * heads.found_width() + i);
+    }
+#else
+    alignas(64) float sums[HELD][2 * TILE];
+    for (int64_t first = 0; first < heads.count; first += HELD)
+        for (int64_t i = 0; i < heads.value_width; i += 2 * TILE) {
+            pair_shares(shares + first * SPAN, SPAN, pairs + 2 * i, 2 * width, (count + 1) / 2, sums);
+            for (int64_t b = first; b < std::min(first + HELD, heads.count); ++b)
+                std::copy_n(sums[b - first], std::min(2 * TILE, heads.value_width - i),
+                            found + b * heads.found_width() + i);
+        }
+#endif
+}
+
+// Up to 16 heads together: keys are read where they lie, shares of heads are rows, and values come in pairs.
 static inline void attend_tiles(const Heads &heads, const Slots<Bfloat16> &slots, int64_t first, int64_t count,
                                 float *found) {
-    const int64_t width = (heads.value_width + 15) / 16 * 16, wide = tile_width(heads.key_width);
+    const int64_t width = tile_width(heads.value_width), wide = tile_width(heads.key_width);
     thread_local Buffer<Bfloat16> queries, pairs, shares;
     thread_local Buffer<float> logits;
-    queries.want(heads.count * wide), pairs.want(SPAN * width), shares.want(TILE * SPAN), logits.want(TILE * SPAN);
+    queries.want(TILE * wide), pairs.want(SPAN * width), shares.want(TILE * SPAN), logits.want(TILE * SPAN);
     const float *from[TILE];
     float *to[TILE];
     for (int64_t b = 0; b < heads.count; ++b) from[b] = heads.queries + b * heads.key_width;
@@ -140,27 +171,16 @@ static inline void attend_tiles(const Heads &heads, const Slots<Bfloat16> &slots
         narrow_row(logits.data() + b * SPAN, count, shares.data() + b * SPAN);
     }
     pair_values(heads, slots, first, count, width, pairs.data());
-    set_tiles(TILE);
-    alignas(64) float sums[TILE * TILE];
-    for (int64_t i = 0; i < width; i += TILE) {
-        _tile_zero(0);
-        for (int64_t k = 0; k * TILE_VALUES < count; ++k) {
-            _tile_loadd(4, shares.data() + k * TILE_VALUES, SPAN * 2);
-            _tile_loadd(6, pairs.data() + (k * TILE * width + i) * 2, static_cast<int>(width * 4));
-            _tile_dpbf16ps(0, 4, 6);
-        }
-        _tile_stored(0, sums, 64);
-        for (int64_t b = 0; b < heads.count; ++b)
-            std::copy_n(sums + b * TILE, std::min(TILE, heads.value_width - i), found + b * heads.found_width() + i);
-    }
+    mix_pairs(heads, shares.data(), pairs.data(), count, width, found);
 }
 #endif
 
 // What ``heads`` find in slots [first, first + count), for each its values, the largest logit and the sum of shares.
 template <class T>
 static inline void attend_span(const Heads &heads, const Slots<T> &slots, int64_t first, int64_t count, float *found) {
-#if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == sizeof(Bfloat16)) return attend_tiles(heads, slots, first, count, found);
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(Bfloat16))
+        if (heads.count >= CROWD) return attend_tiles(heads, slots, first, count, found);
 #endif
     Heads some = heads;
     int64_t b = 0;

@@ -10,6 +10,12 @@
 constexpr int64_t PAIR_BLOCKS = 8;       // of K at once: their activations stay in the first cache
 constexpr int64_t SUMS = TILE * TILE;    // S
 
+static inline __m512bh spread_pair(const Bfloat16 *from) {
+    int32_t both;
+    std::memcpy(&both, from, sizeof both);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+}
+
 // R rows of a band, so many blocks, with the activations of WIDE tiles, added to ``sums`` [WIDE][.., R][TILE].
 template <int WIDE>
 static inline void pair_block(const Bfloat16 *rows, int64_t blocks, const Bfloat16 *x, float *sums) {
@@ -24,9 +30,7 @@ static inline void pair_block(const Bfloat16 *rows, int64_t blocks, const Bfloat
                 active[w] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes));
             }
             for (int r = 0; r < HELD; ++r) {
-                int32_t both;
-                std::memcpy(&both, rows + (k * HELD + r) * TILE_VALUES + 2 * pair, sizeof both);
-                const auto spread = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+                const __m512bh spread = spread_pair(rows + (k * HELD + r) * TILE_VALUES + 2 * pair);
                 for (int w = 0; w < WIDE; ++w) total[r][w] = _mm512_dpbf16_ps(total[r][w], active[w], spread);
             }
         }
@@ -47,6 +51,23 @@ static inline void pair_part(const Band &band, int64_t rows, int64_t blocks, con
         for (int64_t w = 0; w < WIDE; ++w)
             put(sums + (r / TILE * WIDE + w) * SUMS, std::min(TILE, rows - r), std::min(TILE, tokens - w * TILE),
                 to + w * TILE, r);
+}
+
+// R rows of pairs of shares, ``stride`` apart, with as many vectors of 32 values in pairs, ``step`` apart, into ``to``.
+static inline void pair_shares(const Bfloat16 *shares, int64_t stride, const Bfloat16 *values, int64_t step,
+                               int64_t count, float (*to)[2 * TILE]) {
+    __m512 total[HELD][2] = {};
+    for (int64_t pair = 0; pair < count; ++pair, values += step) {
+        const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(values));
+        const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(values + 2 * TILE));
+        for (int r = 0; r < HELD; ++r) {
+            const __m512bh spread = spread_pair(shares + r * stride + 2 * pair);
+            total[r][0] = _mm512_dpbf16_ps(total[r][0], low, spread);
+            total[r][1] = _mm512_dpbf16_ps(total[r][1], high, spread);
+        }
+    }
+    for (int r = 0; r < HELD; ++r)
+        for (int w = 0; w < 2; ++w) _mm512_storeu_ps(to[r] + w * TILE, total[r][w]);
 }
 
 // Puts the products of ``count`` rows with activation b into to[b]; ``x`` as pack_tiles left parts of 32.
