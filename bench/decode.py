@@ -334,7 +334,8 @@ def main() -> int:
         return 0
     reading = " --prompts" if options.prompts else ""
     shown = options.model if file is None else file.name
-    words = f"--model {shown} --batch {options.batch} --context {options.context}{reading}"
+    beside = " --openvino PYTHON" if options.openvino else ""
+    words = f"--model {shown} --batch {options.batch} --context {options.context}{reading}{beside}"
     with tempfile.TemporaryDirectory(prefix="consilium-decode-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

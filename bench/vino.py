@@ -22,14 +22,20 @@ GROUP = 32
 
 
 def export(folder: str, out: str, kind: str) -> None:
-    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig  # noqa: PLC0415 - seconds
+    import torch  # noqa: PLC0415 - seconds
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig  # noqa: PLC0415 - the same
 
     bits = {"bfloat16": None, "int8": 8, "int4": 4}[kind]
     packing = None
     if bits is not None:
         packing = OVWeightQuantizationConfig(bits=bits, sym=True, group_size=GROUP if bits == 4 else -1)
     made = OVModelForCausalLM.from_pretrained(
-        folder, export=True, compile=False, load_in_8bit=False, quantization_config=packing
+        folder,
+        export=True,
+        compile=False,
+        load_in_8bit=False,
+        quantization_config=packing,
+        torch_dtype=torch.bfloat16,
     )
     made.save_pretrained(out)
 
