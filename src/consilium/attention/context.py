@@ -35,7 +35,7 @@ def build_context(
     Layers may see less of all that, a window.
     """
     assert not cached or sequence_BS is None, "a cache holds one sequence a row, not packed documents"
-    cos_BSR, sin_BSR = rotary_tables(config.rope, _rotated_width(config), position_BS)
+    cos_BSR, sin_BSR = tables_of(config, position_BS)
     return Context(
         position_BS,
         cos_BSR,
@@ -44,6 +44,11 @@ def build_context(
         seen_BSL=_slot_mask(position_BS) if cached else None,
         peaks=None if peaks_above is None else Peaks(peaks_above, valid_BS),
     )
+
+
+def tables_of(config: GQA | MLA, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, S, R] of tokens at these positions."""
+    return rotary_tables(config.rope, _rotated_width(config), position_BS)
 
 
 def _slot_mask(position_BS: Tensor) -> Tensor | None:

@@ -6,15 +6,14 @@ Legend: B sequences, D hidden size, K choices a token, E experts, M MoE layers.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from consilium.attention.context import build_context
-from consilium.attention.types import Context
+from consilium.attention.context import tables_of
 from consilium.config.model import Model
 from consilium.kv.types import Cache, View
 from consilium.model.block import DecoderBlock
@@ -69,11 +68,12 @@ class NativeBlocks:
 
     def run(self, x_TD: Tensor, inputs: Inputs, cache: Cache, options: Options, *, many: bool) -> States:
         """After all blocks: a token of each sequence, or ``many``, the tokens of a part of a prompt."""
-        context = build_context(self.config.attention, inputs.positions().contiguous(), cached=True)
+        position_BS = inputs.positions().contiguous()
+        slots, tables = int(position_BS.max()) + 1, tables_of(self.config.attention, position_BS)
         buffers = _Buffers.of(x_TD.float(), self.choices, len(self.moe_places), self.experts)
-        shared = _shared(buffers, context, many=many)
+        shared = _shared(buffers, (*tables, position_BS), many=many)
         layers = (Layer * len(self.layers))(*self.layers)
-        views = [cache.layer(block.layer).view(context.keys) for block in self.blocks]
+        views = [cache.layer(block.layer).view(slots) for block in self.blocks]
         for layer, view in zip(layers, views, strict=True):
             _fill(layer.attend, view)
             layer.routed = layer.routed and options.mode.override is None
@@ -86,15 +86,17 @@ class NativeBlocks:
     ) -> Mapping[int, Report]:
         """All layers; a router that the kernels do not know is asked between the halves of its own."""
         reports: dict[int, Report] = {}
-        for row, place in enumerate(self.moe_places):
+        valid = tokens.valid_T.sum()
+        for place, (chosen_BK, weights_BK, second_B, margin_B, counts_E) in zip(
+            self.moe_places, buffers.by_layer(), strict=True
+        ):
             layer, index = layers[place], self.blocks[place].layer
-            layer.route.counts = buffers.counts_ME[row].data_ptr()
-            layer.route.chosen = layer.feed.chosen = buffers.chosen_MBK[row].data_ptr()
-            layer.route.weights = layer.feed.weights = buffers.weights_MBK[row].data_ptr()
+            layer.route.counts = counts_E.data_ptr()
+            layer.route.chosen = layer.feed.chosen = chosen_BK.data_ptr()
+            layer.route.weights = layer.feed.weights = weights_BK.data_ptr()
             if options.routings:
-                layer.route.second = buffers.second_MB[row].data_ptr()
-                layer.route.margin = buffers.margin_MB[row].data_ptr()
-            reports[index] = _counted(index, buffers.counts_ME[row], tokens)
+                layer.route.second, layer.route.margin = second_B.data_ptr(), margin_B.data_ptr()
+            reports[index] = Report(index, {}, counts_E, counts_E, valid, None)
         first = 0
         while (first := self.kernels.layers(shared, layers, first)) < len(layers):
             reports[self.blocks[first].layer] = self._ask(shared, layers, first, buffers, tokens, options)
@@ -277,6 +279,11 @@ class _Buffers:
             {},
         )
 
+    def by_layer(self) -> Iterator[tuple[Tensor, ...]]:
+        """Choices, weights, runners-up, margins and counts of each layer with experts."""
+        kinds = self.chosen_MBK, self.weights_MBK, self.second_MB, self.margin_MB, self.counts_ME
+        return zip(*(kind.unbind() for kind in kinds), strict=True)
+
     def chosen(self, place: int, choices: int) -> Chosen:
         """Where the tokens of a layer went, which may have fewer choices than others."""
         if place in self.asked:
@@ -287,17 +294,14 @@ class _Buffers:
         return Chosen(experts_BK, weights_BK, self.second_MB[place], self.margin_MB[place])
 
 
-def _counted(index: int, counts_E: Tensor, tokens: Tokens) -> Report:
-    return Report(index, {}, counts_E, counts_E, tokens.valid_T.sum(), None)
-
-
-def _shared(buffers: _Buffers, context: Context, *, many: bool) -> Pass:
+def _shared(buffers: _Buffers, places: tuple[Tensor, Tensor, Tensor], *, many: bool) -> Pass:
+    """``places`` are cosines, sines and positions, which have to stay alive."""
     return Pass(
         torch.get_num_threads(),
         *buffers.x_BD.shape,
         many,
         *(t.data_ptr() for t in (buffers.x_BD, buffers.normed_BD)),
-        *(t.data_ptr() for t in (context.cos_BSR, context.sin_BSR, context.position_BS)),
+        *(t.data_ptr() for t in places),
     )
 
 

@@ -5,6 +5,7 @@ Legend: B sequences, S tokens, H heads, R pairs, P dimensions of a head, of whic
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Final
 
@@ -19,17 +20,21 @@ _STEEPEST: Final = 1e-3
 
 def frequencies(rope: Rope, dim: int) -> Tensor:
     """Radians a position [dim / 2], computed in float64 and rounded once to float32."""
-    return _different(rope, dim // rope.repeats).repeat_interleave(rope.repeats)
+    found_R = torch.tensor(_different(rope, dim // rope.repeats), dtype=torch.float32)
+    return found_R.repeat_interleave(rope.repeats)
 
 
-def _different(rope: Rope, dim: int) -> Tensor:
+@functools.cache
+def _different(rope: Rope, dim: int) -> tuple[float, ...]:
+    """Numbers of float32: every pass asks for them."""
     plain_R = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     match rope.scaling:
         case Unscaled():
-            return plain_R.float()
+            found_R = plain_R
         case Yarn() as yarn:
             ramp_R = _interpolated_share(yarn, rope.theta, dim)
-            return (plain_R / yarn.factor * ramp_R + plain_R * (1 - ramp_R)).float()
+            found_R = plain_R / yarn.factor * ramp_R + plain_R * (1 - ramp_R)
+    return tuple(found_R.float().tolist())
 
 
 def rotation_scale(rope: Rope) -> float:
