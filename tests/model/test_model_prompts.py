@@ -88,6 +88,24 @@ def test_cached_rows_in_bfloat16_are_read_as_they_are(config: Model, tier: Tier)
 
 
 @pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("packing", [None, *PACKINGS])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_where_a_prompt_is_cut_changes_no_bit(config: Model, packing: Packing | None, tier: Tier) -> None:
+    """However few tokens a part has, or an expert of a part."""
+    model = lively(config).bfloat16().eval()
+    if packing is not None:
+        pack(model, packing)
+    prepared, ids_1S = prepare(model, tier), ids_of(75)
+    with torch.inference_mode():
+        found = [
+            read(prepared, ids_1S, parts, build_cache(config, batch=1, capacity=75, dtype=torch.bfloat16))
+            for parts in ([75], [1, 3, 20, 51], [33, 42], [70, 5], [64, 11])
+        ]
+    for other in found[1:]:
+        assert torch.equal(other.logits, found[0].logits)
+
+
+@pytest.mark.parametrize("tier", HERE)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_packed_weights_read_prompts(

@@ -6,6 +6,7 @@ import errno
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def test_what_is_compiled_is_found_again(quick: Path, tmp_path: Path) -> None:
     assert isinstance(plan, Planned)
     assert not plan.is_there
     assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
-    made = plan.path.read_text()
+    made = plan.path.read_bytes()
     quick.write_text("#!/bin/sh\necho quick 1.0\n")
     assert built(tmp_path / "kept") == Built(plan.path, tiers()[-1])
-    assert plan.path.read_text() == made
+    assert plan.path.read_bytes() == made
 
 
 def test_another_compiler_source_or_tier_is_another_file(
@@ -82,7 +83,31 @@ def test_a_file_that_others_can_write_is_not_loaded(quick: Path, tmp_path: Path)
     plan.path.chmod(0o666)
     assert not plan.is_there
     assert built(tmp_path) == Built(plan.path, plan.tier)
-    assert plan.path.read_text() != "planted"
+    assert plan.path.read_bytes() != b"planted"
+    assert plan.is_there
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content[:50],
+        lambda content: content[:10] + bytes(4) + content[14:],
+        lambda content: b"",
+        lambda content: b"another library",
+    ],
+    ids=["truncated", "zeros", "empty", "another"],
+)
+def test_a_file_that_is_not_whole_is_made_anew(
+    quick: Path, tmp_path: Path, harm: Callable[[bytes], bytes]
+) -> None:
+    """Loading it would end the process, at every start."""
+    first = built(tmp_path)
+    assert isinstance(first, Built)
+    first.path.write_bytes(harm(first.path.read_bytes()))
+    plan = planned(tmp_path)
+    assert isinstance(plan, Planned)
+    assert not plan.is_there
+    assert built(tmp_path) == first
     assert plan.is_there
 
 
@@ -109,6 +134,7 @@ def test_without_a_compiler_the_reason_is_told(
     [
         ("#!/bin/sh\necho 'x.cpp:1: error: no such header' >&2\nexit 1\n", "x.cpp:1: error: no such header"),
         ("#!/bin/sh\nexit 3\n", "exit code 3"),
+        ("#!/bin/sh\nprintf '\\033[31mred\\a\\n' >&2\nexit 1\n", "([31mred)"),
     ],
 )
 def test_a_compiler_that_fails_is_told(quick: Path, tmp_path: Path, script: str, reason: str) -> None:
@@ -117,6 +143,28 @@ def test_a_compiler_that_fails_is_told(quick: Path, tmp_path: Path, script: str,
     assert isinstance(found, Missing)
     assert reason in found.reason
     assert "\n" not in found.reason
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "no program",
+        "#!/there/is/none\n",
+        "#!/bin/sh\ncase $* in *--version*) exec sleep 20;; esac\n",
+    ],
+    ids=["no program", "no interpreter", "says nothing"],
+)
+def test_a_compiler_that_cannot_be_asked_is_told(
+    quick: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_TELLS", 0.3)
+    monkeypatch.setenv("PATH", f"{quick.parent}:/bin:/usr/bin")
+    monkeypatch.setenv("CXX", str(quick))
+    quick.write_text(script)
+    found = built(tmp_path)
+    assert isinstance(found, Missing)
+    assert "does not say its version" in found.reason
+    assert "CXX" in found.remedy
 
 
 @pytest.mark.parametrize(
@@ -142,7 +190,7 @@ def test_the_chosen_compiler_may_have_a_launcher_arguments_and_blanks(
     found = built(tmp_path / "kept")
     assert isinstance(found, Built)
     assert found.tier == tiers()[-1]
-    linked = found.path.read_text()
+    linked = found.path.read_text(errors="replace")
     assert all(argument in linked for argument in arguments)
     assert ("-m64" in linked) == ("-m64" in arguments)
 

@@ -6,6 +6,7 @@ compiled file is a hash of the sources, the compiler and its flags; who finds it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -47,6 +48,10 @@ _SOURCES: Final = Path(__file__).parent / "source"
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _SECONDS: Final = 300
 """A compiler that takes longer is not waited for."""
+_TELLS: Final = 20
+"""Seconds in which it says its version."""
+_DIGEST: Final = 32
+"""Bytes behind what was compiled that say whether it is whole; whoever loads a library does not read them."""
 VARIABLE: Final = "CONSILIUM_NATIVE"
 """``off``, or the name of a tier; unset is the fastest that runs here."""
 
@@ -61,12 +66,13 @@ class Planned:
 
     @property
     def is_there(self) -> bool:
-        """Whether the file is there and nobody else could have written it: it becomes code of ours."""
+        """Whether the file is there and whole, and nobody else could have written it: it becomes our code."""
         try:
-            found = self.path.stat()
+            found, content = self.path.stat(), self.path.read_bytes()
         except OSError:
             return False
-        return found.st_uid == os.getuid() and not found.st_mode & 0o022
+        whole = _digest(content[:-_DIGEST]) == content[-_DIGEST:]
+        return whole and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,12 @@ def planned(folder: Path | None = None) -> Planned | Missing:
         return Missing("there is no C++ compiler", "install g++ or clang++")
     tier = _taken(compiler, wanted)
     command = (*compiler, *_COMMON, *FLAGS[tier])
-    return Planned((folder or cache_folder() / "native") / f"{_key(compiler, command)}.so", tier, command)
+    try:
+        key = _key(compiler, command)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        remedy = f"set CXX to a compiler that runs, or {VARIABLE}=off"
+        return Missing(f"{compiler[0]} does not say its version ({type(error).__name__})", remedy)
+    return Planned((folder or cache_folder() / "native") / f"{key}.so", tier, command)
 
 
 def built(folder: Path | None = None) -> Built | Missing:
@@ -151,13 +162,18 @@ def _made(plan: Planned, *, keep: bool) -> Built | Missing:
             return Missing(reason, f"set {VARIABLE}=off to be told no more")
         content = made.read_bytes()
     if keep:
-        write_file(plan.path, content)
-        plan.path.chmod(0o644)
-        return Built(plan.path, plan.tier)
+        with contextlib.suppress(ConsiliumError):
+            write_file(plan.path, content + _digest(content))
+            plan.path.chmod(0o644)
+            return Built(plan.path, plan.tier)
     descriptor, name = tempfile.mkstemp(prefix="consilium-native-", suffix=".so")
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     return Built(Path(name), plan.tier, kept=False)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _tiers(asked: str) -> tuple[Tier, ...]:
@@ -166,10 +182,8 @@ def _tiers(asked: str) -> tuple[Tier, ...]:
     wanted: tuple[Tier, ...] = tuple(tier for tier in here if asked in ("", tier))
     if wanted:
         return wanted
-    known = ("off", *here[::-1])
     raise ConsiliumError(
-        f"{VARIABLE}={asked}: no such kernels run on this processor; write one of {', '.join(known)}."
-        f"{nearest(asked, known)}"
+        f"{VARIABLE}={asked}: no such kernels run on this processor.{nearest(asked, ('off', *here))}"
     )
 
 
@@ -207,7 +221,7 @@ def _takes(command: tuple[str, ...]) -> bool:
 
 def _key(compiler: tuple[str, ...], command: tuple[str, ...]) -> str:
     """The hash of all that decides what the compiler makes: machines may share a home."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS)  # noqa: S603 - the compiler that the user has
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_TELLS)  # noqa: S603 - the compiler that the user has
     made_for = (command, version.stdout, sys.platform, platform.machine())
     digest = hashlib.sha256(repr(made_for).encode())
     for source in sorted(_SOURCES.iterdir()):
@@ -238,4 +252,5 @@ def _run(command: tuple[str, ...]) -> str | None:
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return f"{command[0]} cannot compile the kernels ({lines[0]})"
+    told = "".join(character for character in lines[0] if character.isprintable())[:200]
+    return f"{command[0]} cannot compile the kernels ({told})"

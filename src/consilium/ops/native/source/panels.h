@@ -13,7 +13,6 @@ constexpr int WIDE = 2;                                       // vectors of a bl
 constexpr int64_t PANEL_TOKENS = WIDE * LANES;                // T
 constexpr int PANEL_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // R, as many as leave registers
 constexpr int64_t CHUNK_COLUMNS = 256;                        // C: a block of activations stays in the first cache
-constexpr int64_t FEWEST = 4;                                 // below, most of a block would be zeros
 
 static inline int64_t panel_values(int64_t tokens, int64_t n) {
     return (tokens + PANEL_TOKENS - 1) / PANEL_TOKENS * PANEL_TOKENS * n;

@@ -70,7 +70,8 @@ class Team {
 
 inline void Team::meet() {
     const uint32_t now = meeting.load(std::memory_order_acquire);
-    if (met.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    const int all = size;  // of this region: once all have met, the next one may have another
+    if (met.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
         met.store(0, std::memory_order_relaxed);
         meeting.store(now + 1, std::memory_order_release);
         return;

@@ -30,15 +30,16 @@ struct Norm {
     double epsilon;
 };
 
-// How products whose activations stay float32 are taken.
-static inline Way exact_way(const Active &x) { return x.many && x.tokens() > FEWEST ? PANELS : FLOATS; }
+// How products whose activations stay float32 are taken: a prompt's always alike, wherever it is cut and however few
+// of its tokens an expert has.
+static inline Way exact_way(const Active &x) { return x.many ? PANELS : FLOATS; }
 
 // How products with a matrix of this type are taken.
 static inline Way way_of(int64_t type, const Active &x) {
     const bool packed = type == INT8 || type == INT4 || type == UINT4;
     if (TILED && type == BFLOAT16) return TILES;
     if (PAIRED && x.many && type != FLOAT32 && (TILED || !packed)) return TILES;
-    if (!packed || (!BANDED && exact_way(x) == PANELS)) return exact_way(x);
+    if (!packed || (!BANDED && x.many)) return exact_way(x);
     return type == INT8 ? INTEGERS8 : INTEGERS4;
 }
 
