@@ -43,6 +43,7 @@ ALL: dict[str, dict[str, Any]] = {
     "carve": {"method": "carve", "experts": 5, "top_k": 2, "shared": 1},
     "copy": {"method": "copy", "experts": 4, "top_k": 2},
     "standardised": {"method": "copy", "experts": 4, "top_k": 2, "gate": "standardised"},
+    "hidden layer in the gate": {"method": "split-random", "experts": 4, "top_k": 1, "gate": "mlp"},
     "virtual-group": {"method": VirtualGroup(granularity=3), "experts": 4, "top_k": 3},
     "qwen": {"method": Qwen(granularity=2), "experts": 3, "top_k": 2},
     "drop": {"method": "drop", "experts": 4, "top_k": 2},
@@ -102,6 +103,22 @@ def test_each_neuron_is_in_one_expert_with_all_its_rows(name: str, dense: Path, 
             assert torch.equal(down_DS, down_DF[:, list(neurons)] * factor)
         if shared:
             assert torch.equal(after[f"layers.{layer}.moe.shared.down.weight"], down_DF[:, shared])
+
+
+@pytest.mark.parametrize(
+    ("scale", "top_k", "factor"),
+    [("sum", 2, 2.0), ("ratio", 2, 3.0), ("none", 2, 1.0), ("sum", 1, 6.0), ("ratio", 1, 36.0)],
+)
+def test_a_scale_is_what_down_matrices_are_multiplied_by(
+    scale: str, top_k: int, factor: float, dense: Path, tmp_path: Path
+) -> None:
+    """A single expert is weighed by its score, a sixth, which its matrix makes up for."""
+    lineage = made(dense, tmp_path / "moe", "split-cluster", scale=scale, top_k=top_k)
+    before, after = store.load(dense).state_dict(), store.load(tmp_path / "moe").state_dict()
+    for layer, neurons in enumerate(lineage.neurons):
+        down_DES = before[f"layers.{layer}.feed_forward.down.weight"][:, torch.tensor(neurons)]
+        down_EDS = after[f"layers.{layer}.moe.experts.down"]
+        assert torch.equal(down_EDS, down_DES.transpose(0, 1) * factor)
 
 
 def test_importance_is_activation_times_gradient(dense: Path) -> None:
@@ -172,6 +189,30 @@ def test_a_share_of_the_neurons_is_drawn_anew_and_the_others_stay(dense: Path, t
     assert len({tuple(row.tolist()) for row in same_ES}) == 4, "each expert has others"
     fresh = up_EGD[~same_EG]
     assert abs(float(fresh.std() / up_GD.std()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("fresh", [0.0, 0.25, 0.5])
+def test_copies_of_qwen_are_shuffled_cut_and_drawn_anew_in_part(
+    fresh: float, dense: Path, tmp_path: Path
+) -> None:
+    method = Qwen(granularity=2, fresh=fresh)
+    lineage = made(dense, tmp_path / "moe", "qwen", method=method, experts=3)
+    before, after = store.load(dense).state_dict(), store.load(tmp_path / "moe").state_dict()
+    for layer, experts in enumerate(lineage.neurons):
+        copies = [[*one, *other] for one, other in zip(experts[::2], experts[1::2], strict=True)]
+        assert all(sorted(neurons) == list(range(48)) for neurons in copies)
+        parts = {frozenset(neurons) for neurons in experts}
+        assert len(parts) == 6, "each copy in an order of its own"
+        assert not {frozenset(range(24)), frozenset(range(24, 48))} & parts
+        neurons_ES = torch.tensor(experts)
+        up_FGD = before[f"layers.{layer}.feed_forward.up.weight"].view(2, 48, -1).transpose(0, 1)
+        up_EGSD = after[f"layers.{layer}.moe.experts.up"].view(6, 2, 24, -1)
+        same_ES = (up_EGSD.transpose(1, 2) == up_FGD[neurons_ES]).flatten(2).all(2)
+        assert same_ES.sum(1).tolist() == [24 - round(24 * fresh)] * 6
+        assert len({tuple(row.tolist()) for row in same_ES}) == (6 if fresh else 1), "each has others"
+        down_EDS = before[f"layers.{layer}.feed_forward.down.weight"].T[neurons_ES].transpose(1, 2)
+        found_EDS = after[f"layers.{layer}.moe.experts.down"]
+        assert torch.equal((found_EDS == down_EDS).all(1), same_ES)
 
 
 def test_the_whole_network_is_a_shared_expert_behind_a_half_open_gate(dense: Path, tmp_path: Path) -> None:
