@@ -132,15 +132,24 @@ def test_a_window_is_told_with_what_is_read_behind_it(
     assert planned(capsys, "llama:7b")["window"] is None
 
 
-def test_planning_imports_no_torch_and_no_other_recipe() -> None:
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ("deepseek-v3", "recipes.deepseek_v3"),
+        ("llama:7b --upcycle method=copy --upcycle experts=8 --upcycle top_k=2", "planner.upcycled"),
+        ("llama:7b --upcycle method=mla --upcycle method.kv_rank=512", "planner.latent"),
+    ],
+)
+def test_planning_imports_no_torch_and_no_other_recipe(words: str, own: str) -> None:
     code = (
-        "import sys; from consilium.cli.main import main; main(['plan', 'deepseek-v3']);"
+        f"import sys; from consilium.cli.main import main; assert not main({['plan', *words.split()]});"
         "print(*sys.modules, sep='\\n', file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stderr.split())
-    assert "consilium.recipes.deepseek_v3" in imported
-    heavy = {"torch", "numpy", "rich", "yaml"}
+    assert f"consilium.{own}" in imported
+    # The values of --upcycle are read as YAML.
+    heavy = {"torch", "numpy", "rich"} | (set() if "--upcycle" in words else {"yaml"})
     assert not (heavy | {"consilium.recipes.deepseek_v2", "consilium.planner.laws"}) & imported
 
 

@@ -27,6 +27,12 @@ LLAMA = Model(
 QWEN3 = dataclasses.replace(
     LLAMA, family="qwen3", attention=GQA(heads=4, kv_heads=2, head_dim=8, qk_norm="head")
 )
+MISTRAL = dataclasses.replace(
+    LLAMA, family="mistral", attention=GQA(heads=4, kv_heads=2, head_dim=8, window=40)
+)
+QWEN2 = dataclasses.replace(
+    LLAMA, family="qwen2", attention=GQA(heads=4, kv_heads=2, head_dim=8, qkv_bias=True), tied=True
+)
 
 
 def with_activation(activation: Activation) -> Model:

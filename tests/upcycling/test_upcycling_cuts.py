@@ -62,7 +62,7 @@ def labelled(label_F: Tensor) -> Groups:
 def chosen(plan: Cut, made: Network) -> Sequence[frozenset[int]]:
     """By kind, the neurons of the expert that every token of it chooses."""
     best_T = (made.x_TD @ plan.gate(made.x_TD, 1, 1e-2).T).argmax(1)
-    ours_K = [best_T[KIND_T == kind].unique().tolist() for kind in range(KINDS)]
+    ours_K = [best_T[kind::KINDS].unique().tolist() for kind in range(KINDS)]
     assert [len(experts) for experts in ours_K] == [1] * KINDS
     return [frozenset(plan.neurons_ES[expert].tolist()) for (expert,) in ours_K]
 
@@ -101,7 +101,7 @@ def test_inner_sharing_gives_a_kind_of_tokens_what_matters_to_it_and_sends_it_th
     needed = [frozenset(range(3 * kind, 3 * kind + 6)) for kind in range(KINDS)]
     importance_TF = noise(TOKENS, 24).abs()
     for kind, neurons in enumerate(needed):
-        importance_TF[(KIND_T == kind)[:, None] & torch.isin(torch.arange(24), torch.tensor([*neurons]))] += 1
+        importance_TF[kind::KINDS, sorted(neurons)] += 1
     made = network(torch.zeros(24, 12), torch.zeros(24, 12), importance_TF)
     plan = decided(made, InnerSplit(), seed)
     assert groups(plan.neurons_ES.tolist()) == set(needed)
@@ -112,12 +112,12 @@ def test_inner_sharing_gives_a_kind_of_tokens_what_matters_to_it_and_sends_it_th
 def test_inter_sharing_shares_what_most_kinds_need_and_splits_the_rest(seed: int) -> None:
     """Neurons 16 to 19 matter to all kinds but one, and to each kind one of its own matters far more."""
     importance_TF = noise(TOKENS, 20).abs()
-    for token, kind in enumerate(KIND_T.tolist()):
-        importance_TF[token, 4 * kind : 4 * kind + 4] += 1
-        importance_TF[token, 4 * kind] += 99
-        importance_TF[token, 16:] += 2
-        importance_TF[token, 16 + kind] -= 2
-    made = network(torch.zeros(20, 12), torch.zeros(20, 12), importance_TF.abs())
+    importance_TF[:, 16:] += 2
+    for kind in range(KINDS):
+        importance_TF[kind::KINDS, 4 * kind : 4 * kind + 4] += 1
+        importance_TF[kind::KINDS, 4 * kind] += 99
+        importance_TF[kind::KINDS, 16 + kind] -= 2
+    made = network(torch.zeros(20, 12), torch.zeros(20, 12), importance_TF)
     plan = decided(made, InterSplit(), seed, shared=1)
     assert plan.shared_N is not None
     assert plan.shared_N.tolist() == [16, 17, 18, 19]
@@ -126,7 +126,7 @@ def test_inter_sharing_shares_what_most_kinds_need_and_splits_the_rest(seed: int
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_carving_shares_what_is_always_active_and_groups_the_rest_by_when_it_is(seed: int) -> None:
-    """Neurons 16 to 19 are active a little for all tokens; of each kind's own one misses half of its tokens."""
+    """Neurons 16 to 19 are always active, a little; of each kind's own ones one misses half of its tokens."""
     gate_FD = torch.cat((10 * ONE[torch.arange(16) // 4], ONE[4].expand(4, 12)))
     gate_FD[3:16:4] -= 8 * ONE[8]
     made = network(gate_FD, up_FD=ONE[4 + torch.arange(20) % 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 
 from consilium.checkpoint import store
 from consilium.cli.main import main
+from consilium.config.model import Model
 from consilium.config.upcycling import Qwen, VirtualGroup
 from consilium.upcycling.run import upcycle
 from support import relative_error
-from upcycling.sources import LLAMA, QWEN3, saved, text
+from upcycling.sources import LLAMA, MISTRAL, QWEN2, QWEN3, saved, text
 
 LAYOUTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "copies of llama": (LLAMA, {"method": "copy", "experts": 4, "top_k": 2}, "mixtral"),
@@ -32,6 +34,18 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "qwen2_moe",
     ),
     "copies of qwen3": (QWEN3, {"method": "drop", "experts": 4, "top_k": 2}, "qwen3_moe"),
+    "copies of mistral behind its window": (MISTRAL, {"method": "copy", "experts": 4, "top_k": 2}, "mixtral"),
+    "a split of mistral behind its window": (
+        MISTRAL,
+        {"method": "split-graph", "experts": 4, "top_k": 2},
+        "mixtral",
+    ),
+    "qwen of a tied qwen2": (QWEN2, {"method": Qwen(granularity=2), "experts": 2, "top_k": 2}, "qwen2_moe"),
+    "copies of qwen2, without a shared one": (
+        QWEN2,
+        {"method": "copy", "experts": 4, "top_k": 2},
+        "consilium",
+    ),
     "groups, raw": (
         LLAMA,
         {"method": VirtualGroup(granularity=2), "experts": 2, "top_k": 2},
@@ -53,8 +67,11 @@ def test_a_result_has_the_layout_of_the_architecture_that_computes_it(
 ) -> None:
     config, options, kind = LAYOUTS[name]
     saved(config, tmp_path / "dense")
+    assert kind_in(tmp_path / "dense") == config.family
     upcycle(tmp_path / "dense", tmp_path / "moe", data=text(tmp_path / "a.txt"), **options, **spread)
-    assert json.loads((tmp_path / "moe/config.json").read_text())["model_type"] == kind
+    assert kind_in(tmp_path / "moe") == kind
+    made = store.load(tmp_path / "moe").config
+    assert (made.attention, made.tied) == (config.attention, config.tied)
     if kind not in NATIVE:
         return
     library = pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -66,6 +83,38 @@ def test_a_result_has_the_layout_of_the_architecture_that_computes_it(
     ours = store.load(tmp_path / "moe").eval()
     with torch.no_grad():
         assert relative_error(ours(ids_BS).logits, theirs(ids_BS).logits) < 1e-5
+
+
+def kind_in(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}),
+        (MISTRAL, {}),
+        (QWEN2, {}),
+        (QWEN3, {}),
+    ],
+    ids=["llama", "mistral without a window", "mistral", "qwen2", "qwen3"],
+)
+def test_a_folder_that_others_wrote_gives_what_ours_gives(
+    config: Model, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    saved(config, tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    told = json.loads((tmp_path / "ours/config.json").read_text()) | keys
+    del told["consilium"]
+    (tmp_path / "theirs/config.json").write_text(json.dumps(told))
+    (tmp_path / "theirs/manifest.json").unlink()
+    options: dict[str, Any] = {"data": text(tmp_path / "a.txt"), "method": "carve", "experts": 4, "top_k": 2}
+    ours = upcycle(tmp_path / "ours", tmp_path / "one", **options)
+    assert upcycle(tmp_path / "theirs", tmp_path / "two", **options) == ours
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert kind_in(one) == kind_in(two)
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
 def test_a_result_is_exported_for_llama_cpp_and_trained_on(

@@ -25,6 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(dataclasses.replace(LLAMA, family="mixtral", moe=moe), folder / "sparse")
     text(folder / "a.txt")
     (folder / "short.txt").write_text("a few words")
+    (folder / "empty.txt").write_text("")
     (folder / "theirs").mkdir()
     (folder / "theirs" / "notes.txt").write_text("mine")
     return folder
@@ -76,6 +77,8 @@ def words(home: Path, out: Path, text_: str) -> list[str]:
         ("dense --method expand --experts 4 --top-k 1", "is dense; choose --method copy"),
         ("sparse --method expand --experts 6 --top-k 2", "multiple of 4"),
         ("dense --method copy --experts 8 --top-k 1 --data short.txt", "give more text"),
+        ("dense --method split-inner --experts 4 --top-k 2 --data empty.txt", "empty.txt"),
+        ("dense --method split-inner --experts 4 --top-k 2 --data short.txt", "give more text"),
         ("nothere --method copy --experts 2 --top-k 1", "no such folder"),
         ("theirs --method copy --experts 2 --top-k 1", "is not a checkpoint"),
         ("dense --method copy --experts 2 --top-k 1 --data nothere.txt", "nothere.txt"),
