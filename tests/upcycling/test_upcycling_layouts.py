@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from consilium.checkpoint import store
+from consilium.checkpoint.folders import checkpoint_in
 from consilium.cli.main import main
 from consilium.config.model import Model
+from consilium.config.router import Jitter
 from consilium.config.upcycling import Qwen, VirtualGroup
 from consilium.upcycling.run import upcycle
 from support import relative_error
@@ -136,3 +138,24 @@ def test_a_result_is_exported_for_llama_cpp_and_trained_on(
     assert main(["train", str(tmp_path / "moe.gguf"), "--out", run, *words]) == 0
     assert main(["generate", run, "--prompt", "line", "--max-tokens", "4"]) == 0
     capsys.readouterr()
+
+
+def test_a_result_is_trained_with_noise_in_its_routers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(LLAMA, tmp_path / "dense")
+    words = ["--data", str(text(tmp_path / "a.txt")), "--steps", "2", "--batch", "2", "--seq", "32"]
+    words += ["--threads", "1", "--set", "eval_tokens=64"]
+    upcycle(tmp_path / "dense", tmp_path / "moe", method="copy", experts=2, top_k=1, data=words[1])
+    noise = ["--set", "model.moe.router.noise.epsilon=0.1", "--set", "model.moe.router.noise.kind=jitter"]
+    for name, more in (("plain", []), ("noisy", noise)):
+        assert main(["train", str(tmp_path / "moe"), "--out", str(tmp_path / name), *words, *more]) == 0
+    plain, noisy = (store.load(checkpoint_in(tmp_path / name)) for name in ("plain", "noisy"))
+    assert noisy.config.moe is not None
+    assert noisy.config.moe.router.noise == Jitter(epsilon=0.1)
+    assert kind_in(checkpoint_in(tmp_path / "noisy")) == kind_in(tmp_path / "moe")
+    gate = "layers.0.moe.router.projection.weight"
+    assert not torch.equal(noisy.state_dict()[gate], plain.state_dict()[gate])
+    refused = ["--set", "model.moe.router.noise.kind=learned", "--out", str(tmp_path / "learned")]
+    assert main(["train", str(tmp_path / "moe"), *words, *refused]) == 2
+    assert "has no weight layers.0.moe.router.noise.weight" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("texts")
-@pytest.mark.parametrize(("page", "count"), [("upcycle", 9), ("mla", 4)])
+@pytest.mark.parametrize(("page", "count"), [("upcycle", 10), ("mla", 4)])
 def test_the_commands_of_the_page_run(page: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     found = commands(ROOT / f"docs/how-to/{page}.md")
     assert len(found) == count
