@@ -52,6 +52,9 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+SPLIT = [name for name, asked in EXACT.items() if str(asked["method"]).startswith(("split", "carve"))]
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_the_result_computes_what_its_source_does(name: str, tmp_path: Path) -> None:
     dense = saved(LLAMA, tmp_path / "dense")
@@ -63,7 +66,7 @@ def test_the_result_computes_what_its_source_does(name: str, tmp_path: Path) -> 
     assert relative_error(out.logits, expected.logits) < 1e-5
     assert made.promise is not None
     assert made.kept
-    assert made.relative < 1e-5
+    assert made.relative < (1e-6 if name in SPLIT else 1e-5)
     assert sparse.config.moe is not None
     assert sum(sparse.config.is_moe(i) for i in range(2)) == len(out.reports)
 

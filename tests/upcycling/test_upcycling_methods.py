@@ -20,6 +20,7 @@ from consilium.config.upcycling import ClusterSplit, Drop, Expand, Qwen, Upcycli
 from consilium.data.corpus import measured_corpus, whole_documents
 from consilium.data.paths import path_texts
 from consilium.data.tokenizer import Tokenizer
+from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading, measure
 from consilium.evaluation.walk import importances, passages, walk
 from consilium.model.types import Inputs
@@ -260,10 +261,35 @@ def test_experts_of_a_sparse_model_are_repeated(dense: Path, tmp_path: Path) -> 
     rows_ED, more_ED = (state["layers.1.moe.router.projection.weight"] for state in (before, after))
     assert torch.equal(more_ED[:4], rows_ED)
     assert 0 < relative_error(more_ED[4:], rows_ED) < 1e-4
-    # Twice the experts, twice as many chosen: each with its double, so that little but ties can change.
-    assert found.relative < 0.5
-    with_noise = upcycle(tmp_path / "moe", tmp_path / "noisy", **(options | {"top_k": 2, "spread": 0.5}))
-    assert with_noise.promise is None
+    # Twice the experts, twice as many chosen: each with its double, at half the weight.
+    assert found.promise == 1e-5
+    assert found.relative < 1e-5
+
+
+def test_one_copy_of_each_expert_is_chosen_where_no_more_are(dense: Path, tmp_path: Path) -> None:
+    """A direction decides which, for as many tokens each; of equal rows both would be chosen for two."""
+    made(dense, tmp_path / "moe", "copy", spread=1.0)
+    options = {"data": dense.parent / "a.txt", "method": Expand(), "top_k": 2}
+    for copies in (2, 3):
+        found = upcycle(tmp_path / "moe", tmp_path / f"more-{copies}", experts=4 * copies, **options)
+        assert found.promise is None
+        assert found.relative < 1e-5, "copies of one network, whoever is chosen"
+        for layer in found.layers:  # of what each expert had, its copies have as much each
+            shares_MN = torch.tensor(layer.load).view(copies, 4) / torch.tensor(layer.load).view(
+                copies, 4
+            ).sum(0)
+            assert shares_MN.max() < 1.35 / copies, layer
+    made(dense, tmp_path / "cut", "split-cluster", spread=1.0)
+    found = upcycle(tmp_path / "cut", tmp_path / "cut-more", experts=12, **options)
+    together = upcycle(tmp_path / "cut", tmp_path / "alike", experts=12, **(options | {"spread": 1e-6}))
+    assert found.relative < 0.25 * together.relative, "with equal rows a token uses one expert for two"
+
+
+def test_what_cannot_be_repeated_is_said(dense: Path, tmp_path: Path) -> None:
+    made(dense, tmp_path / "moe", "copy", gate="mlp")
+    with pytest.raises(ConsiliumError, match=r"repeats the rows of a linear gate, and this model's is 'mlp'"):
+        upcycle(tmp_path / "moe", tmp_path / "more", method=Expand(), experts=8, top_k=2)
+    assert not (tmp_path / "more").exists()
 
 
 def test_neurons_that_several_experts_have_add_up_to_no_network(dense: Path, tmp_path: Path) -> None:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from consilium.checkpoint import store
 from consilium.cli.main import main
 from consilium.config.moe import MoE
 from consilium.config.router import Router, TopK
+from consilium.data.corpus import measured_corpus, whole_documents
+from consilium.data.paths import path_texts
+from consilium.data.tokenizer import Tokenizer
+from consilium.evaluation.bits import Reading
+from consilium.evaluation.walk import passages, walk
+from consilium.planner.parameters import parameters
 from consilium.records.upcycling import NAME
+from consilium.report.plain import sized
 from consilium.upcycling.run import upcycle
 from upcycling.sources import LLAMA, saved, text
 
@@ -127,11 +138,19 @@ def test_without_a_tokenizer_there_is_no_text(
 def test_a_full_disk_is_told_before_the_first_byte(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consilium.disk.files._free", lambda place: 1000)
+    """It says how much it takes, does with as much, and not with a byte less."""
+    assert main(words(home, tmp_path / "there", COPY)) == 0
+    config = store.open_folder(tmp_path / "there").config
+    needed = 4 * parameters(config).total
+    assert f"the new model takes {sized(needed)} on the disk" in capsys.readouterr().err
+    monkeypatch.setattr("consilium.disk.files._free", lambda place: needed)
+    assert main(words(home, tmp_path / "out", COPY)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("consilium.disk.files._free", lambda place: needed - 1)
     monkeypatch.setattr("consilium.upcycling.run.survey", None)
-    assert main(words(home, tmp_path / "out", COPY)) == 2
+    assert main(words(home, tmp_path / "none", COPY)) == 2
     assert "the new model" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_that_fails_in_the_middle_leaves_nothing(
@@ -161,6 +180,52 @@ def test_the_command_prints_a_certificate_and_one_json_object(
     assert found["certificate"]["relative"] < 1e-5
     stored = json.loads((tmp_path / "out" / NAME).read_text())
     assert stored["certificate"] == found["certificate"]
+    assert_says(told, found["certificate"])
+
+
+def assert_says(told: str, certificate: Mapping[str, Any]) -> None:
+    """The printed certificate has the numbers of the record: by layer, end to end, in bits."""
+    lines = told.splitlines()
+    for layer in certificate["layers"]:
+        number, largest, relative, _ = lines[1 + layer["layer"]].split()
+        assert int(number) == layer["layer"]
+        assert (largest, relative) == (f"{layer['largest']:.2e}", f"{layer['relative']:.2e}")
+        assert layer["largest"] > 0 or layer["relative"] == 0
+    ends, before, after = (certificate[k] for k in ("largest", "bits_per_byte_before", "bits_per_byte_after"))
+    assert f"logits: max difference {ends:.2e}, relative {certificate['relative']:.2e}" in lines
+    assert f"bits per byte: {before:.4f} before, {after:.4f} after ({after - before:+.4f}), on" in told
+
+
+def test_a_certificate_is_what_the_two_models_say(home: Path, tmp_path: Path) -> None:
+    """Largest and relative difference of their logits and of what their layers make of the same input."""
+    asked = {"method": "split-random", "experts": 4, "top_k": 2, "data": home / "a.txt"}
+    found = upcycle(home / "dense", tmp_path / "moe", calibration_tokens=512, **asked)
+    corpus = measured_corpus(whole_documents(path_texts(home / "a.txt")), Tokenizer.load(home / "dense"))
+    reading = Reading(min(512, store.open_folder(home / "dense").config.max_length), limit_tokens=512)
+    text_ = passages(corpus, reading)
+    first, second = (store.load(place).eval() for place in (home / "dense", tmp_path / "moe"))
+    apart, size, largest = 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for passage in text_:
+            logits = [
+                passage.tokens(model(passage.inputs.ids_BS).logits).double() for model in (first, second)
+            ]
+            apart += float((logits[1] - logits[0]).square().sum())
+            size += float(logits[0].square().sum())
+            largest = max(largest, float((logits[1] - logits[0]).abs().max()))
+    assert found.largest == pytest.approx(largest, rel=1e-4)
+    assert found.relative == pytest.approx((apart / size) ** 0.5, rel=1e-4)
+    assert found.bits_per_byte_after != found.bits_per_byte_before
+    # Before the first experts both models are one, so that these get what the network got.
+    visits = [next(walk(store.open_folder(place), text_)) for place in (home / "dense", tmp_path / "moe")]
+    expected, made = (
+        torch.cat([passage.tokens(y) for passage, y in zip(text_, visit.fed, strict=True)])
+        for visit in visits
+    )
+    assert found.layers[0].relative == pytest.approx(
+        float((made - expected).norm() / expected.norm()), rel=1e-4
+    )
+    assert found.layers[0].largest == pytest.approx(float((made - expected).abs().max()), rel=1e-4)
 
 
 def test_nothing_is_said_of_gates_that_nobody_levelled(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, final, get_args
 
 from consilium.cli.arguments import assignments, count, json_flag, path
 from consilium.cli.exits import command_line
-from consilium.cli.progress import Lines
+from consilium.cli.progress import Lines, note
 from consilium.cli.running import running_arguments, settle
 from consilium.errors import ConsiliumError, nearest
+from consilium.report.plain import sized
 from consilium.words.say import say
 
 if TYPE_CHECKING:
@@ -149,6 +150,9 @@ class _Stages:
         self._lines: dict[str, Lines] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if what == "taking":
+            note(say("the new model takes {size} on the disk", size=sized(total)))
+            return
         if what not in self._lines:
             self._stack.close()
             verbs = {

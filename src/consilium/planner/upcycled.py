@@ -16,6 +16,8 @@ from consilium.config.router import (
     Projection,
     Raw,
     Router,
+    Softmax,
+    SoftmaxOfSelected,
     Standardise,
     TopK,
     Transform,
@@ -46,6 +48,9 @@ from consilium.planner.latent import with_latent_attention
 FLAT = 3e-6
 """A spread of logits for which weights are equal to within float32's resolution."""
 _APART = 1e-2
+_ALL = 1e-6
+_SIDES = 10.0
+"""How far copies of experts are apart, over what is between experts."""
 
 
 def upcycled(model: Model, asked: Upcycling) -> Model:
@@ -120,10 +125,42 @@ def spread(asked: Upcycling) -> float:
 
     Large enough by itself that scores keep the order of the logits: libraries choose by a softmax in float32,
     in which logits of ``FLAT`` fall on some thirty values, and break ties each in its own way. Of ``expand``
-    it is that of the doubles, over that of their gates.
+    it is how far copies are apart, over what is between experts (``begun`` knows the default).
     """
-    small = needs_equal_weights(asked) or isinstance(asked.method, Expand)
-    return asked.spread or (FLAT if small else _APART)
+    if isinstance(asked.method, Split) and needs_equal_weights(asked):
+        return asked.spread or _ALL  # nothing hangs on an order where all are chosen
+    return asked.spread or (FLAT if needs_equal_weights(asked) else _APART)
+
+
+def begun(model: Model, asked: Upcycling) -> Upcycling:
+    """``asked`` with the spread that it begins with on record, whatever the default will be."""
+    match asked.method:
+        case Latent():
+            return asked
+        case Expand() if asked.spread is None:
+            return dataclasses.replace(asked, spread=FLAT if chosen_together(model, asked) else _SIDES)
+        case _:
+            return dataclasses.replace(asked, spread=spread(asked))
+
+
+def chosen_together(model: Model, asked: Upcycling) -> bool:
+    """Whether ``expand`` lets a token use all copies of each of its experts."""
+    moe = model.moe
+    assert moe is not None, "expand has a sparse source"
+    return asked.top_k * moe.experts == moe.most_active * asked.experts
+
+
+def weighs_copies_alike(model: Model) -> bool:
+    """Whether weights of twice the experts, each twice, are half of what they were."""
+    assert model.moe is not None, "expand has a sparse source"
+    router = model.moe.router
+    match router.weight:
+        case Normalised() | SoftmaxOfSelected():
+            return True
+        case Raw():
+            return isinstance(router.score, Softmax)
+        case _:
+            return False
 
 
 def needs_equal_weights(asked: Upcycling) -> bool:
@@ -267,6 +304,11 @@ def _expanded(model: Model, asked: Upcycling) -> Model:
         raise ConsiliumError(
             f"upcycle: expand repeats each of {model.moe.experts} experts alike, so --experts must be a"
             f" multiple of {model.moe.experts}, such as {2 * model.moe.experts}, and {asked.experts} is none."
+        )
+    if not isinstance(model.moe.router.projection, LinearGate):
+        raise ConsiliumError(
+            f"upcycle: expand repeats the rows of a linear gate, and this model's is"
+            f" {model.moe.router.projection.kind!r}; choose another model."
         )
     select = model.moe.router.select
     if not isinstance(select, TopK) or select.groups is not None:

@@ -1,12 +1,19 @@
-"""More experts of a sparse model: each as often as asked, with a gate row that differs a little.
+"""More experts of a sparse model: each as often as asked (expert upcycling, 2604.19835).
 
-Legend: E experts of the result, N of the source.
+Where a token uses as many times more of them as there are copies, all copies of an expert are chosen
+together, each with its share of the weight: the model stays what it was. Else one copy of each has to be
+chosen, and equal rows would choose an expert twice in place of two. So copy m of every expert gets the same
+direction added to its gate row: the one that a token is farthest along decides which copies it uses, and
+among those the experts are chosen and weighed as before. Directions are levelled: each decides for as many.
+
+Legend: E experts of the result, N of the source, M copies of each, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -17,8 +24,11 @@ from consilium.checkpoint.source import Source
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
 from consilium.config.upcycling import Upcycling
-from consilium.planner.upcycled import spread
+from consilium.evaluation.walk import Passage, walk
+from consilium.planner.upcycled import FLAT, chosen_together, spread
+from consilium.upcycling.gates import levelled, random_rows
 from consilium.upcycling.source import stream
+from consilium.upcycling.survey import Progress, tokens_of
 
 _BY_EXPERT: Final = re.compile(
     r"(?:layers|mtp)\.(\d+)\.(?:block\.)?moe\."
@@ -29,12 +39,14 @@ _BY_EXPERT: Final = re.compile(
 @final
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A ``Source``: expert e of the result is expert e mod N of ``sparse``."""
+    """A ``Source``: expert e of the result is expert e mod N of ``sparse``, as copy e div N."""
 
     sparse: Source
     asked: Upcycling
     config: Model
     state: Mapping[str, Tensor]
+    directions: Mapping[str, Tensor]
+    """Of each copy [M, D], by the name of the gate; none where all copies are chosen together."""
 
     @property
     def generation(self) -> GenerationDefaults:
@@ -49,8 +61,8 @@ class Expanded:
         values = self.sparse.read(name)
         repeats = target.shape[0] // values.shape[0]
         made = values.repeat(repeats, *[1] * (values.ndim - 1))
-        if found[2].startswith("router.projection"):
-            self._apart(made, values.shape[0], int(found[1]))
+        if found[2] == "router.projection.weight":
+            self._apart(name, made, values.shape[0])
         target.copy_(made)  # rounded as it will be written, whatever the dtype of who asks
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
@@ -63,12 +75,45 @@ class Expanded:
         self.fill(name, values)
         return values
 
-    def _apart(self, rows: Tensor, kept: int, layer: int) -> None:
-        """Add noise of ``spread`` times their own size to all rows but the first of each expert.
+    def _apart(self, name: str, rows: Tensor, kept: int) -> None:
+        """Add its direction to each row, or noise of ``spread`` times their size to all copies but the first.
 
-        At least so much that rounding leaves most of it: of equal rows the first gets every token.
+        Of noise at least so much that rounding leaves most of it: of equal rows the first gets every token.
         """
-        noise = torch.randn(rows[kept:].shape, generator=stream(self.asked.seed, layer, "apart"))
+        if name in self.directions:
+            rows += self.directions[name].repeat_interleave(kept, dim=0).to(rows.dtype)
+            return
+        noise = torch.randn(rows[kept:].shape, generator=stream(self.asked.seed, 0, name))
         size = rows[:kept].float().std() if rows[:kept].numel() > 1 else 1.0
+        share = FLAT if self.directions else spread(self.asked)
         least = torch.finfo(rows.dtype).eps / 4
-        rows[kept:] += (noise * size * max(spread(self.asked), least)).to(rows.dtype)
+        rows[kept:] += (noise * size * max(share, least)).to(rows.dtype)
+
+
+def expanded(bare: Expanded, text: Sequence[Passage], progress: Progress) -> Expanded:
+    """``bare`` with the directions of its copies, where a token uses some of an expert's and not all."""
+    if chosen_together(bare.sparse.config, bare.asked):
+        return bare
+    found: dict[str, Tensor] = {}
+    for seen in walk(bare.sparse, text):
+        if bare.config.is_moe(seen.layer):
+            name = f"layers.{seen.layer}.moe.router.projection.weight"
+            found[name] = _directions(name, bare, tokens_of(text, seen.normed))
+        progress("measuring", seen.layer + 1, bare.config.layers)
+        del seen  # its block goes before the next is read
+    return dataclasses.replace(bare, directions=found)
+
+
+def _directions(name: str, bare: Expanded, x_TD: Tensor) -> Tensor:
+    """Of each copy [M, D]: logits ``spread`` times as far apart as those of experts, and free of them.
+
+    Else experts that a direction is along would be chosen on its side more often than on others.
+    """
+    rows_ND = bare.sparse.read(name, torch.float32)
+    copies = len(bare.state[name]) // len(rows_ND)
+    apart_TD = x_TD - x_TD.mean(0)
+    logits_TN = apart_TD @ rows_ND.T
+    rows_MD = random_rows(copies, x_TD.shape[1], stream(bare.asked.seed, 0, name))
+    along_NM = torch.linalg.lstsq(logits_TN, apart_TD @ rows_MD.T).solution
+    size = float(logits_TN.std(0).mean())
+    return levelled(rows_MD - along_NM.T @ rows_ND, x_TD, 1, spread(bare.asked) * size)

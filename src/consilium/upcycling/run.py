@@ -41,12 +41,20 @@ from consilium.evaluation.walk import Passage, passages
 from consilium.machine.device import choose_device
 from consilium.model.build import build
 from consilium.planner.latent import is_whole
-from consilium.planner.upcycled import factor, needs_equal_weights, spread, upcycled
+from consilium.planner.upcycled import (
+    begun,
+    chosen_together,
+    factor,
+    needs_equal_weights,
+    spread,
+    upcycled,
+    weighs_copies_alike,
+)
 from consilium.records.io import to_json
 from consilium.records.upcycling import NAME, Certificate, Lineage, Origin
 from consilium.upcycling.certificate import certify
 from consilium.upcycling.compose import Composed, composed, trunk
-from consilium.upcycling.expand import Expanded
+from consilium.upcycling.expand import Expanded, expanded
 from consilium.upcycling.latent import LatentSource, bases
 from consilium.upcycling.rounding import Rounded
 from consilium.upcycling.source import Upcycled
@@ -114,9 +122,6 @@ def run(
 ) -> Certificate:
     """``upcycle`` with its options as one value; ``models`` are ``dense`` and then the sources."""
     dense, *sources = models
-    if asked.experts:
-        # On record, whatever the default will be.
-        asked = dataclasses.replace(asked, spread=spread(asked))
     folder = checkpoint_in(dense)
     for place in models:
         refuse_inside("upcycle", place, out)
@@ -126,6 +131,7 @@ def run(
     stored = open_folder(folder)
     source = Rounded.of(open_folder(folder, dtype=how.dtype, check_finite=True))
     config = upcycled(source.config, asked)
+    asked = begun(source.config, asked)
     corpus = _calibration(folder, source.config, how.data)
     text = tuple(passage.to(how.device) for passage in _passages(corpus, asked, config))
     kind = str(_dtype(source)).removeprefix("torch.")
@@ -135,7 +141,9 @@ def run(
     made: list[Certificate] = []
 
     def write(staged: Path) -> None:
-        refuse_full(out, sum(tensor.nbytes for tensor in state.values()), "the new model")
+        needed = sum(tensor.nbytes for tensor in state.values())
+        refuse_full(out, needed, "the new model")
+        progress("taking", 0, needed)
         sparse = _sparse(bare, text, progress)
         certificate = certify(
             source,
@@ -182,6 +190,8 @@ def promise(source: Source, asked: Upcycling) -> float | None:
     wide = dtype == torch.float32
     if isinstance(asked.method, Latent):
         return 1e-4 if wide else 3e-2
+    if isinstance(asked.method, Expand):
+        return 1e-5 if wide else 3e-2  # rows of copies stay apart when they are rounded
     rounds = math.frexp(factor(asked))[0] != 0.5 or (dtype == torch.float16 and needs_equal_weights(asked))
     return 3e-2 if rounds and not wide else 1e-5
 
@@ -198,6 +208,9 @@ def _is_exact(source: Source, asked: Upcycling) -> bool:
     match asked.method:
         case Latent() as method:
             return isinstance(source.config.attention, GQA) and is_whole(source.config.attention, method)
+        case Expand():
+            alike = chosen_together(source.config, asked) and weighs_copies_alike(source.config)
+            return alike and spread(asked) <= _EQUAL
         case _ if needs_equal_weights(asked):
             return spread(asked) <= _EQUAL and asked.gate != "standardised"
         case Copy() | Drop(fresh=0.0) | VirtualGroup():
@@ -269,7 +282,7 @@ def _sparse(
     bare: Upcycled, text: Sequence[Passage], progress: Progress
 ) -> Upcycled | Expanded | LatentSource:
     if isinstance(bare.asked.method, Expand):
-        return Expanded(bare.dense, bare.asked, bare.config, bare.state)
+        return expanded(Expanded(bare.dense, bare.asked, bare.config, bare.state, {}), text, progress)
     if isinstance(bare.asked.method, Latent):
         found = bases(bare.dense, bare.config, text, progress)
         return LatentSource(bare.dense, bare.asked, bare.config, bare.state, found)

@@ -36,7 +36,7 @@ from consilium.upcycling.gates import vague
 from consilium.upcycling.source import Upcycled, stream
 
 Progress = Callable[[str, int, int], None]
-"""Hears what is being done, how much of it is done, and how much there is."""
+"""Hears what is being done, how much of it is done, and how much there is: of ``taking`` bytes of disk."""
 
 
 def survey(bare: Upcycled, text: Sequence[Passage], progress: Progress) -> Upcycled:
@@ -97,7 +97,7 @@ def _settled(
         made.cuts[layer] if layer in made.cuts else _cut(made, layer, _network(seen.block, seen.normed, text))
     )
     _, normed = attend(seen.block, config, read, states)
-    x_TD = _tokens(text, normed[: len(text)])
+    x_TD = tokens_of(text, normed[: len(text)])
     if told is not None:
         plan = dataclasses.replace(plan, rows_CD=told.rows(asked, normed, x_TD))
     gate_ED = plan.gate(x_TD, asked.top_k, spread(asked))
@@ -133,10 +133,11 @@ def _network(
 ) -> Network:
     found = block.feed_forward
     assert found is not None, "the source is dense"
-    x_TD = _tokens(text, normed)
+    x_TD = tokens_of(text, normed)
     importance_TF = None if importance_TF is None else importance_TF.cpu()
     return Network(found.up.weight.cpu(), found.down.weight.cpu(), found.activation, x_TD, importance_TF)
 
 
-def _tokens(text: Sequence[Passage], states: Sequence[Tensor]) -> Tensor:
+def tokens_of(text: Sequence[Passage], states: Sequence[Tensor]) -> Tensor:
+    """The states [T, D] of all tokens that are text."""
     return torch.cat([passage.tokens(x_BSD).cpu() for passage, x_BSD in zip(text, states, strict=True)])
