@@ -1,7 +1,9 @@
-"""Forward and backward of one layer's experts, every backend in one run, interleaved.
+"""Forward and backward of one layer's experts on float32 masters: ways of torch's and the kernels, in turns.
 
-``python bench/experts.py --threads 1 --repeats 6 --keep-memory --out record.json`` writes a bench record;
-with ``--table`` it prints the rows of docs/decisions/0003-experts-backend.md instead of the record.
+usage: python bench/experts.py [--shapes NAME ...] [--turns 7] [--out RECORD.json]
+
+The way that loops under autograd is left out: it has products of every number of rows, for which oneDNN
+compiles anew and forgets those of the others. ``CONSILIUM_NATIVE=avx2`` measures the kernels of that tier.
 
 Legend: R rows, E experts, D hidden size, F width.
 """
@@ -10,26 +12,27 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
+import itertools
 import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from consilium.benchmarking.record import record
 from consilium.machine.allocator import keep_memory
+from consilium.machine.processors import threads
 from consilium.ops.grouped import Backend, stacked_feed_forward
+from consilium.ops.native.library import kernels
 from consilium.ops.weights import DenseStack
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
 
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TORCH: tuple[Backend, ...] = ("grouped", "padded", "loop")
+WARM_UP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +56,14 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(32, 8192, 192, 64, 0.2),
-    "tiny-wide": Shape(32, 8192, 192, 128, 0.2),
-    "tiny-skewed": Shape(32, 8192, 192, 64, 1.0),
+    "few": Shape(8, 4096, 256, 256, 0.2),
     "1b-short": Shape(64, 3072, 1024, 512, 0.2),
     "1b": Shape(64, 12288, 1024, 512, 0.2),
 }
 
 
-def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[int], None]]:
-    """One forward and backward a backend, on shared tensors; gradients are made anew as in training."""
+def steps(shape: Shape, dtype: torch.dtype) -> Mapping[Backend, Callable[[int], None]]:
+    """One forward and backward by each way, on shared tensors; gradients are made anew as in training."""
     x = torch.randn(shape.rows, shape.hidden, dtype=dtype, requires_grad=True)
     up = torch.randn(shape.experts, 2 * shape.width, shape.hidden, requires_grad=True)
     down = torch.randn(shape.experts, shape.hidden, shape.width, requires_grad=True)
@@ -72,70 +74,70 @@ def steps(shape: Shape, dtype: torch.dtype) -> dict[Backend, Callable[[int], Non
         stacks = DenseStack(up), DenseStack(down)
         stacked_feed_forward(x, shape.counts(seed), *stacks, "swiglu", backend).backward(grad)
 
-    return {backend: functools.partial(step, backend) for backend in BACKENDS}
+    ways: tuple[Backend, ...] = TORCH if kernels() is None else (*TORCH, "native")
+    return {backend: functools.partial(step, backend) for backend in ways}
 
 
-def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[Backend, list[float]]:
-    """Milliseconds of processor time by backend: it bears neighbours on the machine better than the clock."""
+def measure(shape: Shape, dtype: torch.dtype, turns: int) -> Mapping[Backend, Sequence[float]]:
+    """Milliseconds by way."""
     runs = steps(shape, dtype)
     times: dict[Backend, list[float]] = {backend: [] for backend in runs}
-    for repeat in range(repeats + 1):
+    for turn in range(WARM_UP + turns):
         for backend, run in runs.items():
-            start = time.process_time()
-            run(repeat)
-            if repeat:
-                times[backend].append((time.process_time() - start) * 1e3)
-    return times
+            start = time.perf_counter()
+            run(turn)
+            times[backend].append((time.perf_counter() - start) * 1e3)
+    return {backend: values[WARM_UP:] for backend, values in times.items()}
 
 
-def figures(name: str, times: dict[Backend, list[float]]) -> list[Figure]:
-    rival = statistics.median(times["reference"])
-    return [
-        Figure(
-            name=f"{name} {backend}",
-            unit="ms of processor time",
-            median=statistics.median(t),
-            minimum=min(t),
-            maximum=max(t),
-            n=len(t),
-            against="reference",
-            ratio=statistics.median(t) / rival,
+def figures(name: str, times: Mapping[Backend, Sequence[float]]) -> Iterator[Figure]:
+    best = min(TORCH, key=lambda backend: statistics.median(times[backend]))
+    for backend, values in times.items():
+        median, own = statistics.median(values), backend == "native"
+        against = f"{name} {best}" if own else None
+        ratio = median / statistics.median(times[best]) if own else None
+        yield Figure(
+            name=f"{name} {_label(backend)}",
+            unit="ms",
+            median=median,
+            minimum=min(values),
+            maximum=max(values),
+            n=len(values),
+            against=against,
+            ratio=ratio,
         )
-        for backend, t in times.items()
-    ]
 
 
-def table_row(name: str, shape: Shape, times: dict[Backend, list[float]]) -> str:
-    counts = shape.counts()
-    busiest = max(counts) * shape.experts / shape.rows
-    cells = [f"{min(times[backend]):.0f}" for backend in BACKENDS]
-    sizes = f"{shape.experts}, {shape.rows}, {shape.hidden}, {shape.width}"
-    return f"| {name} | {sizes} | {busiest:.1f} | {' | '.join(cells)} |"
+def _label(backend: Backend) -> str:
+    here = kernels()
+    return f"native, {here.tier}" if here is not None and backend == "native" else backend
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--keep-memory", action="store_true", help="as training does")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    kept = options.keep_memory and keep_memory()
-    torch.set_num_threads(options.threads)
+    keep_memory()
+    torch.set_num_threads(threads())
     torch.manual_seed(0)
-    times = {n: measure(SHAPES[n], getattr(torch, options.dtype), options.repeats) for n in options.shapes}
-    made = record(
-        f"experts {options.dtype}, memory {'kept' if kept else 'returned'}",
-        shlex.join(["python", *sys.argv]),
-        [figure for name, t in times.items() for figure in figures(name, t)],
-    )
-    rows = "\n".join(table_row(name, SHAPES[name], t) for name, t in times.items())
-    print(rows if options.table else to_json(made))
+    found = [
+        figure
+        for name, dtype in itertools.product(options.shapes, (torch.float32, torch.bfloat16))
+        for figure in figures(
+            f"{name} {str(dtype).removeprefix('torch.')}", measure(SHAPES[name], dtype, options.turns)
+        )
+    ]
+    shown = [
+        "python",
+        "bench/experts.py",
+        *(("--shapes", *options.shapes) if options.shapes != list(SHAPES) else ()),
+    ]
+    made = record("experts", shlex.join([*shown, "--turns", str(options.turns)]), found)
+    print(to_json(made))
     if options.out is not None:
         write_json(options.out, made)
 

@@ -57,7 +57,7 @@ def queue(records: Path) -> Mapping[str, Sequence[str]]:
     sieve = (sys.executable, str(ROOT / "bench" / "filters.py"), "--out", str(records / "filters.json"))
     scripts = {
         name: (sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(records / f"{name}.json"))
-        for name in ("processes", "costs", "formats", "attention", "invariance", "speculation")
+        for name in ("experts", "processes", "costs", "formats", "attention", "invariance", "speculation")
     }
     decoding = {
         f"{kind}-{batch}-{context}{ending}": (

@@ -6,6 +6,7 @@ usage: LD_PRELOAD=libasan.so python sanitized.py FOLDER: compile there, decode a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ from consilium.model.packing import pack
 from consilium.model.types import Inputs, Options
 from consilium.moe.types import Mode
 from consilium.ops.native import compile as compiling
+from consilium.ops.native import training
 from consilium.ops.native.compile import FLAGS, VARIABLE, Built, tiers
-from consilium.ops.native.library import opened
+from consilium.ops.native.library import Kernels, opened
 from consilium.ops.weights import PACKINGS
 from small import KINDS, WINDOWED, lively
 
+WIDTHS = (torch.float32, torch.bfloat16)
 CHECKS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 
 
@@ -69,6 +72,18 @@ def slide(window: int, dtype: torch.dtype) -> None:
         assert torch.isfinite(prepared.step(inputs, cache, Options(mode=Mode(counts_only=True))).logits).all()
 
 
+def learn(kernels: Kernels) -> None:
+    """Every product of training, each side in either width, and nothing behind what it is given."""
+    training.kernels = lambda: kernels
+    for kind, own, other in itertools.product(range(3), WIDTHS, WIDTHS):
+        for counts_E, outputs, inputs in (((3, 0, 7, 1), 33, 47), ((600, 5), 17, 1100)):
+            rows = torch.randn(sum(counts_E), inputs if kind == 0 else outputs).to(own)
+            shape = (len(rows), inputs) if kind == 2 else (len(counts_E), outputs, inputs)
+            sides = rows, torch.randn(shape).to(own if kind == 2 else other)
+            ends_E = torch.tensor(counts_E).cumsum(0)
+            assert training.multiply_sorted(*sides, ends_E, kind, wide=True).isfinite().all()
+
+
 def main(folder: str) -> int:
     os.environ[VARIABLE] = tiers()[-1]
     compiling._COMMON = (*compiling._COMMON, *CHECKS)  # pyright: ignore[reportPrivateUsage, reportConstantRedefinition]
@@ -80,6 +95,7 @@ def main(folder: str) -> int:
     for config in (*KINDS.values(), WINDOWED):
         for packing in (None, "bfloat16", *PACKINGS):
             decode(config, packing)
+    learn(kernels)
     for window in (1, 100, 513):
         for dtype in (torch.float32, torch.bfloat16):
             slide(window, dtype)

@@ -139,6 +139,20 @@ def test_threads_of_one_process_share_the_kernels() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_regions_of_every_size_follow_each_other() -> None:
+    """A thread that has met all others may read nothing that the next region already writes."""
+    kernels, before = kernels_of(HERE[-1]), torch.get_num_threads()
+    weight_OI, x_BI = torch.ones(70, 8), torch.ones(1, 8)
+    matrix = Dense(weight_OI).native()
+    assert matrix is not None
+    try:
+        for threads in [1, 3, 2, 4] * 1000:
+            torch.set_num_threads(threads)
+            assert (kernels.product(matrix, x_BI) == 8).all()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_computes_with_threads_of_its_own() -> None:
     kernels_of(HERE[-1])
@@ -146,12 +160,18 @@ def test_a_forked_child_computes_with_threads_of_its_own() -> None:
     assert isinstance(found, Built)
     script = (
         "import os, sys, torch\n"
+        "from consilium.ops.native import training\n"
         "from consilium.ops.native.library import opened\n"
         "from consilium.ops.weights import Dense\n"
         f"kernels = opened({str(found.path)!r}, {found.tier!r})\n"
         "torch.set_num_threads(2)\n"
         "weight = torch.ones(500, 40)\n"
-        "def right(): return bool((kernels.product(Dense(weight).native(), torch.ones(1, 40)) == 40).all())\n"
+        "training.kernels = lambda: kernels\n"
+        "ones, ends = torch.ones(1, 40), torch.tensor([1])\n"
+        "def right():\n"
+        "    made = training.multiply_sorted(ones, weight[None], ends, 0, False)\n"
+        "    product = kernels.product(Dense(weight).native(), ones)\n"
+        "    return bool((made == 40).all() and (product == 40).all())\n"
         "assert right()\n"
         "child = os.fork()\n"
         "if child == 0: os._exit(0 if right() else 1)\n"

@@ -1,4 +1,4 @@
-"""Expert networks over rows sorted by expert: the plain loop under autograd and three fast twins of it.
+"""Expert networks over rows sorted by expert: the plain loop under autograd and fast twins of it.
 
 A fast twin is one autograd function over dense stacks. It saves its input, the pre-activations and the
 weights, recomputes the activation in backward, writes the stacked gradients once and computes none that
@@ -27,11 +27,12 @@ from consilium.ops.bfloat16 import is_storage
 from consilium.ops.feed_forward import activate
 from consilium.ops.native.library import ACTIVATIONS
 from consilium.ops.native.operators import networks, serve
+from consilium.ops.native.training import Native, trains, trains_faster
 from consilium.ops.rows import ByToken, Rows, sum_by_token
 from consilium.ops.ways import Asked, Counts, Loop, Network, Padded, Passed, Passes, Ragged, Way, block
 from consilium.ops.weights import DenseStack, Stack
 
-Backend = Literal["reference", "grouped", "padded", "loop"]
+Backend = Literal["reference", "grouped", "padded", "loop", "native"]
 
 CACHE_BYTES = 32 << 20
 """Pre-activations beyond this leave the last-level cache between two passes over all experts."""
@@ -123,6 +124,8 @@ def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
         return "loop"
     if is_storage(x_RD) and not torch.is_grad_enabled():
         return "reference"
+    if trains_faster(x_RD, network.up_EGD, network.down_EDF):
+        return "native"
     if x_RD.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "padded" if _padding(counts_E) <= 1.3 else "loop"
     hidden_bytes = sum(counts_E) * network.up_EGD.shape[1] * x_RD.element_size()
@@ -134,7 +137,7 @@ def _plan(backend: Backend | None, x_RD: Tensor, counts_E: Counts, network: Netw
     chosen = _possible(backend or choose(x_RD, counts_E, network), x_RD, counts_E, network)
     compiled = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     blocks_E = tuple(map(block, counts_E)) if compiled else counts_E
-    return _Plan(network.activation, counts_E, blocks_E, chosen)
+    return _Plan(network.activation, counts_E, blocks_E, chosen, network.up_EGD.dtype == torch.float32)
 
 
 def _possible(backend: Backend, x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
@@ -145,6 +148,8 @@ def _possible(backend: Backend, x_RD: Tensor, counts_E: Counts, network: Network
             possible = aligned and x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
         case "padded":
             possible = _padding(counts_E) <= MOST_PADDING
+        case "native":
+            possible = trains(x_RD, network.up_EGD, network.down_EDF)
         case "loop" | "reference":
             possible = True
     return backend if possible and sum(counts_E) else "loop"
@@ -160,6 +165,8 @@ class _Plan:
     counts_E: Counts
     blocks_E: Counts
     backend: Backend
+    wide: bool
+    """Whether matrices and their gradients are float32."""
 
     @property
     def way(self) -> Way:
@@ -168,6 +175,8 @@ class _Plan:
                 return Passes(self.counts_E, Ragged(self.counts_E))
             case "padded":
                 return Passes(self.counts_E, Padded(self.counts_E))
+            case "native":
+                return Passes(self.counts_E, Native(self.counts_E, wide=self.wide))
             case "loop" | "reference":
                 return Loop(self.counts_E, self.blocks_E)
 

@@ -213,7 +213,10 @@ def _outer(grad_RO: Tensor, x_RI: Tensor, out_OI: Tensor) -> None:
 
 
 class _Products(Protocol):
-    """The products of one matrix per expert with rows in a layout of its own, whose spare rows are zero."""
+    """The products of one matrix per expert with rows in a layout of its own, whose spare rows are zero.
+
+    Computed in the dtype of the rows, whatever that of the matrix.
+    """
 
     def enter(self, x_RI: Tensor) -> Tensor: ...
 
@@ -228,7 +231,7 @@ class _Products(Protocol):
         ...
 
     def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
-        """Sum over each expert's rows of the outer products: [E, O, I]."""
+        """Sum over each expert's rows of the outer products: [E, O, I], as narrow as rows or wider."""
         ...
 
 
@@ -242,15 +245,15 @@ class Passes:
 
     def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
         products = self.products
-        h_PG = products.times_transposed(products.enter(x_RD), network.up_EGD.to(x_RD.dtype))
+        h_PG = products.times_transposed(products.enter(x_RD), network.up_EGD)
         a_PF = activate(h_PG, network.activation)
-        return h_PG, products.leave(products.times_transposed(a_PF, network.down_EDF.to(x_RD.dtype)))
+        return h_PG, products.leave(products.times_transposed(a_PF, network.down_EDF))
 
     def backward(self, passed: Passed, network: Network, asked: Asked) -> Gradients:
         products, x_RD, weight_R = self.products, passed.x_RD, passed.weight_R
         grad_PD = products.enter(passed.grad_RD)
         weight_P1 = None if weight_R is None else products.enter(weight_R[:, None])
-        p_PF = products.times(grad_PD, network.down_EDF.to(x_RD.dtype)) if asked.inside else None
+        p_PF = products.times(grad_PD, network.down_EDF) if asked.inside else None
         inner = _inner(passed.h_PG, p_PF, weight_P1, network.activation)
         grad_x_RD = grad_weight_R = grad_up_EGD = grad_down_EDF = None
         if asked.down:
@@ -260,7 +263,7 @@ class Passes:
         if asked.weight:
             grad_weight_R = products.leave(inner.grad_weight()[..., None]).flatten()
         if asked.x:
-            grad_x_RD = products.leave(products.times(inner.grad_h, network.up_EGD.to(x_RD.dtype)))
+            grad_x_RD = products.leave(products.times(inner.grad_h, network.up_EGD))
         return Gradients(grad_x_RD, grad_weight_R, grad_up_EGD, grad_down_EDF)
 
     def _written(self, grad_EOI: Tensor, weight_EOI: Tensor) -> Tensor:
@@ -284,10 +287,10 @@ class Ragged:
         return x_PI
 
     def times_transposed(self, x_PI: Tensor, w_EOI: Tensor) -> Tensor:
-        return F.grouped_mm(x_PI, w_EOI.transpose(1, 2), offs=self.ends_E.to(x_PI.device))
+        return F.grouped_mm(x_PI, w_EOI.to(x_PI.dtype).transpose(1, 2), offs=self.ends_E.to(x_PI.device))
 
     def times(self, grad_PO: Tensor, w_EOI: Tensor) -> Tensor:
-        return F.grouped_mm(grad_PO, w_EOI, offs=self.ends_E.to(grad_PO.device))
+        return F.grouped_mm(grad_PO, w_EOI.to(grad_PO.dtype), offs=self.ends_E.to(grad_PO.device))
 
     def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
         return F.grouped_mm(grad_PO.t(), x_PI, offs=self.ends_E.to(x_PI.device))
@@ -311,10 +314,10 @@ class Padded:
         return x_PI.flatten(0, 1).index_select(0, self.place_R.to(x_PI.device))
 
     def times_transposed(self, x_PI: Tensor, w_EOI: Tensor) -> Tensor:
-        return torch.bmm(x_PI, w_EOI.transpose(1, 2))
+        return torch.bmm(x_PI, w_EOI.to(x_PI.dtype).transpose(1, 2))
 
     def times(self, grad_PO: Tensor, w_EOI: Tensor) -> Tensor:
-        return torch.bmm(grad_PO, w_EOI)
+        return torch.bmm(grad_PO, w_EOI.to(grad_PO.dtype))
 
     def outer(self, grad_PO: Tensor, x_PI: Tensor) -> Tensor:
         return torch.bmm(grad_PO.transpose(1, 2), x_PI)

@@ -101,6 +101,14 @@ class Pass(Structure):
     )
 
 
+class Sorted(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "experts", "outputs", "inputs")),
+        *((name, c_int64) for name in ("rows_type", "other_type", "out_type")),
+        *((name, c_void_p) for name in ("ends", "rows", "other", "out")),
+    )
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -130,6 +138,10 @@ class Kernels:
         call.choices, call.chosen = 1, experts_R.data_ptr()
         self.library.consilium_networks(ctypes.byref(shared), ctypes.byref(call), c_void_p(y_RD.data_ptr()))
         return y_RD
+
+    def sorted(self, call: Sorted) -> None:
+        """Compute a product of rows that are sorted by expert (source/train.h)."""
+        self.library.consilium_sorted(ctypes.byref(call), c_int64(torch.get_num_threads()))
 
     def product(self, matrix: NativeMatrix, x_BI: Tensor, *, many: bool = False) -> Tensor:
         """Float32 products [B, O] of float32 rows with a matrix.
@@ -177,12 +189,12 @@ def _loaded(made: Built) -> Kernels:
 def opened(path: Path, tier: Tier) -> Kernels:
     """Load a compiled file, whose structures have to be those of this module."""
     library: Any = ctypes.CDLL(str(path))
-    for name, structure in (("layer", Layer), ("pass", Pass)):
+    for name, structure in (("layer", Layer), ("pass", Pass), ("sorted", Sorted)):
         size = getattr(library, f"consilium_{name}_size")
         size.restype = c_int64
         assert size() == ctypes.sizeof(structure), f"{name} has another layout in {path}"
     library.consilium_lanes.restype = library.consilium_layers.restype = c_int64
-    for name in ("feed", "networks", "product"):
+    for name in ("feed", "networks", "product", "sorted"):
         getattr(library, f"consilium_{name}").restype = None
     return Kernels(library, tier, library.consilium_lanes())
 

@@ -95,9 +95,7 @@ static inline void attend_few(const Heads &heads, const Slots<T> &slots, int64_t
 static inline void pair_values(const Heads &heads, const Slots<Bfloat16> &slots, int64_t first, int64_t count,
                                int64_t width, Bfloat16 *to) {
     const auto pair = [&](const Bfloat16 *even, __mmask16 in_even, const Bfloat16 *odd, __mmask16 in_odd) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in_even, even));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in_odd, odd));
-        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        return side_by_side(sixteen(even, in_even), sixteen(odd, in_odd));
     };
     const Bfloat16 *rows[SPAN];
     for (int64_t done = 0; done < count;) {

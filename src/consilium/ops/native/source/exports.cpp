@@ -2,11 +2,13 @@
 #include <vector>
 
 #include "rows.h"
+#include "train.h"
 
 extern "C" {
 
 int64_t consilium_layer_size() { return sizeof(Layer); }
 int64_t consilium_pass_size() { return sizeof(Pass); }
+int64_t consilium_sorted_size() { return sizeof(Sorted); }
 int64_t consilium_lanes() { return LANES; }
 
 // Layers one after the other, as far as a router that the kernels do not know: returns how many are whole.
@@ -22,6 +24,8 @@ int64_t consilium_layers(const Pass *pass, const Layer *layers, int64_t count) {
 }
 
 void consilium_networks(const Pass *pass, const Feed *call, float *out) { networks(*pass, *call, out); }
+
+void consilium_sorted(const Sorted *call, int64_t threads) { sorted(*call, threads); }
 
 void consilium_feed(const Pass *pass, const Feed *call) { feed(*pass, *call); }
 

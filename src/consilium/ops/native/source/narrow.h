@@ -30,7 +30,23 @@ static inline int64_t packed_tokens(int64_t tokens) { return TILED ? tokens : (t
 static inline int64_t tile_values(int64_t tokens, int64_t n) { return packed_tokens(tokens) * tile_width(n); }
 
 #if defined(__AVX512BF16__)
-// 32 floats of ``from``, of which ``have`` are there, as bfloat16.
+// The first values of ``from`` that ``there`` names as bfloat16, zeros for the others.
+static inline __m256i sixteen(const float *from, __mmask16 there) {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from)));
+}
+static inline __m256i sixteen(const Bfloat16 *from, __mmask16 there) {
+    return _mm256_maskz_loadu_epi16(there, from);
+}
+
+// Values of two rows side by side, each pair a word.
+static inline __m512i side_by_side(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// 32 values of ``from``, of which ``have`` are there, as bfloat16.
+static inline __m512i narrowed(const Bfloat16 *from, int64_t have) {
+    return _mm512_maskz_loadu_epi16(have >= 32 ? 0xffffffffu : (1u << have) - 1, from);
+}
 static inline __m512i narrowed(const float *from, int64_t have) {
     const auto part = [&](int64_t begin) {
         const int64_t left = have - begin;
@@ -75,8 +91,7 @@ static inline void put(const float *sums, int64_t rows, int64_t tokens, float *c
 
 // 32 values of a row as bfloat16; of the last of them ``have`` are there.
 static inline void widen_block(Dense<Bfloat16> rows, int64_t first, int64_t have, Bfloat16 *to) {
-    const __mmask32 there = have >= 32 ? 0xffffffffu : (1u << have) - 1;
-    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(there, rows.data + first));
+    _mm512_storeu_si512(to, narrowed(rows.data + first, have));
 }
 static inline void widen_block(Dense<float> rows, int64_t first, int64_t have, Bfloat16 *to) {
     _mm512_storeu_si512(to, narrowed(rows.data + first, have));

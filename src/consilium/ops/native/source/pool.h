@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -34,6 +35,13 @@ class Team {
   public:
     // Run ``region(member)`` in ``threads`` threads, of which the caller is one.
     template <class Region> void run(int threads, Region &&region);
+
+    // The same in the threads of the OpenMP that torch has loaded, where there is one: behind an operator of torch's
+    // they spin for milliseconds, and would keep ours from the processor.
+    template <class Region> void run_between_operators(int threads, Region &&region);
+
+    // A forked child has none of its parent's threads, and OpenMP waits for them for ever.
+    bool forked = false;
 
     // A thread inside a region.
     struct Member {
@@ -62,7 +70,7 @@ class Team {
     std::vector<std::thread> workers;
     std::function<void(int)> job;
     std::atomic<uint64_t> generation{0};  // regions so far, times SIZES, plus the threads of the newest
-    int size = 1;
+    std::atomic<int> size{1};
     std::atomic<int> met{0};
     std::atomic<uint32_t> meeting{0};
     std::atomic<int64_t> counters[LOOPS];
@@ -125,10 +133,31 @@ template <class Region> void Team::run(int threads, Region &&region) {
     meet();
 }
 
+// A function of the OpenMP that is loaded, or null.
+template <class Function> static inline Function *openmp(const char *name) {
+    void *library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function *>(dlsym(library, name)) : nullptr;
+}
+
+template <class Region> void Team::run_between_operators(int threads, Region &&region) {
+    static auto *const parallel = openmp<void(void (*)(void *), void *, unsigned, unsigned)>("GOMP_parallel");
+    static auto *const number = openmp<int()>("omp_get_thread_num"), *const all = openmp<int()>("omp_get_num_threads");
+    if (forked || !parallel || !number || !all) return run(threads, region);
+    std::lock_guard<std::mutex> lock(alone);
+    for (auto &counter : counters) counter.store(0, std::memory_order_relaxed);
+    auto job = [&] {
+        size.store(all(), std::memory_order_relaxed);  // which may be fewer than asked for, inside another region
+        Member member{*this, number()};
+        region(member);
+        meet();
+    };
+    parallel([](void *own) { (*static_cast<decltype(job) *>(own))(); }, &job, static_cast<unsigned>(threads), 0);
+}
+
 // The team of this process. A forked child has none of its parent's threads and begins with a team of its own.
 inline Team &team() {
     static Team *current = [] {
-        pthread_atfork(nullptr, nullptr, [] { current = new Team; });
+        pthread_atfork(nullptr, nullptr, [] { current = new Team, current->forked = true; });
         return new Team;
     }();
     return *current;

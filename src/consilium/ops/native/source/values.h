@@ -7,6 +7,9 @@
 
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT8 = 4, UINT4 = 5 };
 
+// Bytes of a value of a type that is not packed.
+static inline int64_t size_of(int64_t type) { return type == BFLOAT16 ? 2 : 4; }
+
 // Calls use(pointer) with the type that ``data`` has.
 template <class Use> static inline auto typed(const void *data, int64_t type, Use &&use) {
     return type == BFLOAT16 ? use(static_cast<const Bfloat16 *>(data)) : use(static_cast<const float *>(data));

@@ -174,6 +174,24 @@ static inline void transpose(Vector *rows) {
     for (int i = 0; i < LANES; ++i) words[i] = reinterpret_cast<__m512i>(rows[i]);
     transpose(words);
     for (int i = 0; i < LANES; ++i) rows[i] = reinterpret_cast<Vector>(words[i]);
+#elif defined(__AVX2__)
+    __m256 fours[8];
+    for (int i = 0; i < 8; i += 4) {
+        __m256 pairs[4];
+        for (int j = 0; j < 4; j += 2) {
+            const auto even = reinterpret_cast<__m256>(rows[i + j]), odd = reinterpret_cast<__m256>(rows[i + j + 1]);
+            pairs[j] = _mm256_unpacklo_ps(even, odd);
+            pairs[j + 1] = _mm256_unpackhi_ps(even, odd);
+        }
+        for (int j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[j], pairs[2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[j], pairs[2 + j], 0xee);
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        rows[j] = reinterpret_cast<Vector>(_mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20));
+        rows[4 + j] = reinterpret_cast<Vector>(_mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31));
+    }
 #else
     float values[LANES][LANES];
     for (int i = 0; i < LANES; ++i) std::memcpy(values[i], rows + i, sizeof values[i]);
