@@ -7,11 +7,12 @@ a split keeps active, from nothing), ``scratch`` and ``scratch-long`` (the spars
 nothing, for the steps after the dense model's training and for both). A random split reads other text too:
 ``-fluent`` what the fluency filter leaves of each domain, ``-dynamic`` in shares that follow the losses,
 ``-sheared`` in the shares at which those end, from the first step. ``expand`` doubles the experts of
-``copy``, and ``btx`` takes its experts from branches of the dense model, each trained on one domain. Seeds
+``copy``, ``btx`` takes its experts from branches of the dense model, each trained on one domain, and
+``mla-half`` has no experts: its attention is latent, with half the cache. Seeds
 are paired: for each seed all begin with the same dense model and, but for those named, read the same text in
-the same order. Each NAME is a record of its own; stop it at any time, and it goes on with the first that has
-no record of these settings. Settings are the methods' defaults; none was chosen after a
-result was seen.
+the same order. Each NAME is a record of its own, which names the dense models by their hash; stop it at any
+time, and it goes on with the first that has no record of these settings and these dense models. Settings are
+the methods' defaults; none was chosen after a result was seen.
 
 Legend: E experts, P values of an expert.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,16 +31,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import Measure, Settings, Study, beside, ended
+from studies import Measure, Settings, Sources, Study, beside, ended, timed
 
 from consilium.benchmarking.record import once
 from consilium.checkpoint import store
+from consilium.checkpoint.weights import digest
 from consilium.config.attention import GQA
 from consilium.config.data import BuiltIn, Data, Dynamic, Measured
 from consilium.config.feed_forward import FeedForward
 from consilium.config.model import Model
 from consilium.config.training import Training
-from consilium.config.upcycling import Copy, Qwen, Upcycling, VirtualGroup
+from consilium.config.upcycling import Copy, Latent, Qwen, Upcycling, VirtualGroup
 from consilium.data.corpus import Corpus, build_corpus
 from consilium.data.encoding import TokenizedText
 from consilium.data.filters import classifier
@@ -90,7 +93,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "carve": {"method": "carve", "experts": 6, "top_k": 2, "shared": 2},
     "copy": {"method": "copy", "experts": 4, "top_k": 2},
     "copy-standardised": {"method": "copy", "experts": 4, "top_k": 2, "gate": "standardised"},
+    "copy-shared": {"method": "copy", "experts": 4, "top_k": 2, "shared": 1},
     "virtual-group": {"method": VirtualGroup(granularity=4), "experts": 4, "top_k": 4},
+    "virtual-group-1": {"method": VirtualGroup(granularity=1), "experts": 4, "top_k": 2},
     "virtual-group-normalised": {
         "method": VirtualGroup(granularity=4, weights="normalised"),
         "experts": 4,
@@ -100,6 +105,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "drop": {"method": "drop", "experts": 4, "top_k": 2},
     "expand": {"method": "expand", "experts": 8, "top_k": 2},
     "btx": {"method": "btx", "experts": 4, "top_k": 2},
+    "mla-half": {"method": Latent(kv_rank=96, rope_dim=96)},
 }
 KEPT = 0.5
 """Least chance of being fluent of what the filter leaves."""
@@ -225,10 +231,32 @@ def small(model: Model) -> Model:
     return dataclasses.replace(model, dense=dataclasses.replace(model.dense, width=model.dense.width // 2))
 
 
+@functools.cache
+def read_text() -> Corpus:
+    return build_corpus(Data(sequence_length=128), DENSE.vocab_size)
+
+
+def work_of(corpus: Corpus) -> Path:
+    """Where the dense models are."""
+    return Path(tempfile.gettempdir()) / f"consilium-upcycle-{BEFORE}-{corpus.sha256[:12]}"
+
+
+def hashed(folder: Path) -> str:
+    """Of its weights, as ``upcycling.json`` has it of a source."""
+    source = store.open_folder(folder)
+    return digest((name, source.read(name)) for name in sorted(source.state))
+
+
+def sources(settings: Settings) -> Sources:
+    work = work_of(read_text())
+    folders = {f"seed {seed}": work / f"dense-{seed}" for seed in range(settings.seeds)}
+    return {seed: hashed(folder) for seed, folder in folders.items() if folder.exists()}
+
+
 def prepare(settings: Settings, jobs: int) -> Measure:
     """Read the text once, and train the dense model of each seed, ``jobs`` at once."""
-    corpus = build_corpus(Data(sequence_length=128), DENSE.vocab_size)
-    work = Path(tempfile.gettempdir()) / f"consilium-upcycle-{BEFORE}-{corpus.sha256[:12]}"
+    corpus = read_text()
+    work = work_of(corpus)
 
     def train_dense(seed: int) -> None:
         model = build(DENSE, seed=seed)
@@ -242,7 +270,7 @@ def prepare(settings: Settings, jobs: int) -> Measure:
 
     def measured(name: str, settings: Settings) -> Iterator[Figure]:
         for seed in range(settings.seeds):
-            yield from _measured(name, work / f"dense-{seed}", corpus, settings.steps, seed)
+            yield from timed(seed, _measured(name, work / f"dense-{seed}", corpus, settings.steps, seed))
 
     return measured
 
@@ -294,7 +322,7 @@ def branch(dense: Path, folder: Path, corpus: Corpus, domain: str, seed: int) ->
     return folder / domain
 
 
-STUDY = Study("upcycle", (*OTHERS, *METHODS), 244, prepare)
+STUDY = Study("upcycle", (*OTHERS, *METHODS), 244, prepare, sources=sources)
 
 if __name__ == "__main__":
     ended(STUDY, __doc__ or "")

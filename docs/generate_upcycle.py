@@ -1,62 +1,67 @@
-"""Write docs/upcycling.md and its picture from bench/records/upcycle-*.json and real_upcycling-*.json.
+"""Write docs/upcycling.md and its pictures from bench/records/upcycle-*.json and real_upcycling-*.json.
 
 ``--check`` changes nothing and fails when a page is out of date.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from paired import DOCS, RECORDS, STYLE, Claim, Studies, Study, cell, claim_row, source, write
+from paired import DOCS, RECORDS, STYLE, Studies, Study, cell, source, write
+from upcycling_claims import LAST, START, claims, is_paired
+from upcycling_real import REAL_NAMES, Answers, curves, read_answers, real_section
 
 from consilium.report.lines import LineChart, Series, line_chart
 from consilium.report.plain import markdown
-from consilium.report.svg import standalone
+from consilium.report.series import Point
+from consilium.report.svg import picture, standalone
 
-NAMES = (
-    "dense",
-    "dense-small",
-    "scratch",
-    "scratch-long",
-    "split-random",
-    "split-random-ratio",
-    "split-random-none",
-    "split-random-mlp",
-    "split-random-fluent",
-    "split-random-dynamic",
-    "split-random-sheared",
-    "split-cluster",
-    "split-inner",
-    "split-inter",
-    "split-graph",
-    "carve",
-    "copy",
-    "copy-standardised",
-    "virtual-group",
-    "virtual-group-normalised",
-    "qwen",
-    "drop",
-    "expand",
-    "btx",
-)
-REAL = (
-    "split-random",
-    "split-cluster",
-    "split-inner",
-    "split-inter",
-    "split-graph",
-    "carve",
-    "virtual-group",
-)
-DRAWN = ("dense", "dense-small", "scratch", "split-random", "carve", "copy", "virtual-group", "drop")
-"""As many as the page has colours."""
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "beginnings": ("dense", "dense-small", "scratch", "scratch-long", "copy", "virtual-group"),
+    "splits": (
+        "dense",
+        "split-random",
+        "split-cluster",
+        "split-inner",
+        "split-inter",
+        "split-graph",
+        "carve",
+    ),
+    "random-splits": (
+        "dense",
+        "split-random",
+        "split-random-ratio",
+        "split-random-none",
+        "split-random-mlp",
+        "split-random-fluent",
+        "split-random-dynamic",
+        "split-random-sheared",
+    ),
+    "copies": ("dense", "copy", "copy-standardised", "copy-shared", "drop", "qwen", "expand", "btx"),
+    "groups": ("dense", "virtual-group", "virtual-group-1", "virtual-group-normalised", "mla-half"),
+}
+"""Pictures, each of as many methods as the page has colours at most."""
+NAMES = tuple(dict.fromkeys(name for names in PANELS.values() for name in names))
+ABOUT: Mapping[str, str] = {
+    "beginnings": "From a dense model and from nothing",
+    "splits": "Splits",
+    "random-splits": "Random splits by scale, gate and text",
+    "copies": "Copies and branches",
+    "groups": "Virtual groups and latent attention",
+}
+BASE = "dense"
 AT_STEP = re.compile(r"bits per byte at step (\d+)")
-START, LAST = "bits per byte at step 0", "bits per byte at step 244"
+LATE = 60
+"""Step from which the right side of a picture shows how far curves are from that of the dense model."""
+NEAR = 0.2
+"""A curve that is ever further away is not on the right side."""
+SIDE, HEIGHT = 470.0, 320.0
+"""Of one side."""
 
 HEAD = """\
 # Upcycling beside each other
@@ -76,31 +81,43 @@ sparse model of `copy` from nothing, for these steps alone, and `scratch-long` f
 and these together. `-fluent` reads what the fluency filter leaves of each domain, `-dynamic` domains in
 shares that follow the losses, and `-sheared` in the shares at which those end, from the first step; `expand`
 doubles the experts of `copy`, and `btx` takes its experts from four branches of the dense model, each
-trained on one domain.
+trained on one domain. `copy-shared` keeps the whole network for every token beside the copies;
+`virtual-group` cuts four copies into four shards each and chooses four, `virtual-group-1` chooses two whole
+copies of four. `mla-half` has no experts: keys and values become a latent of half the cache.
 
 - *Start* and *end*: bits per byte of held-out text before and after.
 - *Busiest*: tokens of the busiest expert over its share; *entropy* of the router in nats; *likeness*: mean
   cosine between experts of a layer; before and after.
+- *Seconds*: what all seeds took by the clock, one thread each; *n*: the seeds.
 
 Numbers are means over seeds, and in brackets the lowest and the highest where they differ.
 
 """
-PRETRAINED = """\
-## A real pretrained model
+PICTURES = f"""\
+On the left of a picture is the whole run, on the right the mean difference to `dense` from step {LATE} on,
+of methods that are paired with it and within {NEAR}. A dashed line is of a record whose dense models are
+others than those of most records, or are not named: it is paired with none of these, and marked * in the
+table.
 
-SmolLM2-135M-Instruct, through every split and virtual groups, with a half and a quarter of the neurons
-active. Gates train alone for 20 steps, then everything for 98 steps of 1,024 tokens on the Python manual,
-Python modules and sums as conversations. Bits per byte, mean over the three.
+"""
+LEFT_OUT = """\
+Left out, since one evening on two cores holds no more: `split-cluster` by gate rows and by cosine; Nvidia's
+cube root, which is exact for squared ReLU alone (this model has SwiGLU); finer groups such as E8G8T8; `btx`
+with gates from prompts and with the base's rest, which need fine-tunes that prompts can tell apart; router
+noise; `dense_first` and `moe_every`; latents of other ranks, which `bench/mla.py` measures without training;
+a fresh share other than a half for `drop` and `qwen`.
 
 """
 ORDERINGS = """\
 ## What papers say, and what came of it here
 
-Each line is decided by a rule from the records alone: *reproduced* where the relation holds for every seed,
-*opposite* where its contrary does, *undecided* otherwise.
+Each line is decided by a rule from the records alone. The difference is left less right, seed by seed: its
+mean and the standard error of that over the seeds. *Within noise* is a difference whose sign is not that of
+every seed, or whose mean is less than two standard errors from zero; otherwise what was said is *reproduced*
+or *not reproduced*. Records of other dense models, or of ones they do not name, are *not paired*.
 
 """
-UNMEASURED = "Not measured yet; `python bench/{script}.py` writes the records.\n"
+UNMEASURED = "Not measured yet; `python bench/upcycle.py` writes the records.\n"
 HEADINGS = (
     "Method",
     "Start",
@@ -111,8 +128,10 @@ HEADINGS = (
     "after",
     "Likeness before",
     "after",
+    "Seconds",
     "n",
 )
+SAID = ("Said", "Rule", "Difference", "n", "Here")
 
 
 def studies(script: str, names: Iterable[str]) -> dict[str, Study]:
@@ -120,155 +139,160 @@ def studies(script: str, names: Iterable[str]) -> dict[str, Study]:
     return {name: Study.read(path) for name, path in paths.items() if path.exists()}
 
 
-def row(name: str, study: Study) -> tuple[str, ...]:
+def bits(values: Mapping[int, float]) -> str:
+    """To four decimals: methods differ in the third."""
+    if not values:
+        return ""
+    low, high = min(values.values()), max(values.values())
+    spread = f" ({low:.4f} to {high:.4f})" if low != high else ""
+    return f"{statistics.fmean(values.values()):.4f}{spread}"
+
+
+def apart(found: Studies) -> frozenset[str]:
+    """Records that are not paired with most of the others."""
+    named = Counter(tuple(sorted(study.record.sources.items())) for study in found.values())
+    named.pop((), None)
+    if not named:
+        return frozenset(found)
+    usual = dict(named.most_common(1)[0][0])
+    reference = next(study for study in found.values() if study.record.sources == usual)
+    return frozenset(name for name, study in found.items() if not is_paired(study, reference))
+
+
+def row(name: str, study: Study, mark: str) -> tuple[str, ...]:
     pairs = (
         f"{what}, {when}"
         for what in ("busiest expert", "router entropy", "expert similarity")
         for when in ("before", "after")
     )
     values = (study.of(figure) for figure in pairs)
-    ends = (cell(study.of(START)), cell(study.of(LAST)))
-    return (f"`{name}`", *ends, *(cell(v) if v else "" for v in values), str(len(study.seeds)))
+    seconds = study.of("seconds")
+    return (
+        f"`{name}`{mark}",
+        bits(study.of(START)),
+        bits(study.of(LAST)),
+        *(cell(v) if v else "" for v in values),
+        f"{sum(seconds.values()):,.0f}" if seconds else "",
+        str(len(study.seeds)),
+    )
 
 
 def table(found: Studies) -> str:
     if not found:
-        return UNMEASURED.format(script="upcycle")
-    rows = markdown(HEADINGS, (row(name, found[name]) for name in NAMES if name in found))
+        return UNMEASURED
+    lone = apart(found)
+    shown = (row(name, found[name], " *" if name in lone else "") for name in NAMES if name in found)
     missing = ", ".join(f"`{name}`" for name in NAMES if name not in found)
-    return f"{rows}\nNot measured yet: {missing}.\n" if missing else rows
+    rest = f"Not measured yet: {missing}.\n" if missing else ""
+    return f"{markdown(HEADINGS, shown)}\n{rest}{time_taken(found)}\n"
 
 
-def curve(study: Study) -> tuple[tuple[float, float], ...]:
+def time_taken(found: Studies) -> str:
+    """In all, of the records that say it."""
+    known = [study for study in found.values() if study.of("seconds")]
+    if not known:
+        return ""
+    clock, processor = (
+        sum(sum(study.of(name).values()) for study in known) / 3600
+        for name in ("seconds", "processor seconds")
+    )
+    return (
+        f"{len(known)} of {len(found)} records say what they took: {clock:.1f} hours by the clock and"
+        f" {processor:.1f} of a processor in all, one thread each, several beside each other.\n"
+    )
+
+
+def curve(study: Study) -> tuple[Point, ...]:
     steps = ((float(at[1]), of) for name, of in study.values.items() if (at := AT_STEP.fullmatch(name)))
     return tuple(sorted((step, statistics.fmean(of.values())) for step, of in steps))
 
 
-def picture(found: Studies) -> str:
-    """Held-out bits per byte over the steps, as one SVG that stands alone, on light and dark pages."""
-    drawn = [name for name in DRAWN if name in found]
-    series = tuple(Series(name, curve(found[name]), place) for place, name in enumerate(drawn))
-    chart = LineChart(
-        "Held-out bits per byte over the steps", "step", "bits per byte", series, width=720, height=360
+def late(study: Study, base: Study) -> tuple[Point, ...]:
+    """The mean difference to ``base``; nothing where that is ever large or runs are not paired."""
+    if not is_paired(study, base):
+        return ()
+    theirs = dict(curve(base))
+    found = tuple(
+        (step, bits - theirs[step]) for step, bits in curve(study) if step >= LATE and step in theirs
     )
-    return standalone(line_chart(chart), STYLE.read_text(encoding="utf-8"))
+    return found if all(abs(d) <= NEAR for _, d in found) else ()
 
 
-def real_rows(found: Studies) -> Iterator[tuple[str, ...]]:
-    whens = ("at step 0", "after gates warmed up", "after training")
-    for name, study in found.items():
-        bits = (study.of(f"bits per byte {when}") for when in whens)
-        yield (f"`{name}`", *(cell(values) if values else "" for values in bits), answer(name))
+def file_of(panel: str) -> str:
+    return f"upcycling-{panel}.svg"
 
 
-def answer(name: str) -> str:
-    """What it says of the capital of France in the end."""
-    path = RECORDS / "answers" / f"{name}.json"
-    if not path.exists():
-        return ""
-    said = json.loads(path.read_text(encoding="utf-8"))["after training"]
-    return " ".join(next(iter(said.values())).split()).replace("|", "\\|")[:80]
-
-
-def real_names() -> tuple[str, ...]:
-    return ("dense", *(f"{name}-{share}" for name in REAL for share in ("half", "quarter")))
-
-
-def real_table(found: Studies) -> str:
-    if not found:
-        return UNMEASURED.format(script="real_upcycling")
-    head = ("Method", "At step 0", "Gates warm", "After training", "The capital of France, after")
-    missing = ", ".join(f"`{name}`" for name in real_names() if name not in found)
-    rows = markdown(head, real_rows(found))
-    return f"{rows}\nNot measured yet: {missing}.\n" if missing else rows
-
-
-def claims() -> Iterable[Claim]:
-    for other in ("split-cluster", "split-inner", "split-inter", "split-graph"):
-        yield Claim(
-            f"a random split is no worse than {other} after training (LLaMA-MoE)", LAST, "split-random", other
-        )
-    yield Claim(
-        "a scaled output is much better at the start (LLaMA-MoE)",
-        START,
-        "split-random-ratio",
-        "split-random-none",
+def panel(name: str, found: Studies, lone: frozenset[str]) -> str:
+    """Held-out bits per byte over the steps, and in the end beside those of the dense model."""
+    whole = {method: curve(found[method]) for method in PANELS[name] if method in found}
+    base = found.get(BASE)
+    ends = {method: late(found[method], base) for method in whole} if base is not None else {}
+    sides = (
+        line_chart(_chart(name, whole, lone, "bits per byte")),
+        line_chart(_chart(name, ends, lone, f"less that of {BASE}")),
     )
-    yield Claim("the same, scaled by k as here", START, "split-random", "split-random-none")
-    yield Claim(
-        "a filter for fluency helps (LLaMA-MoE)",
-        LAST,
-        "split-random-fluent",
-        "split-random",
-    )
-    yield Claim(
-        "static shares that dynamic ones end at are better than shares by size (LLaMA-MoE)",
-        LAST,
-        "split-random-sheared",
-        "split-random",
-    )
-    yield Claim(
-        "and better than the dynamic ones (LLaMA-MoE)",
-        LAST,
-        "split-random-sheared",
-        "split-random-dynamic",
-    )
-    yield Claim(
-        "virtual groups start at the dense loss, others above (2410.07524)",
-        START,
-        "virtual-group",
-        "split-random",
-    )
-    yield Claim(
-        "softmax-then-top-k is better than top-k-then-softmax (2410.07524)",
-        LAST,
-        "virtual-group",
-        "virtual-group-normalised",
-    )
-    yield Claim("upcycled beats continued dense training (2410.07524)", LAST, "virtual-group", "dense")
-    yield Claim("the same of copies (2212.05055)", LAST, "copy", "dense")
-    yield Claim("the same of copies in part anew (2502.19261)", LAST, "drop", "dense")
-    yield Claim("a part anew is better than plain copies in the end (2502.19261)", LAST, "drop", "copy")
-    yield Claim(
-        "upcycled beats a sparse model from nothing on as little text (2406.06563)", LAST, "copy", "scratch"
-    )
-    yield Claim("a split beats a dense model as wide as its active part", LAST, "split-random", "dense-small")
-    yield Claim("standardised logits lower the loss (2406.06563)", LAST, "copy-standardised", "copy")
-    yield Claim(
-        "experts grow apart in training (2406.06563)",
-        "expert similarity, after",
-        "copy",
-        "copy",
-        "expert similarity, before",
-    )
+    parts = [
+        f'<g transform="translate({place * SIDE:g} 0)">{inside(side)}</g>' for place, side in enumerate(sides)
+    ]
+    return standalone(picture(2 * SIDE, HEIGHT, ABOUT[name], parts), STYLE.read_text(encoding="utf-8"))
 
 
-def page(small: Studies, real: Studies) -> str:
-    verdicts = markdown(("Said", "Rule", "Here"), (claim_row(claim, small) for claim in claims()))
-    image = "![Held-out bits per byte over the steps by method](pictures/upcycling.svg)\n\n" if small else ""
+def inside(drawn: str) -> str:
+    """What is drawn in an SVG."""
+    return drawn.partition(">")[2].removesuffix("</svg>")
+
+
+def _chart(name: str, drawn: Mapping[str, tuple[Point, ...]], lone: frozenset[str], of: str) -> LineChart:
+    series = tuple(
+        Series(method, drawn[method], place, "dashed" if method in lone else "line")
+        for place, method in enumerate(PANELS[name])
+        if method in drawn
+    )
+    return LineChart(ABOUT[name], "step", of, series, width=SIDE, height=HEIGHT)
+
+
+def pictures(found: Studies) -> str:
+    shown = "".join(
+        f"![{ABOUT[name]}: held-out bits per byte over the steps](pictures/{file_of(name)})\n\n"
+        for name in PANELS
+        if any(method in found for method in PANELS[name])
+    )
+    return f"{PICTURES}{shown}" if shown else ""
+
+
+def page(small: Studies, real: Studies, answers: Answers) -> str:
+    verdicts = markdown(SAID, (claim.row(small) for claim in claims()))
     parts = (
         HEAD,
         SMALL,
-        image,
+        pictures(small),
         table(small),
-        "\n",
-        PRETRAINED,
-        real_table(real),
-        "\n",
+        LEFT_OUT,
         ORDERINGS,
         verdicts,
         "\n",
+        real_section(real, answers),
+        source(small, "upcycle"),
+        source(real, "real_upcycling"),
     )
-    return ("".join(parts) + source(small, "upcycle") + source(real, "real_upcycling")).rstrip() + "\n"
+    return "".join(parts).rstrip() + "\n"
 
 
-def texts(small: Studies, real: Studies) -> dict[Path, str]:
-    pictures = {DOCS / "pictures" / "upcycling.svg": picture(small)} if small else {}
-    return {DOCS / "upcycling.md": page(small, real), **pictures}
+def texts(small: Studies, real: Studies, answers: Answers) -> dict[Path, str]:
+    lone = apart(small)
+    drawn = {
+        file_of(name): panel(name, small, lone)
+        for name in PANELS
+        if any(method in small for method in PANELS[name])
+    }
+    drawn |= curves(real)
+    written = {DOCS / "pictures" / file: text for file, text in drawn.items()}
+    return {DOCS / "upcycling.md": page(small, real, answers), **written}
 
 
 def main(arguments: Sequence[str]) -> int:
-    found = texts(studies("upcycle", NAMES), studies("real_upcycling", real_names()))
+    real = studies("real_upcycling", REAL_NAMES)
+    found = texts(studies("upcycle", NAMES), real, read_answers(real))
     return write(found, "generate_upcycle", arguments)
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from consilium.checkpoint import store
+from consilium.config.attention import GQA, MLA
 from consilium.config.data import Data, TextPath
 from consilium.config.training import Bytes
 from consilium.data.corpus import build_corpus
 from consilium.model.build import build
 from consilium.planner.parameters import parameters
+from consilium.records.io import read_json
+from consilium.records.upcycling import NAME, Lineage
 from house.scripts import loaded
 from upcycling.sources import LLAMA, saved, text
 
@@ -35,7 +38,7 @@ def docs() -> Iterator[ModuleType]:
 def test_the_pages_show_what_the_studies_try(bench: ModuleType, docs: ModuleType) -> None:
     assert set(docs.NAMES) == set(bench.STUDY.names)
     with loaded("bench/real_upcycling.py") as real:
-        assert set(docs.real_names()) == set(real.STUDY.names)
+        assert set(docs.REAL_NAMES) == set(real.STUDY.names)
     claimed = {name for claim in docs.claims() for name in (claim.left, claim.right)}
     assert claimed <= set(docs.NAMES)
     count = parameters(bench.DENSE)
@@ -45,6 +48,39 @@ def test_the_pages_show_what_the_studies_try(bench: ModuleType, docs: ModuleType
 
 def test_the_page_is_what_the_records_say(docs: ModuleType) -> None:
     assert docs.main(["--check"]) == 0
+
+
+def test_the_help_names_the_defaults_that_hold() -> None:
+    for script in ("bench/balance.py", "bench/upcycle.py", "bench/real_upcycling.py"):
+        with loaded(script) as module:
+            study = module.STUDY
+            usage = f"{script} [NAME ...] [--jobs {study.jobs}] [--again] [--steps {study.steps}]"
+            assert f"usage: python {usage} [--seeds {study.seeds}]\n" in module.__doc__
+
+
+def test_a_dense_model_is_named_by_the_hash_that_lineages_have(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(LLAMA, tmp_path / "dense-1")
+    made = {"method": "copy", "experts": 2, "top_k": 1, "data": text(tmp_path / "a.txt")}
+    bench.upcycle(tmp_path / "dense-1", tmp_path / "moe", **made)
+    expected = read_json(Lineage, tmp_path / "moe" / NAME).source_sha256
+    monkeypatch.setattr(bench, "read_text", lambda: None)
+    monkeypatch.setattr(bench, "work_of", lambda corpus: tmp_path)
+    assert bench.sources(bench.Settings(9, 3, tmp_path)) == {"seed 1": expected}, "the others are not there"
+
+
+def test_every_method_makes_a_model(bench: ModuleType, tmp_path: Path) -> None:
+    """Those of the study with sizes of their own, on a smaller model."""
+    config = dataclasses.replace(LLAMA, attention=GQA(heads=6, kv_heads=6, head_dim=32), max_length=64)
+    saved(config, tmp_path / "dense")
+    for name in ("copy-shared", "virtual-group-1", "mla-half"):
+        options = {**bench.METHODS[name], "data": text(tmp_path / "a.txt"), "calibration_tokens": 512}
+        with bench.made(tmp_path / "dense", 0, options) as (model, relative):
+            assert relative < 1e-5 or name == "mla-half"
+            assert (model.config.moe is None) == (name == "mla-half")
+    assert isinstance(model.config.attention, MLA)
+    assert 2 * model.config.attention.cache_width == 6 * 2 * 32
 
 
 def test_a_run_gives_every_figure(bench: ModuleType, docs: ModuleType, tmp_path: Path) -> None:

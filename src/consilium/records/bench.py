@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Literal
 
 from pydantic import AwareDatetime, PositiveInt
@@ -47,3 +49,5 @@ class BenchRecord:
     """What repeats it."""
     date: AwareDatetime
     figures: tuple[Figure, ...]
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of the weights that runs began with or stand beside, by seed: of equal ones runs are paired."""
