@@ -159,7 +159,7 @@ def _of_seed(found: Figure, seed: int) -> Figure:
 
 
 def write_told(told: Told, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(told), indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
