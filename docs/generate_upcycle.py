@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from paired import DOCS, RECORDS, STYLE, Studies, Study, cell, source, write
+from paired import DOCS, RECORDS, Studies, Study, cell, side_by_side, source, write
 from upcycling_claims import LAST, START, claims, is_paired
 from upcycling_real import REAL_NAMES, Answers, curves, read_answers, real_section
 
-from consilium.report.lines import LineChart, Series, line_chart
+from consilium.report.lines import LineChart, Series
 from consilium.report.plain import markdown
 from consilium.report.series import Point
-from consilium.report.svg import picture, standalone
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "beginnings": ("dense", "dense-small", "scratch", "scratch-long", "copy", "virtual-group"),
@@ -228,18 +227,10 @@ def panel(name: str, found: Studies, lone: frozenset[str]) -> str:
     base = found.get(BASE)
     ends = {method: late(found[method], base) for method in whole} if base is not None else {}
     sides = (
-        line_chart(_chart(name, whole, lone, "bits per byte")),
-        line_chart(_chart(name, ends, lone, f"less that of {BASE}")),
+        _chart(name, whole, lone, "bits per byte"),
+        _chart(name, ends, lone, f"less that of {BASE}"),
     )
-    parts = [
-        f'<g transform="translate({place * SIDE:g} 0)">{inside(side)}</g>' for place, side in enumerate(sides)
-    ]
-    return standalone(picture(2 * SIDE, HEIGHT, ABOUT[name], parts), STYLE.read_text(encoding="utf-8"))
-
-
-def inside(drawn: str) -> str:
-    """What is drawn in an SVG."""
-    return drawn.partition(">")[2].removesuffix("</svg>")
+    return side_by_side(sides, ABOUT[name])
 
 
 def _chart(name: str, drawn: Mapping[str, tuple[Point, ...]], lone: frozenset[str], of: str) -> LineChart:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from consilium.records.bench import BenchRecord
 from consilium.records.io import read_json
+from consilium.report.lines import LineChart, line_chart
+from consilium.report.svg import picture, standalone
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS.parent / "bench" / "records"
@@ -105,6 +107,17 @@ def source(found: Studies, script: str) -> str:
         f"Measured {date} on {machine}: `python bench/{script}.py --{command}`.\n"
         for machine, command, date in settings
     )
+
+
+def side_by_side(charts: Sequence[LineChart], label: str) -> str:
+    """Charts of one size as one SVG that stands alone, on light and dark pages."""
+    parts: list[str] = []
+    at = 0.0
+    for chart in charts:
+        inside = line_chart(chart).partition(">")[2].removesuffix("</svg>")
+        parts.append(f'<g transform="translate({at:g} 0)">{inside}</g>')
+        at += chart.width
+    return standalone(picture(at, charts[0].height, label, parts), STYLE.read_text(encoding="utf-8"))
 
 
 def write(texts: Mapping[Path, str], script: str, arguments: Sequence[str]) -> int:

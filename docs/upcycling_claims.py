@@ -140,7 +140,9 @@ def _of_copies() -> Iterator[Said]:
     yield Said("the same of copies in part anew (2502.19261)", LAST, "drop", "dense")
     anew = "a part anew is better than plain copies in the end (2502.19261)"
     yield Said(anew, LAST, "drop", "copy")
-    shared = "a shared expert beside copies is no gain (2410.07524)"
+    shared = (
+        "copies alone are better than beside a shared expert, of which the paper has no gain (2410.07524)"
+    )
     yield Said(shared, LAST, "copy", "copy-shared")
     scratch = "upcycled beats a sparse model from nothing on as little text (2406.06563)"
     yield Said(scratch, LAST, "copy", "scratch")

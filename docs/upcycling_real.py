@@ -6,15 +6,14 @@ import html
 import json
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paired import RECORDS, STYLE, Studies, Study, cell
+from paired import RECORDS, Studies, Study, cell, side_by_side
 
-from consilium.report.lines import LineChart, Series, line_chart
+from consilium.report.lines import LineChart, Series
 from consilium.report.plain import markdown
-from consilium.report.svg import standalone
 
 METHODS = (
     "split-random",
@@ -34,6 +33,8 @@ Answers = Mapping[str, Mapping[str, Any]]
 """By name what bench/real_upcycling.py tells beside its figures."""
 AT = re.compile(r"bits per byte at (\d+) tokens")
 FIRST = WHENS[0], WHENS[2]
+LATE = 50_000
+"""Tokens after which the right side of a picture begins."""
 
 TEXT = """\
 ## A real pretrained model
@@ -41,7 +42,8 @@ TEXT = """\
 SmolLM2-135M-Instruct, through every split and virtual groups, with a half and a quarter of the neurons
 active. Gates train alone for 20 steps, then everything for 98 steps of 1,024 tokens on the Python manual,
 Python modules and sums as conversations; `dense` is the model itself, trained on as many tokens in all.
-Bits per byte of held-out text, mean over the three.
+Bits per byte of held-out text, mean over the three; on the right of a picture what comes after 50,000
+tokens.
 
 """
 AFTERWARDS = """\
@@ -149,15 +151,27 @@ def curves(found: Studies) -> dict[str, str]:
 
 
 def _picture(share: str, found: Studies) -> str:
+    """The whole run, and beside it what comes after ``LATE`` tokens."""
     names = ("dense", *(f"{name}-{share}" for name in METHODS))
-    series = tuple(
-        Series(name, _curve(found[name]), place - 1, "line" if place else "dashed")
+    title = f"The real model, {share} of the neurons active"
+    sides = [
+        LineChart(title, "tokens", "bits per byte", _series(names, found, first), width=480, height=380)
+        for first in (0, LATE)
+    ]
+    return side_by_side(sides, title)
+
+
+def _series(names: Sequence[str], found: Studies, first: int) -> tuple[Series, ...]:
+    return tuple(
+        Series(
+            name,
+            tuple(point for point in _curve(found[name]) if point[0] >= first),
+            place - 1,
+            "line" if place else "dashed",
+        )
         for place, name in enumerate(names)
         if name in found
     )
-    title = f"The real model, {share} of the neurons active"
-    chart = LineChart(title, "tokens", "bits per byte", series, width=720, height=380)
-    return standalone(line_chart(chart), STYLE.read_text(encoding="utf-8"))
 
 
 def _curve(study: Study) -> tuple[tuple[float, float], ...]:
