@@ -13,11 +13,13 @@ that. Stop it at any time, and it goes on.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -134,6 +136,7 @@ def training_of(model: Decoder, data: Data, steps: int, seed: int, frozen: Seque
 def prepare(_: Settings, _jobs: int) -> Measure:
     """Read the text once."""
     work = Path(tempfile.mkdtemp(prefix="consilium-real-upcycling-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
     paths = write_sources(work)
     sources = tuple(
         TextPath(path=str(path), domain=name, weight=SHARES[name]) for name, path in paths.items()
