@@ -154,7 +154,9 @@ def test_regions_of_every_size_follow_each_other() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_computes_with_threads_of_its_own() -> None:
+@pytest.mark.parametrize("before", ["assert right()", "torch.ones(3000, 3000) + 1"])
+def test_a_forked_child_computes_with_threads_of_its_own(before: str) -> None:
+    """Whether its parent used the kernels or torch's threads, without which torch hangs in large operators."""
     kernels_of(HERE[-1])
     found = compiled(HERE[-1])
     assert isinstance(found, Built)
@@ -165,14 +167,14 @@ def test_a_forked_child_computes_with_threads_of_its_own() -> None:
         "from consilium.ops.weights import Dense\n"
         f"kernels = opened({str(found.path)!r}, {found.tier!r})\n"
         "torch.set_num_threads(2)\n"
-        "weight = torch.ones(500, 40)\n"
+        "weight = torch.ones(500, 200)\n"
         "training.kernels = lambda: kernels\n"
-        "ones, ends = torch.ones(1, 40), torch.tensor([1])\n"
+        "ones, many = torch.ones(1, 200), torch.ones(64, 200)\n"
         "def right():\n"
-        "    made = training.multiply_sorted(ones, weight[None], ends, 0, False)\n"
+        "    made = training.multiply_sorted(many, weight[None], torch.tensor([64]), 0, False)\n"
         "    product = kernels.product(Dense(weight).native(), ones)\n"
-        "    return bool((made == 40).all() and (product == 40).all())\n"
-        "assert right()\n"
+        "    return bool((made == 200).all() and (product == 200).all())\n"
+        f"{before}\n"
         "child = os.fork()\n"
         "if child == 0: os._exit(0 if right() else 1)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not right())\n"

@@ -5,6 +5,8 @@ Legend: R rows sorted by expert, E experts, O outputs and I inputs of one matrix
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,15 +18,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from consilium.ops.grouped import Backend, Network, choose, stacked_feed_forward
 from consilium.ops.native import training
-from consilium.ops.native.compile import Tier
+from consilium.ops.native.compile import Built, Tier
 from consilium.ops.native.library import TYPES, Kernels, Sorted
 from consilium.ops.native.training import multiply_sorted
 from consilium.ops.weights import DenseStack
-from kernels import HERE, kernels_of
+from kernels import HERE, compiled, kernels_of
 from support import relative_error
 
 KINDS = TIMES_TRANSPOSED, TIMES, OUTER = range(3)
 WIDTHS = (torch.float32, torch.bfloat16)
+
+
+def path_of(tier: Tier) -> str:
+    kernels_of(tier)
+    found = compiled(tier)
+    assert isinstance(found, Built)
+    return str(found.path)
 
 
 def sides(kind: int, counts_E: tuple[int, ...], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -238,10 +247,58 @@ def test_they_are_taken_where_they_were_measured_to_be_faster(
     """docs/decisions/0003-experts-backend.md."""
     found = Kernels(None, tier, 16)
     monkeypatch.setattr(training, "kernels", lambda: found)
+    monkeypatch.setattr(training, "_planned", lambda: tier)
     network = Network(torch.zeros(2, 600, 520), torch.zeros(2, 520, side), "swiglu")
-    assert (choose(torch.zeros(4, 520, dtype=dtype), (2, 2), network) == "native") == taken
+    x_RD = torch.zeros(64, 520, dtype=dtype)
+    assert (choose(x_RD, (0, 64), network) == "native") == taken
+    few = tier == "avx2" and dtype == torch.bfloat16  # torch has only a loop for it there
+    assert (choose(x_RD[:40], (10, 30), network) == "native") == few
     monkeypatch.setattr(training, "kernels", lambda: None)
-    assert choose(torch.zeros(4, 520, dtype=dtype), (2, 2), network) != "native"
+    assert choose(x_RD, (0, 64), network) != "native"
+
+
+def test_nothing_is_compiled_for_what_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("somebody compiled")
+
+    monkeypatch.setattr(training, "kernels", asked)
+    never = ("amx", torch.bfloat16, 600), ("avx2", torch.float32, 64), ("avx2", torch.float64, 600)
+    for tier, dtype, side in never:
+        monkeypatch.setattr(training, "_planned", lambda tier=tier: tier)
+        network = Network(torch.zeros(1, 600, side), torch.zeros(1, side, 300), "swiglu")
+        assert choose(torch.zeros(64, side, dtype=dtype), (64,), network) != "native"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
+def test_no_memory_is_an_error_like_any_other() -> None:
+    """Memory for a second copy of the rows is asked for, and may not be there."""
+    script = (
+        "import resource, torch\n"
+        "from pathlib import Path\n"
+        "from consilium.ops.native import training\n"
+        "from consilium.ops.native.library import opened\n"
+        f"kernels = opened(Path({path_of(HERE[-1])!r}), {HERE[-1]!r})\n"
+        "training.kernels = lambda: kernels\n"
+        "rows, matrix, ends = torch.zeros(30000, 1024), torch.zeros(1, 8, 1024), torch.tensor([30000])\n"
+        "training.multiply_sorted(rows[:2], matrix, torch.tensor([2]), 0, False)\n"
+        "here = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (here + (60 << 20), -1))\n"
+        "try:\n"
+        "    training.multiply_sorted(rows, matrix, ends, 0, False)\n"
+        "except MemoryError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "use smaller batches" in done.stdout, done.stderr
+
+
+def test_rows_are_where_they_are_whatever_the_default_device(native: None) -> None:
+    del native
+    with torch.device("meta"):
+        made = training.Native((3, 0, 2), wide=True).ends_E
+    assert made.tolist() == [3, 3, 5]
 
 
 @pytest.mark.usefixtures("native")

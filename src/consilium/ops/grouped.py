@@ -124,7 +124,7 @@ def choose(x_RD: Tensor, counts_E: Counts, network: Network) -> Backend:
         return "loop"
     if is_storage(x_RD) and not torch.is_grad_enabled():
         return "reference"
-    if trains_faster(x_RD, network.up_EGD, network.down_EDF):
+    if trains_faster(x_RD, counts_E, network.up_EGD, network.down_EDF):
         return "native"
     if x_RD.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "padded" if _padding(counts_E) <= 1.3 else "loop"
@@ -169,14 +169,19 @@ class _Plan:
     """Whether matrices and their gradients are float32."""
 
     @property
+    def idle(self) -> list[int]:
+        """Experts without rows, of which torch's kernels promise nothing."""
+        return [e for e, count in enumerate(self.counts_E) if not count]
+
+    @property
     def way(self) -> Way:
         match self.backend:
             case "grouped":
-                return Passes(self.counts_E, Ragged(self.counts_E))
+                return Passes(Ragged(self.counts_E), self.idle)
             case "padded":
-                return Passes(self.counts_E, Padded(self.counts_E))
+                return Passes(Padded(self.counts_E), self.idle)
             case "native":
-                return Passes(self.counts_E, Native(self.counts_E, wide=self.wide))
+                return Passes(Native(self.counts_E, wide=self.wide), ())
             case "loop" | "reference":
                 return Loop(self.counts_E, self.blocks_E)
 

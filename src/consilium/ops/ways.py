@@ -239,8 +239,9 @@ class _Products(Protocol):
 class Passes:
     """One product over all experts after another."""
 
-    def __init__(self, counts_E: Counts, products: _Products) -> None:
-        self.idle = [e for e, count in enumerate(counts_E) if not count]
+    def __init__(self, products: _Products, unwritten: Sequence[int]) -> None:
+        """``unwritten`` are the experts whose gradients ``products`` leaves as memory was."""
+        self.unwritten = list(unwritten)
         self.products = products
 
     def forward(self, x_RD: Tensor, network: Network) -> tuple[Tensor, Tensor]:
@@ -267,9 +268,9 @@ class Passes:
         return Gradients(grad_x_RD, grad_weight_R, grad_up_EGD, grad_down_EDF)
 
     def _written(self, grad_EOI: Tensor, weight_EOI: Tensor) -> Tensor:
-        """The gradient in the weight's dtype. No kernel promises what it leaves for an idle expert."""
-        if self.idle:
-            grad_EOI[self.idle] = 0
+        """The gradient in the weight's dtype."""
+        if self.unwritten:
+            grad_EOI[self.unwritten] = 0
         return grad_EOI.to(weight_EOI.dtype)
 
 

@@ -141,7 +141,8 @@ class Kernels:
 
     def sorted(self, call: Sorted) -> None:
         """Compute a product of rows that are sorted by expert (source/train.h)."""
-        self.library.consilium_sorted(ctypes.byref(call), c_int64(torch.get_num_threads()))
+        if not self.library.consilium_sorted(ctypes.byref(call), c_int64(torch.get_num_threads())):
+            raise MemoryError("no memory is left to multiply the rows of all experts; use smaller batches")
 
     def product(self, matrix: NativeMatrix, x_BI: Tensor, *, many: bool = False) -> Tensor:
         """Float32 products [B, O] of float32 rows with a matrix.
@@ -194,7 +195,8 @@ def opened(path: Path, tier: Tier) -> Kernels:
         size.restype = c_int64
         assert size() == ctypes.sizeof(structure), f"{name} has another layout in {path}"
     library.consilium_lanes.restype = library.consilium_layers.restype = c_int64
-    for name in ("feed", "networks", "product", "sorted"):
+    library.consilium_sorted.restype = c_int64
+    for name in ("feed", "networks", "product"):
         getattr(library, f"consilium_{name}").restype = None
     return Kernels(library, tier, library.consilium_lanes())
 

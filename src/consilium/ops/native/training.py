@@ -5,36 +5,59 @@ Legend: P rows sorted by expert, E experts, O outputs and I inputs of one matrix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+import functools
+from collections.abc import Sequence
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from consilium.ops.native.compile import Tier
+from consilium.ops.constant import constant
+from consilium.ops.native.compile import Missing, Tier, planned
 from consilium.ops.native.library import TYPES, Sorted, kernels, readable
 
 _TIMES_TRANSPOSED, _TIMES, _OUTER = range(3)
-_FASTER: Final[Mapping[torch.dtype, tuple[Tier, ...]]] = MappingProxyType(
-    {torch.bfloat16: ("avx2", "avx512bf16"), torch.float32: ("avx2", "avx512bf16")}
-)
-"""Where they multiply such rows faster than torch (docs/decisions/0003-experts-backend.md)."""
-_LEAST: Final = 512
-"""Sides of a matrix of float32 from which they do: below it whoever multiplies stays in the caches."""
+_FASTER: Final[tuple[Tier, ...]] = ("avx2", "avx512bf16")
+"""Tiers whose products are faster than torch's (docs/decisions/0003-experts-backend.md)."""
+_SIDE: Final = 512
+"""Sides of a matrix of float32 from which they are: below it whoever multiplies stays in the caches."""
+_ROWS: Final = 32
+"""Rows of an expert from which they are: a matrix is packed for however few."""
 
 
 def trains(x_PD: Tensor, *matrices_EOI: Tensor) -> bool:
     """Whether the kernels are here and read these."""
-    return all(readable(tensor) for tensor in (x_PD, *matrices_EOI)) and kernels() is not None
+    return all(readable(tensor) for tensor in (x_PD, *matrices_EOI)) and _tier() is not None
 
 
-def trains_faster(x_PD: Tensor, *matrices_EOI: Tensor) -> bool:
-    """Whether they do so faster than torch."""
-    here, least = kernels(), min(side for tensor in matrices_EOI for side in tensor.shape[1:])
-    if here is None or here.tier not in _FASTER.get(x_PD.dtype, ()):
+def trains_faster(x_PD: Tensor, counts_E: Sequence[int], *matrices_EOI: Tensor) -> bool:
+    """Whether they do so faster than torch. Nothing is compiled to answer no."""
+    narrow = x_PD.dtype == torch.bfloat16
+    least = min(side for tensor in matrices_EOI for side in tensor.shape[1:])
+    if not narrow and (x_PD.dtype != torch.float32 or least < _SIDE):
         return False
-    return trains(x_PD, *matrices_EOI) and (x_PD.dtype == torch.bfloat16 or least >= _LEAST)
+    planned = _planned()
+    emulated = narrow and planned == "avx2"  # there torch has nothing but a loop for bfloat16
+    busy = sum(counts_E) >= _ROWS * sum(count > 0 for count in counts_E)
+    return planned in _FASTER and (busy or emulated) and trains(x_PD, *matrices_EOI)
+
+
+@constant
+def _planned() -> Tier | None:
+    """The tier of the kernels that are here or would be compiled."""
+    return _plan()
+
+
+@functools.cache
+def _plan() -> Tier | None:
+    found = planned()
+    return None if isinstance(found, Missing) else found.tier
+
+
+@constant
+def _tier() -> Tier | None:
+    found = kernels()
+    return None if found is None else found.tier
 
 
 @final
@@ -42,7 +65,7 @@ class Native:
     """Rows as they are, matrices in their own dtype; pairs of bfloat16 are summed in float32."""
 
     def __init__(self, counts_E: Sequence[int], *, wide: bool) -> None:
-        self.ends_E = torch.tensor(counts_E).cumsum(0)
+        self.ends_E = torch.tensor(counts_E, device="cpu").cumsum(0)
         self.wide = wide
 
     def enter(self, x_RI: Tensor) -> Tensor:

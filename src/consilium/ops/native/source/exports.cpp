@@ -1,4 +1,5 @@
 // What the library's Python half calls.
+#include <new>
 #include <vector>
 
 #include "rows.h"
@@ -25,7 +26,15 @@ int64_t consilium_layers(const Pass *pass, const Layer *layers, int64_t count) {
 
 void consilium_networks(const Pass *pass, const Feed *call, float *out) { networks(*pass, *call, out); }
 
-void consilium_sorted(const Sorted *call, int64_t threads) { sorted(*call, threads); }
+// Whether there was memory for it.
+int64_t consilium_sorted(const Sorted *call, int64_t threads) {
+    try {
+        sorted(*call, threads);
+    } catch (const std::bad_alloc &) {
+        return 0;
+    }
+    return 1;
+}
 
 void consilium_feed(const Pass *pass, const Feed *call) { feed(*pass, *call); }
 

@@ -155,10 +155,8 @@ template <class Region> void Team::run_between_operators(int threads, Region &&r
 }
 
 // The team of this process. A forked child has none of its parent's threads and begins with a team of its own.
-inline Team &team() {
-    static Team *current = [] {
-        pthread_atfork(nullptr, nullptr, [] { current = new Team, current->forked = true; });
-        return new Team;
-    }();
-    return *current;
-}
+inline Team *current_team = [] {
+    pthread_atfork(nullptr, nullptr, [] { current_team = new Team, current_team->forked = true; });
+    return new Team;
+}();
+inline Team &team() { return *current_team; }

@@ -18,6 +18,7 @@ constexpr int64_t STEPS = 512;                                 // at once: their
 constexpr int64_t WIDE = 3;                                    // vectors of B at once
 constexpr int64_t COLUMNS = WIDE * LANES;                      // of C that a thread takes
 constexpr int64_t HELD_ROWS = LANES == 4 ? 4 : LANES / 2;      // R
+constexpr int64_t WORTH = 4 << 20;   // multiplications from which other threads are worth waking
 constexpr int64_t CACHED = 8 << 20;  // values of a gradient beyond which it would only empty the caches
 
 // One side of a product: item i is a row or a column of ``data``.
@@ -211,17 +212,15 @@ static inline void vectors_of(const Task &task, const Words *a, const Words *b, 
 }
 
 // COLUMNS columns of C from ``first`` on, of A as it is packed: [M / LANES][S][LANES].
-template <class V> static inline void columns_of(const Task &task, const Words *a, int64_t first, Ahead ahead) {
-    thread_local Buffer<float> sums;
+template <class V> static inline void columns_of(const Task &task, const Words *a, int64_t first, float *sums, Ahead ahead) {
     alignas(64) static thread_local Words b[WIDE * STEPS];
     const int64_t steps = steps_of<V>(task.k), last = std::min(first + COLUMNS, task.b.items);
     const int64_t wide = blocks_of(last - first);
     const auto of = wide == 1 ? vectors_of<V, 1> : wide == 2 ? vectors_of<V, 2> : vectors_of<V, 3>;
-    if (steps > STEPS) sums.want(blocks_of(task.a.items) * LANES * COLUMNS);
     for (int64_t begin = 0; begin < std::max<int64_t>(steps, 1); begin += STEPS) {
         const int64_t end = std::min(begin + STEPS, steps), k_end = std::min(end * Word<V>::EACH, task.k);
         pack_side<V>(task.b, first, last, begin * Word<V>::EACH, k_end, b, STEPS);
-        of(task, a, b, first, begin, end, sums.data(), ahead);
+        of(task, a, b, first, begin, end, sums, ahead);
     }
 }
 
@@ -233,24 +232,33 @@ static inline int64_t range_of(const std::vector<int64_t> &begins, int64_t i) {
 // All products, A packed first; columns of C are shared in pieces of neighbours.
 template <class V> class Products {
   public:
-    explicit Products(const std::vector<Task> &tasks) : tasks(tasks) {
+    // Throws std::bad_alloc; nothing is allocated later.
+    Products(const std::vector<Task> &tasks, int64_t asked) : tasks(tasks) {
+        int64_t all = 0;
         for (const Task &task : tasks) {
-            blocks.push_back(blocks.back() + blocks_of(task.a.items));
-            places.push_back(places.back() + blocks_of(task.a.items) * steps_of<V>(task.k));
-            columns.push_back(columns.back() + (task.b.items + COLUMNS - 1) / COLUMNS);
+            const int64_t rows = blocks_of(task.a.items), steps = steps_of<V>(task.k);
+            blocks.push_back(blocks.back() + rows);
+            places.push_back(places.back() + rows * steps);
+            columns.push_back(columns.back() + (rows ? (task.b.items + COLUMNS - 1) / COLUMNS : 0));
+            all += task.a.items * task.b.items * task.k;
+            if (steps > STEPS) kept = std::max(kept, rows * LANES * COLUMNS);
         }
+        threads = all < WORTH ? 1 : asked;
         packed.want(places.back());
+        sums.want(kept * threads);
     }
 
-    void run(int64_t threads) {
+    void run() {
         const int64_t piece = std::max<int64_t>(1, columns.back() / (32 * threads));
-        team().run_between_operators(static_cast<int>(threads), [&](Team::Member &member) {
+        const auto region = [&](Team::Member &member) {
             member.loop(blocks.back(), 1, [&](int64_t i, int64_t) { pack_block(i); });
             member.loop(columns.back(), piece, [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; ++i) multiply_columns(i, i + 1 < end);
+                for (int64_t i = begin; i < end; ++i)
+                    multiply_columns(i, i + 1 < end, sums.data() + kept * member.number);
                 finish();
             });
-        });
+        };
+        threads == 1 ? team().run(1, region) : team().run_between_operators(static_cast<int>(threads), region);
     }
 
   private:
@@ -261,19 +269,21 @@ template <class V> class Products {
         pack_side<V>(task.a, first, std::min<int64_t>(first + LANES, task.a.items), 0, task.k, to, 0);
     }
 
-    void multiply_columns(int64_t i, bool more) {
+    void multiply_columns(int64_t i, bool more, float *own) {
         const int64_t e = range_of(columns, i), f = range_of(columns, i + 1);
         Ahead ahead;
         if (more) {
             const int64_t first = (i + 1 - columns[f]) * COLUMNS, last = std::min(first + COLUMNS, tasks[f].b.items);
             ahead = ahead_of(tasks[f].b, first, last, std::min(tasks[f].k, STEPS * Word<V>::EACH));
         }
-        columns_of<V>(tasks[e], packed.data() + places[e], (i - columns[e]) * COLUMNS, ahead);
+        columns_of<V>(tasks[e], packed.data() + places[e], (i - columns[e]) * COLUMNS, own, ahead);
     }
 
     const std::vector<Task> &tasks;
     std::vector<int64_t> blocks{0}, places{0}, columns{0};  // where those of each expert begin
     Buffer<Words> packed;
+    int64_t threads = 1, kept = 0;  // kept: sums of a thread, where K has several parts
+    Buffer<float> sums;
 };
 
 // What the sides of an expert are, whose rows are [begin, end).
@@ -305,7 +315,7 @@ void sorted(const Sorted &call, int64_t threads) {
     for (int64_t e = 0, begin = 0; e < call.experts; begin = call.ends[e++])
         tasks.push_back(task_of(call, e, begin, call.ends[e]));
 #if defined(__AVX512BF16__)
-    if (call.rows_type == BFLOAT16) return Products<Bfloat16>(tasks).run(threads);
+    if (call.rows_type == BFLOAT16) return Products<Bfloat16>(tasks, threads).run();
 #endif
-    Products<float>(tasks).run(threads);
+    Products<float>(tasks, threads).run();
 }
