@@ -156,7 +156,7 @@ def test_regions_of_every_size_follow_each_other() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize("before", ["assert right()", "torch.ones(3000, 3000) + 1"])
 def test_a_forked_child_computes_with_threads_of_its_own(before: str) -> None:
-    """Whether its parent used the kernels or torch's threads, without which torch hangs in large operators."""
+    """Whether its parent used the kernels or torch's threads, without which torch hangs in its own."""
     kernels_of(HERE[-1])
     found = compiled(HERE[-1])
     assert isinstance(found, Built)
