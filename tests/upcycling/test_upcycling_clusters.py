@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from consilium.config.upcycling import (
     Copy,
     Drop,
-    Expand,
     InnerSplit,
     RandomSplit,
     Upcycling,
@@ -140,9 +139,8 @@ def test_a_difference_that_is_no_number_stays_none() -> None:
         (Upcycling(method=RandomSplit(), experts=4, top_k=4, scale="ratio"), False),
         (Upcycling(method=RandomSplit(), experts=4, top_k=2), False),
         (Upcycling(method=InnerSplit(), experts=4, top_k=4), False),
-        (Upcycling(method=Expand(), experts=4, top_k=2), True),
     ],
 )
 def test_logits_are_next_to_nothing_where_equality_needs_it(asked: Upcycling, small: bool) -> None:
-    assert spread(asked) == (FLAT if small else 1e-2)
+    assert (spread(asked) <= FLAT) == small
     assert spread(dataclasses.replace(asked, spread=0.3)) == 0.3
