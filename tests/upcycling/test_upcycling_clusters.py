@@ -9,16 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from consilium.config.moe import MoE
+from consilium.config.router import Router, TopK
 from consilium.config.upcycling import (
     Copy,
     Drop,
+    Expand,
     InnerSplit,
     RandomSplit,
     Upcycling,
     VirtualGroup,
 )
 from consilium.evaluation.walk import Difference
-from consilium.planner.upcycled import FLAT, spread
+from consilium.planner.upcycled import FLAT, begun, spread
 from consilium.upcycling.clusters import (
     balanced_assignment,
     balanced_clusters,
@@ -27,6 +30,7 @@ from consilium.upcycling.clusters import (
     members,
 )
 from consilium.upcycling.gates import levelled, random_rows, vague
+from upcycling.sources import LLAMA
 
 
 @settings(deadline=None, max_examples=60)
@@ -127,20 +131,29 @@ def test_a_difference_that_is_no_number_stays_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "small"),
+    ("asked", "expected"),
     [
-        (Upcycling(method=Copy(), experts=4, top_k=2), False),
-        (Upcycling(method=Copy(), experts=4, top_k=1), True),
-        (Upcycling(method=Drop(), experts=4, top_k=1), False),
-        (Upcycling(method=Drop(fresh=0.0), experts=4, top_k=1), True),
-        (Upcycling(method=VirtualGroup(granularity=2), experts=4, top_k=2), True),
-        (Upcycling(method=VirtualGroup(weights="normalised"), experts=4, top_k=2), False),
-        (Upcycling(method=RandomSplit(), experts=4, top_k=4), True),
-        (Upcycling(method=RandomSplit(), experts=4, top_k=4, scale="ratio"), False),
-        (Upcycling(method=RandomSplit(), experts=4, top_k=2), False),
-        (Upcycling(method=InnerSplit(), experts=4, top_k=4), False),
+        (Upcycling(method=Copy(), experts=4, top_k=2), 1e-2),
+        (Upcycling(method=Copy(), experts=4, top_k=1), FLAT),
+        (Upcycling(method=Drop(), experts=4, top_k=1), 1e-2),
+        (Upcycling(method=Drop(fresh=0.0), experts=4, top_k=1), FLAT),
+        (Upcycling(method=VirtualGroup(granularity=2), experts=4, top_k=2), FLAT),
+        (Upcycling(method=VirtualGroup(weights="normalised"), experts=4, top_k=2), 1e-2),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=4), 1e-6),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=4, scale="ratio"), 1e-2),
+        (Upcycling(method=RandomSplit(), experts=4, top_k=2), 1e-2),
+        (Upcycling(method=InnerSplit(), experts=4, top_k=4), 1e-2),
     ],
 )
-def test_logits_are_next_to_nothing_where_equality_needs_it(asked: Upcycling, small: bool) -> None:
-    assert (spread(asked) <= FLAT) == small
+def test_logits_are_next_to_nothing_where_equality_needs_it(asked: Upcycling, expected: float) -> None:
+    assert spread(asked) == expected
     assert spread(dataclasses.replace(asked, spread=0.3)) == 0.3
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(4, FLAT), (2, 10.0), (3, 10.0)])
+def test_copies_are_far_apart_unless_all_are_chosen(top_k: int, expected: float) -> None:
+    moe = MoE(experts=4, width=16, router=Router(select=TopK(k=2)))
+    source = dataclasses.replace(LLAMA, family="mixtral", moe=moe)
+    asked = Upcycling(method=Expand(), experts=8, top_k=top_k)
+    assert begun(source, asked).spread == expected
+    assert begun(source, dataclasses.replace(asked, spread=0.3)).spread == 0.3

@@ -15,7 +15,8 @@ from consilium.checkpoint import store
 from consilium.cli.upcycle import METHODS
 from consilium.config import upcycling
 from consilium.config.io import from_data
-from consilium.config.moe import AlwaysOn, SigmoidGated
+from consilium.config.moe import AlwaysOn, MoE, SigmoidGated
+from consilium.config.router import Normalised, Raw, Router, Sigmoid, Standardise, TopK
 from consilium.config.upcycling import ClusterSplit, Drop, Expand, Qwen, Upcycling, VirtualGroup
 from consilium.data.corpus import measured_corpus, whole_documents
 from consilium.data.paths import path_texts
@@ -283,6 +284,33 @@ def test_one_copy_of_each_expert_is_chosen_where_no_more_are(dense: Path, tmp_pa
     found = upcycle(tmp_path / "cut", tmp_path / "cut-more", experts=12, **options)
     together = upcycle(tmp_path / "cut", tmp_path / "alike", experts=12, **(options | {"spread": 1e-6}))
     assert found.relative < 0.25 * together.relative, "with equal rows a token uses one expert for two"
+
+
+@pytest.mark.parametrize(
+    ("router", "promise"),
+    [
+        (Router(select=TopK(k=2)), 1e-5),
+        (Router(score=Sigmoid(), select=TopK(k=2), weight=Normalised()), 1e-5),
+        (Router(score=Sigmoid(), select=TopK(k=2), weight=Raw()), None),
+        (Router(select=TopK(k=2), transforms=(Standardise(),)), None),
+    ],
+    ids=["softmax", "sigmoid, normalised", "sigmoid, as it is", "standardised"],
+)
+def test_repeated_experts_promise_what_their_router_allows(
+    router: Router, promise: float | None, dense: Path, tmp_path: Path
+) -> None:
+    moe = MoE(experts=4, width=16, router=router)
+    saved(dataclasses.replace(LLAMA, family="mixtral", moe=moe), tmp_path / "moe")
+    options = {"data": dense.parent / "a.txt", "method": Expand(), "experts": 8}
+    together = upcycle(tmp_path / "moe", tmp_path / "more", top_k=4, **options)
+    assert together.promise == promise
+    assert together.kept
+    apart = upcycle(tmp_path / "moe", tmp_path / "apart", top_k=2, **options)
+    alike = upcycle(tmp_path / "moe", tmp_path / "alike", top_k=2, spread=1e-6, **options)
+    assert apart.relative < 0.7 * alike.relative, "which uses one expert for two"
+    for layer in apart.layers:
+        shares_MN = torch.tensor(layer.load).view(2, 4) / torch.tensor(layer.load).view(2, 4).sum(0)
+        assert shares_MN.max() < 0.75, layer
 
 
 def test_what_cannot_be_repeated_is_said(dense: Path, tmp_path: Path) -> None:

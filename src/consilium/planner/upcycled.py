@@ -49,6 +49,7 @@ FLAT = 3e-6
 """A spread of logits for which weights are equal to within float32's resolution."""
 _APART = 1e-2
 _ALL = 1e-6
+"""The same where all experts are chosen, so that nothing hangs on an order."""
 _SIDES = 10.0
 """How far copies of experts are apart, over what is between experts."""
 
@@ -127,9 +128,8 @@ def spread(asked: Upcycling) -> float:
     in which logits of ``FLAT`` fall on some thirty values, and break ties each in its own way. Of ``expand``
     it is how far copies are apart, over what is between experts (``begun`` knows the default).
     """
-    if isinstance(asked.method, Split) and needs_equal_weights(asked):
-        return asked.spread or _ALL  # nothing hangs on an order where all are chosen
-    return asked.spread or (FLAT if needs_equal_weights(asked) else _APART)
+    flat = _ALL if isinstance(asked.method, Split) else FLAT
+    return asked.spread or (flat if needs_equal_weights(asked) else _APART)
 
 
 def begun(model: Model, asked: Upcycling) -> Upcycling:
@@ -151,9 +151,14 @@ def chosen_together(model: Model, asked: Upcycling) -> bool:
 
 
 def weighs_copies_alike(model: Model) -> bool:
-    """Whether weights of twice the experts, each twice, are half of what they were."""
+    """Whether weights of twice the experts, each twice, are half of what they were.
+
+    Standardised logits are not what they were: their deviation counts the experts.
+    """
     assert model.moe is not None, "expand has a sparse source"
     router = model.moe.router
+    if any(isinstance(transform, Standardise) for transform in router.transforms):
+        return False
     match router.weight:
         case Normalised() | SoftmaxOfSelected():
             return True
