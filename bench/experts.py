@@ -3,7 +3,9 @@
 usage: python bench/experts.py [--shapes NAME ...] [--turns 7] [--out RECORD.json]
 
 The way that loops under autograd is left out: it has products of every number of rows, for which oneDNN
-compiles anew and forgets those of the others. ``CONSILIUM_NATIVE=avx2`` measures the kernels of that tier.
+compiles anew and forgets those of the others. ``CONSILIUM_NATIVE=avx2`` measures the kernels of that tier;
+with ATEN_CPU_CAPABILITY=avx2, MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 torch's ways are those
+of a processor that has no more.
 
 Legend: R rows, E experts, D hidden size, F width.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import os
 import shlex
 import statistics
 import time
@@ -26,12 +29,16 @@ from consilium.benchmarking.record import record
 from consilium.machine.allocator import keep_memory
 from consilium.machine.processors import threads
 from consilium.ops.grouped import Backend, stacked_feed_forward
+from consilium.ops.native.compile import VARIABLE
 from consilium.ops.native.library import kernels
 from consilium.ops.weights import DenseStack
 from consilium.records.bench import Figure
 from consilium.records.io import to_json, write_json
 
 TORCH: tuple[Backend, ...] = ("grouped", "padded", "loop")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LIMITS = (VARIABLE, "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""What keeps kernels and torch from what the processor has."""
 WARM_UP = 3
 
 
@@ -118,6 +125,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -126,17 +134,14 @@ def main() -> None:
     torch.manual_seed(0)
     found = [
         figure
-        for name, dtype in itertools.product(options.shapes, (torch.float32, torch.bfloat16))
-        for figure in figures(
-            f"{name} {str(dtype).removeprefix('torch.')}", measure(SHAPES[name], dtype, options.turns)
-        )
+        for name, dtype in itertools.product(options.shapes, options.dtypes)
+        for figure in figures(f"{name} {dtype}", measure(SHAPES[name], DTYPES[dtype], options.turns))
     ]
-    shown = [
-        "python",
-        "bench/experts.py",
-        *(("--shapes", *options.shapes) if options.shapes != list(SHAPES) else ()),
-    ]
-    made = record("experts", shlex.join([*shown, "--turns", str(options.turns)]), found)
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    given = {"shapes": (options.shapes, SHAPES), "dtypes": (options.dtypes, DTYPES)}
+    chosen = [w for key, (own, all_) in given.items() if own != list(all_) for w in (f"--{key}", *own)]
+    command = [*limits, "python", "bench/experts.py", *chosen, "--turns", str(options.turns)]
+    made = record("experts", shlex.join(command), found)
     print(to_json(made))
     if options.out is not None:
         write_json(options.out, made)
