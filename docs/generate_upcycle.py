@@ -94,9 +94,12 @@ Numbers are means over seeds, and in brackets the lowest and the highest where t
 """
 PICTURES = f"""\
 On the left of a picture is the whole run, on the right the mean difference to `dense` from step {LATE} on,
-of methods that are paired with it and within {NEAR}. A dashed line is of a record whose dense models are
-others than those of most records, or are not named: it is paired with none of these, and marked * in the
-table.
+of methods that are paired with it and within {NEAR}.
+
+"""
+LONE = """\
+A dashed line is of a record whose dense models are others than those of most records, or are not named: it
+is paired with none of these, and marked * in the table.
 
 """
 LEFT_OUT = """\
@@ -248,7 +251,7 @@ def pictures(found: Studies) -> str:
         for name in PANELS
         if any(method in found for method in PANELS[name])
     )
-    return f"{PICTURES}{shown}" if shown else ""
+    return f"{PICTURES}{LONE if apart(found) else ''}{shown}" if shown else ""
 
 
 def page(small: Studies, real: Studies, answers: Answers) -> str:
