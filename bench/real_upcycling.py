@@ -271,6 +271,7 @@ def error_of_logits(folder: Path, corpus: Corpus) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library: Any = importlib.import_module("transformers")
+        library.utils.logging.disable_progress_bar()
         theirs = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wanted_BSV = theirs(ids_BS).logits
     ours_BSV = store.load(folder, dtype="float32").eval()(Inputs(ids_BS)).logits
