@@ -142,11 +142,18 @@ def filled(page: Path, records: Records) -> str:
     return BLOCK.sub(lambda hit: f"{hit[1]}{block(hit[2], records, words)}{hit[4]}", text)
 
 
-def main(arguments: list[str]) -> int:
+def read_records() -> dict[str, list[BenchRecord]]:
+    """By name, those of other processors behind; ``answers`` holds what models said, which is no record."""
     records: dict[str, list[BenchRecord]] = {}
-    for path in (*sorted(RECORDS.glob("*.json")), *sorted(RECORDS.glob("*/*.json"))):
+    others = (path for path in RECORDS.glob("*/*.json") if path.parent.name != "answers")
+    for path in (*sorted(RECORDS.glob("*.json")), *sorted(others)):
         record = read_json(BenchRecord, path)
         records.setdefault(record.name, []).append(record)
+    return records
+
+
+def main(arguments: list[str]) -> int:
+    records = read_records()
     pages = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
     stale = {
         page: text for page in pages if (text := filled(page, records)) != page.read_text(encoding="utf-8")
