@@ -49,7 +49,7 @@ tokens.
 AFTERWARDS = """\
 *Layout* is what the trained model is saved as; *in transformers* the largest difference of a logit there,
 over the largest logit, where transformers has that layout; *GGUF* whether it was exported for llama.cpp.
-*Busiest*, *entropy* and *likeness* are those of the small model, at step 0 and after training.
+*Busiest*, *entropy* and *likeness* mean what they do above, at step 0 and after training.
 
 """
 BITS = ("Method", "At step 0", "Gates warm", "After training", "n")
