@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def real_section(found: Studies, answers: Answers) -> str:
     if not found:
         return f"{TEXT}Not measured yet; `python bench/real_upcycling.py` writes the records.\n\n"
     named = {name: found[name] for name in REAL_NAMES if name in found}
-    missing = ", ".join(f"`{name}`" for name in REAL_NAMES if name not in found)
+    missing = [name for name in REAL_NAMES if name not in found]
     images = "".join(
         f"![The real model, {share} active: bits per byte over tokens](pictures/{file_of(share)})\n\n"
         for share in SHARES
@@ -90,7 +91,8 @@ def real_section(found: Studies, answers: Answers) -> str:
         images,
         markdown(BITS, map(_bits_row, named, named.values())),
         "\n",
-        f"Not measured yet: {missing}.\n\n" if missing else "",
+        f"Not measured yet: {_listed(missing)}.\n\n" if missing else "",
+        _compared(named),
         AFTERWARDS,
         markdown(STATE, (_state_row(name, study, answers.get(name, {})) for name, study in named.items())),
         "\n",
@@ -101,9 +103,30 @@ def real_section(found: Studies, answers: Answers) -> str:
 
 
 def _bits_row(name: str, study: Study) -> tuple[str, ...]:
-    found = (study.of(f"bits per byte {when}") for when in WHENS)
-    means = (f"{statistics.fmean(of.values()):.4f}" if of else "" for of in found)
-    return f"`{name}`", *means, str(len(study.seeds))
+    means = _means(study)
+    cells = (f"{means[when]:.4f}" if when in means else "" for when in WHENS)
+    return f"`{name}`", *cells, str(len(study.seeds))
+
+
+def _compared(named: Studies) -> str:
+    """Whose gates alone made it worse, and who ends below the dense model."""
+    means = {name: _means(study) for name, study in named.items()}
+    dense = means.get("dense", {}).get(WHENS[2], -math.inf)
+    worse = [name for name, at in means.items() if WHENS[1] in at and at[WHENS[1]] > at[WHENS[0]]]
+    below = [name for name, at in means.items() if at.get(WHENS[2], math.inf) < dense]
+    return (
+        f"Worse after their gates warmed up: {_listed(worse)}.\n"
+        f"Below `dense` in the end: {_listed(below)}.\n\n"
+    )
+
+
+def _means(study: Study) -> dict[str, float]:
+    found = {when: study.of(f"bits per byte {when}") for when in WHENS}
+    return {when: statistics.fmean(of.values()) for when, of in found.items() if of}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
 
 
 def _state_row(name: str, study: Study, told: Mapping[str, Any]) -> tuple[str, ...]:

@@ -197,6 +197,26 @@ def test_the_real_half_shows_states_layouts_and_answers(
     assert real.curves({}) == {}
 
 
+@pytest.mark.parametrize(
+    ("dense", "worse", "below"),
+    [(0.6, "`carve-half`", "none"), (0.7, "`carve-half`", "`carve-quarter`"), (None, "`carve-half`", "none")],
+)
+def test_the_real_half_says_whose_warm_up_harmed_and_who_wins(
+    docs: ModuleType, real: ModuleType, tmp_path: Path, dense: float | None, worse: str, below: str
+) -> None:
+    def study(name: str, *means: float | None) -> Any:
+        known = {f"bits per byte {when}": [of] for when, of in zip(real.WHENS, means, strict=True) if of}
+        return made(docs, tmp_path / f"{name}.json", known)
+
+    found = {
+        "dense": study("dense", 1.0, None, dense),
+        "carve-half": study("carve-half", 1.0, 1.5, 0.9),
+        "carve-quarter": study("carve-quarter", 2.0, 1.5, 0.65),
+    }
+    text = real.real_section(found, {})
+    assert f"Worse after their gates warmed up: {worse}.\nBelow `dense` in the end: {below}.\n" in text
+
+
 def test_records_of_before_have_no_sources(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", record("x", "x", [once("bits", "", 1.0)]))
     plain = json.loads((tmp_path / "x.json").read_text())
