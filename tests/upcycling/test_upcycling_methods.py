@@ -189,8 +189,9 @@ def test_a_share_of_the_neurons_is_drawn_anew_and_the_others_stay(dense: Path, t
     assert torch.equal(same_ES, (down_EDS == down_DF).all(dim=1))
     assert (same_ES.sum(1) == 36).all()
     assert len({tuple(row.tolist()) for row in same_ES}) == 4, "each expert has others"
-    fresh = up_EGD[~same_EG]
-    assert abs(float(fresh.std() / up_GD.std()) - 1) < 0.1
+    for dense_FD, made_ESD in zip(up_GD.chunk(2), up_EGD.chunk(2, dim=1), strict=True):
+        fresh = made_ESD[~same_ES]
+        assert abs(float(fresh.std() / dense_FD.std()) - 1) < 0.1, "of its own matrix, gate or up"
 
 
 @pytest.mark.parametrize("fresh", [0.0, 0.25, 0.5])

@@ -34,6 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(LLAMA, folder / "dense")
     moe = MoE(experts=4, width=16, router=Router(select=TopK(k=2)))
     saved(dataclasses.replace(LLAMA, family="mixtral", moe=moe), folder / "sparse")
+    saved(dataclasses.replace(LLAMA, mtp=dataclasses.replace(LLAMA.mtp, depth=1)), folder / "ahead")
     text(folder / "a.txt")
     (folder / "short.txt").write_text("a few words")
     (folder / "empty.txt").write_text("")
@@ -64,7 +65,15 @@ def words(home: Path, out: Path, text_: str) -> list[str]:
             "dense --method virtual-group --experts 2 --top-k 2 --set method.scaling=cube_root",
             "exact for squared_relu",
         ),
-        ("dense --method copy --experts 2 --top-k 1 --granularity 2", "unknown key"),
+        ("dense --method copy --experts 2 --top-k 1 --granularity 2", "is for virtual-group and qwen"),
+        ("dense --method copy --experts 2 --top-k 1 --prompts no.yaml", "--prompts is for btx"),
+        ("dense --method copy --experts 2 --top-k 1 --set experts=4", "says other than its option"),
+        ("dense --method copy --experts 2 --top-k 1 --set method=drop", "says other than its option"),
+        ("dense --method copy --experts 2 --top-k 1 --set method.kind=drop", "says other than its option"),
+        ("dense --method copy --experts 2 --top-k 1 --seed 1 --set seed=2", "says other than its option"),
+        ("dense --method btx --top-k 2 --set method.directions.of=last", "has no kind; add method."),
+        ("ahead --method copy --experts 2 --top-k 1", "modules that predict further tokens"),
+        ("ahead --method split-random --experts 4 --top-k 4", "modules that predict further tokens"),
         ("dense --method copy --experts 2 --top-k 1 --set gaet=mlp", "Did you mean 'gate'?"),
         ("dense --method copy --experts 2 --top-k 1 --set method.fresh=0.5", "unknown key"),
         ("dense --method drop --experts 2 --top-k 1 --set method.fresh=1.5", "less than or equal to 1"),
@@ -104,6 +113,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert told.err.count("\n") == 1
     assert not told.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", ["", "echo one\n", "- a\n"])
+def test_a_file_that_holds_no_prompts_is_said_to(
+    home: Path, tmp_path: Path, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text(written)
+    given = f"dense --method btx --top-k 2 --prompts {tmp_path / 'p.yaml'}"
+    assert main(words(home, tmp_path / "out", given)) == 2
+    assert "p.yaml: it has keys of its own: experts; set those." in capsys.readouterr().err
 
 
 COPY = "dense --method copy --experts 2 --top-k 1"

@@ -75,7 +75,7 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="YAML of prompts that say what each source is for: where gates begin (btx); default: at random",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default: 0")
     parser.add_argument(
         "--data",
         type=path,
@@ -127,9 +127,24 @@ def asked_of(options: Namespace) -> Upcycling:
         "shared": options.shared,
         "method.granularity": options.granularity,
     }
+    _check_for_whom(options)
     texts = {key: str(value) for key, value in given.items() if value is not None}
     prompts = {} if options.prompts is None else _prompted(options.prompts)
-    return configured(texts | prompts | assignments(options.set))
+    further = assignments(options.set)
+    for key in further:
+        if texts.get("method" if key == "method.kind" else key, further[key]) != further[key]:
+            raise ConsiliumError(f"upcycle: --set {key}={further[key]} says other than its option; give one.")
+    return configured(texts | prompts | further)
+
+
+def _check_for_whom(options: Namespace) -> None:
+    whose = {"granularity": ("virtual-group", "qwen"), "prompts": ("btx",)}
+    for option, methods in whose.items():
+        if getattr(options, option) is not None and options.method not in methods:
+            raise ConsiliumError(
+                f"upcycle: --{option} is for {' and '.join(methods)}, and --method is {options.method};"
+                " leave it out."
+            )
 
 
 def _prompted(file: Path) -> dict[str, str]:

@@ -65,7 +65,10 @@ def sentence(cls: type[Any], error: ValidationError, where: str = "") -> str:
             return f"{prefix}unknown kind {tag!r} for {'.'.join(path)}.{nearest(tag, known)}"
         case "model_attributes_type" | "dataclass_type":
             keys = ", ".join(sorted(set(_fields_at(cls, path))))
-            return f"{prefix}{'.'.join(path)} has keys of its own: {keys}; set those."
+            return f"{prefix}{'.'.join(path) or 'it'} has keys of its own: {keys}; set those."
+        case "union_tag_not_found":
+            name = ".".join(path)
+            return f"{prefix}{name} has no kind; add {name}.kind."
         case _:
             # Pydantic names what was tried of a union too, as ``constrained-int``.
             name = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or "value"

@@ -69,6 +69,11 @@ def upcycled(model: Model, asked: Upcycling) -> Model:
             f"upcycle: the {model.family} model has experts already; --method expand makes more of them, and"
             " the other methods take a dense model."
         )
+    if model.mtp.depth:
+        raise ConsiliumError(
+            f"upcycle: the {model.family} model has modules that predict further tokens, which --method"
+            f" {asked.method.kind} does not cut; take a model trained without them (mtp.depth 0)."
+        )
     moe = _moe(model.dense, asked)
     kept = model.dense if asked.dense_first or asked.moe_every > 1 else None
     made = dataclasses.replace(

@@ -120,8 +120,10 @@ class Upcycled:
         up_GD = self._dense(layer, "up", dtype)
         up_EGD = up_GD[self._rows(plan.neurons_ES)]
         if plan.fresh_ES is not None:
-            halves = up_EGD.shape[1] // plan.fresh_ES.shape[1]
-            draw_anew(up_EGD, plan.fresh_ES.repeat(1, halves), up_GD, self._stream(layer, "up"))
+            drawn = self._stream(layer, "up")
+            parts = up_EGD.shape[1] // plan.fresh_ES.shape[1]  # gate and up, or up alone
+            for rows_ESD, matrix_FD in zip(up_EGD.chunk(parts, 1), up_GD.chunk(parts), strict=True):
+                draw_anew(rows_ESD, plan.fresh_ES, matrix_FD, drawn)
         return up_EGD * self._root if self._on_all else up_EGD
 
     def _down(self, layer: int, plan: Cut, dtype: torch.dtype) -> Tensor:
