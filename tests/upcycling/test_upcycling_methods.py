@@ -25,6 +25,7 @@ from consilium.errors import ConsiliumError
 from consilium.evaluation.bits import Reading, measure
 from consilium.evaluation.walk import importances, passages, walk
 from consilium.model.types import Inputs
+from consilium.planner.upcycled import FLAT
 from consilium.records.io import read_json
 from consilium.records.upcycling import NAME, Lineage
 from consilium.upcycling.run import How, run, upcycle
@@ -312,6 +313,24 @@ def test_repeated_experts_promise_what_their_router_allows(
     for layer in apart.layers:
         shares_MN = torch.tensor(layer.load).view(2, 4) / torch.tensor(layer.load).view(2, 4).sum(0)
         assert shares_MN.max() < 0.75, layer
+
+
+@pytest.mark.parametrize("gate", [FLAT, 0.1, 1.0])
+def test_scores_that_are_weights_stay_what_they_were(gate: float, dense: Path, tmp_path: Path) -> None:
+    """Behind flat logits a softmax over three copies of each gives every one a third of its weight."""
+    made(dense, tmp_path / "moe", "copy", top_k=1, spread=gate)
+    options = {"data": dense.parent / "a.txt", "method": Expand(), "experts": 12, "top_k": 1}
+    found = upcycle(tmp_path / "moe", tmp_path / "more", **options)
+    before, after = store.load(tmp_path / "moe").state_dict(), store.load(tmp_path / "more").state_dict()
+    down = "layers.1.moe.experts.down"
+    factor = float(after[down].norm() / before[down].norm() / 3**0.5)
+    assert torch.allclose(after[down], factor * before[down].repeat(3, 1, 1))
+    if gate == FLAT:
+        assert factor == pytest.approx(3, rel=1e-3)
+        assert found.relative < 1e-3
+    else:
+        assert 1 < factor < (2.5 if gate == 0.1 else 1.3)
+        assert found.relative < 0.3
 
 
 def test_what_cannot_be_repeated_is_said(dense: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ together, each with its share of the weight: the model stays what it was. Else o
 chosen, and equal rows would choose an expert twice in place of two. So copy m of every expert gets the same
 direction added to its gate row: the one that a token is farthest along decides which copies it uses, and
 among those the experts are chosen and weighed as before. Directions are levelled: each decides for as many.
+Where the scores of a softmax are weights as they are, what it gives to the other copies is made good in the
+down matrices: a softmax over all copies is one over experts times one over directions.
 
 Legend: E experts of the result, N of the source, M copies of each, T tokens, D hidden size.
 """
@@ -23,9 +25,10 @@ from torch import Tensor
 from consilium.checkpoint.source import Source
 from consilium.config.generation import GenerationDefaults
 from consilium.config.model import Model
+from consilium.config.router import Raw
 from consilium.config.upcycling import Upcycling
 from consilium.evaluation.walk import Passage, walk
-from consilium.planner.upcycled import FLAT, chosen_together, spread
+from consilium.planner.upcycled import FLAT, chosen_together, spread, weighs_copies_alike
 from consilium.upcycling.gates import levelled, random_rows
 from consilium.upcycling.source import stream
 from consilium.upcycling.survey import Progress, tokens_of
@@ -47,6 +50,8 @@ class Expanded:
     state: Mapping[str, Tensor]
     directions: Mapping[str, Tensor]
     """Of each copy [M, D], by the name of the gate; none where all copies are chosen together."""
+    factors: Mapping[str, float]
+    """Of the down matrices, by their names, where scores are weights and one copy is chosen."""
 
     @property
     def generation(self) -> GenerationDefaults:
@@ -63,6 +68,7 @@ class Expanded:
         made = values.repeat(repeats, *[1] * (values.ndim - 1))
         if found[2] == "router.projection.weight":
             self._apart(name, made, values.shape[0])
+        made *= self.factors.get(name, 1.0)
         target.copy_(made)  # rounded as it will be written, whatever the dtype of who asks
 
     def fill_rows(self, name: str, target: Tensor, first: int) -> None:
@@ -95,13 +101,25 @@ def expanded(bare: Expanded, text: Sequence[Passage], progress: Progress) -> Exp
     if chosen_together(bare.sparse.config, bare.asked):
         return bare
     found: dict[str, Tensor] = {}
+    factors: dict[str, float] = {}
     for seen in walk(bare.sparse, text):
         if bare.config.is_moe(seen.layer):
-            name = f"layers.{seen.layer}.moe.router.projection.weight"
-            found[name] = _directions(name, bare, tokens_of(text, seen.normed))
+            moe, x_TD = f"layers.{seen.layer}.moe", tokens_of(text, seen.normed)
+            gate = f"{moe}.router.projection.weight"
+            found[gate] = _directions(gate, bare, x_TD)
+            factors[f"{moe}.experts.down"] = _factor(bare.config, x_TD @ found[gate].T)
         progress("measuring", seen.layer + 1, bare.config.layers)
         del seen  # its block goes before the next is read
-    return dataclasses.replace(bare, directions=found)
+    return dataclasses.replace(bare, directions=found, factors=factors)
+
+
+def _factor(model: Model, logits_TM: Tensor) -> float:
+    """What brings a chosen copy's share of its expert's score nearest to 1, in least squares over tokens."""
+    assert model.moe is not None, "expand has a sparse source"
+    if not (isinstance(model.moe.router.weight, Raw) and weighs_copies_alike(model)):
+        return 1.0
+    share_T = logits_TM.softmax(dim=1).amax(dim=1)
+    return float(share_T.mean() / share_T.square().mean())
 
 
 def _directions(name: str, bare: Expanded, x_TD: Tensor) -> Tensor:

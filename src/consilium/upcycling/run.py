@@ -282,7 +282,7 @@ def _sparse(
     bare: Upcycled, text: Sequence[Passage], progress: Progress
 ) -> Upcycled | Expanded | LatentSource:
     if isinstance(bare.asked.method, Expand):
-        return expanded(Expanded(bare.dense, bare.asked, bare.config, bare.state, {}), text, progress)
+        return expanded(Expanded(bare.dense, bare.asked, bare.config, bare.state, {}, {}), text, progress)
     if isinstance(bare.asked.method, Latent):
         found = bases(bare.dense, bare.config, text, progress)
         return LatentSource(bare.dense, bare.asked, bare.config, bare.state, found)
