@@ -315,7 +315,7 @@ B = "base --method btx --top-k 1 --sources"
         (f"{B} a b --prompts binary.yaml", "not UTF-8"),
         (f"{B} a b --set method.directions.kind=hiden", "Did you mean 'hidden'?"),
         (f"{B} a b --set method.directions.kind=hidden", "prompts is missing"),
-        ("base --method copy --experts 2 --top-k 1 --prompts two.yaml", "unknown key"),
+        ("base --method copy --experts 2 --top-k 1 --prompts two.yaml", "--prompts is for btx"),
     ],
 )
 def test_what_does_not_fit_together_is_one_sentence_that_names_it_and_leaves_nothing(
